@@ -1,0 +1,345 @@
+"""Save, restore and follow the checkpoints of a run.
+
+    <workdir>/checkpoints/000012000/.metadata  __0_0.distcp  __1_0.distcp  …  COMPLETE
+
+- torch.distributed.checkpoint (DCP) writes the files, every process its share, in a background
+  thread and from a copy of the state, so training goes on meanwhile.
+- `COMPLETE` is written last, by process 0, once all processes have finished. A directory without it
+  is no checkpoint: whatever kills a run, what it leaves is whole or does not count. (A marker, not
+  a renamed directory: object stores cannot rename one atomically.) Deleting starts with it.
+- `COMPLETE` holds the size of every file, so a checkpoint that a disk or a copy has cut short is
+  told from a whole one.
+- A workdir is a local directory or any URL that fsspec opens (gs://…).
+"""
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+
+__all__ = ["Checkpointer", "check_compatible", "latest", "restore", "steps", "verify"]
+
+MARKER = "COMPLETE"
+
+
+class Checkpointer:
+    """Saves the checkpoints of a run, one at a time, in the background.
+
+    Of the complete checkpoints in `workdir` it keeps the newest `keep_last`, and those of every
+    step that `keep_every` divides. With torch.distributed initialised every process makes one,
+    calls `save` for the same steps with its part of the state, and `wait` before it ends. A
+    `process_group` must have a CPU backend and no other use; without one it makes its own.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        *,
+        keep_last: int = 1,
+        keep_every: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        if keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last}; it must be 1 or more")
+        if keep_every is not None and keep_every < 1:
+            raise ValueError(f"keep_every is {keep_every}; it must be 1 or more steps, or None")
+        if process_group is None and dist.is_available() and dist.is_initialized():
+            # The background thread's collectives must not interleave with those of training.
+            process_group = dist.new_group(backend="gloo")
+        self._workdir = workdir
+        self._keep_last = keep_last
+        self._keep_every = keep_every
+        self._process_group = process_group
+        self._pending: Future | None = None
+
+    def save(self, step: int, state: dict[str, Any], *, info: dict[str, Any] | None = None) -> None:
+        """Starts to save `state` as the checkpoint of `step`; returns once the values are copied.
+
+        `state` is a dict, nested with string keys, of tensors (DTensors too) and plain Python
+        values. `info` is a small dict kept in the marker, from where `verify` returns it. Waits for
+        the previous save first, and raises what that raised.
+        """
+        self.wait()
+        fs, root = _open(self._workdir)
+        directory = _directory(root, step)
+        if fs.exists(f"{directory}/{MARKER}"):
+            raise ValueError(
+                f"there is a complete checkpoint of step {step} already; delete "
+                f"{_name(fs, directory)} to save this step again"
+            )
+        record = {"step": step, "torch": torch.__version__, "info": info or {}}
+        json.dumps(record)  # an `info` that JSON cannot hold fails here, not in the background
+
+        def finish(results):
+            _commit(fs, directory, record, results)
+            _prune(fs, root, step, self._keep_last, self._keep_every)
+
+        _quiet()
+        with _plain_errors():
+            self._pending = dcp.async_save(
+                state,
+                storage_writer=_writer(fs, directory, finish),
+                process_group=self._process_group,
+            )
+
+    def wait(self) -> None:
+        """Blocks until the last save is complete on all processes, and raises what it raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with _plain_errors():
+                pending.result()
+
+
+def steps(workdir: str | os.PathLike) -> list[int]:
+    """Returns the steps of the complete checkpoints, in ascending order."""
+    fs, root = _open(workdir)
+    return _complete(fs, root, _listed(fs, root))
+
+
+def latest(workdir: str | os.PathLike) -> int | None:
+    """Returns the step of the newest complete checkpoint; None where there is none."""
+    return max(steps(workdir), default=None)
+
+
+def verify(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
+    """Checks that the files of a checkpoint are there in full, and returns its marker.
+
+    The marker has `step`, `torch` (the version that wrote it), `info` (what `Checkpointer.save` was
+    given) and `sizes` (bytes by file).
+    """
+    fs, root = _open(workdir)
+    directory = _directory(root, step)
+    complete = steps(workdir)
+    if step not in complete:
+        raise ValueError(
+            f"{_name(fs, root)} has no complete checkpoint of step {step}; "
+            f"it has those of steps {complete}"
+        )
+    rest = [s for s in complete if s != step]
+    damaged = f"the checkpoint of step {step} is damaged"
+    remedy = f"delete {_name(fs, directory)}; the run then " + (
+        f"resumes from step {rest[-1]}" if rest else "starts from scratch"
+    )
+    try:
+        record = json.loads(fs.cat_file(f"{directory}/{MARKER}"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{damaged}: {MARKER} is not JSON; {remedy}") from error
+    sizes = _sizes(fs, directory)
+    for file, expected in record["sizes"].items():
+        if file not in sizes:
+            raise ValueError(f"{damaged}: {file} ({expected} bytes) is missing; {remedy}")
+        if sizes[file] != expected:
+            raise ValueError(f"{damaged}: {file} has {sizes[file]} bytes, not {expected}; {remedy}")
+    return record
+
+
+def check_compatible(workdir: str | os.PathLike, step: int, state: Mapping[str, Any]) -> None:
+    """Verifies a checkpoint, and that it has the names, shapes and dtypes of `state`.
+
+    `state` may be on the meta device. It may be a part: what the checkpoint has beyond it counts
+    only under its own top-level names, so {"model": …} is compatible with a checkpoint that has the
+    optimizer as well, and not with one of a deeper model.
+    """
+    verify(workdir, step)
+    fs, root = _open(workdir)
+    saved = _reader(fs, _directory(root, step)).read_metadata().state_dict_metadata
+    expected, _ = flatten_state_dict(dict(state))
+    # DCP calls a value by the keys on the way to it, joined with dots.
+    parts = tuple(f"{key}." for key in state)
+    for name in (*expected, *(name for name in saved if name.startswith(parts))):
+        theirs, ours = _describe(saved, name), _describe(expected, name)
+        if theirs != ours:
+            raise ValueError(
+                f"{os.fspath(workdir)} holds a run with another architecture: {name} is {theirs} "
+                f"in its checkpoint of step {step} and {ours} in this run; "
+                "use another --workdir, or the config of that run"
+            )
+
+
+def restore(workdir: str | os.PathLike, step: int, state: dict[str, Any]) -> dict[str, Any]:
+    """Loads a checkpoint into `state`, after `check_compatible`, and returns `state`.
+
+    Tensors are filled in place; other values are replaced in their dicts. `state` may be a part of
+    what was saved. Every process reads for itself what it lacks, in whatever sharding it has.
+    """
+    check_compatible(workdir, step, state)
+    fs, root = _open(workdir)
+    _quiet()
+    with _plain_errors():
+        # no_dist: reading needs no agreement between processes, and without collectives a process
+        # that fails says so at once instead of leaving the others to wait for it.
+        dcp.load(state, storage_reader=_reader(fs, _directory(root, step)), no_dist=True)
+    return state
+
+
+# Where things are. All but DCP's own reading and writing goes through fsspec.
+
+
+def _open(workdir: str | os.PathLike) -> tuple[AbstractFileSystem, str]:
+    fs, path = url_to_fs(os.fspath(workdir))
+    fs.invalidate_cache()  # other processes write here too, and fsspec remembers listings
+    return fs, f"{path.rstrip('/')}/checkpoints"
+
+
+def _directory(root: str, step: int) -> str:
+    return f"{root}/{step:09d}"
+
+
+def _name(fs: AbstractFileSystem, path: str) -> str:
+    """The path as a user types it, and as DCP wants it."""
+    return path if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(path)
+
+
+def _listed(fs: AbstractFileSystem, root: str) -> list[int]:
+    """The steps that have a directory, complete or not, in ascending order."""
+    if not fs.exists(root):
+        return []
+    names = (path.rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _complete(fs: AbstractFileSystem, root: str, listed: list[int]) -> list[int]:
+    return [step for step in listed if fs.exists(f"{_directory(root, step)}/{MARKER}")]
+
+
+def _sizes(fs: AbstractFileSystem, directory: str) -> dict[str, int]:
+    files = fs.find(directory, detail=True)
+    return {path.removeprefix(f"{directory}/"): file["size"] for path, file in files.items()}
+
+
+def _reader(fs: AbstractFileSystem, directory: str) -> dcp.FileSystemReader:
+    reader = dcp.FileSystemReader if isinstance(fs, LocalFileSystem) else FsspecReader
+    return reader(_name(fs, directory))
+
+
+# Writing.
+
+
+def _writer(fs: AbstractFileSystem, directory: str, finish: Callable) -> dcp.FileSystemWriter:
+    """DCP's writer for this storage, with our copy, start and end of a save.
+
+    Process 0 runs the start and the end inside DCP's own exchanges: after all processes have
+    planned and before any writes; after all have written and before any returns. What is raised
+    there, or in the writing of any process, is raised on all of them.
+    """
+    local = isinstance(fs, LocalFileSystem)
+
+    class Writer(dcp.FileSystemWriter if local else FsspecWriter):
+        def stage(self, state_dict):
+            return _snapshot(state_dict)
+
+        def prepare_global_plan(self, plans):
+            # What an interrupted save left. The directory stays: the others have just seen it.
+            for file in fs.find(directory):
+                fs.rm_file(file)
+            return super().prepare_global_plan(plans)
+
+        def finish(self, metadata, results):
+            super().finish(metadata, results)
+            finish(results)
+
+    # An object on a store is durable once closed; DCP would sync all disks of this machine instead.
+    return Writer(_name(fs, directory), sync_files=local)
+
+
+def _snapshot(value: Any) -> Any:
+    """A copy on the CPU, which training does not touch.
+
+    DCP's BlockingAsyncStager does as much, but shares scalar DTensors with the original.
+    """
+    if isinstance(value, Mapping):
+        return {key: _snapshot(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_snapshot(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    return copy.deepcopy(value)
+
+
+def _commit(fs: AbstractFileSystem, directory: str, record: dict[str, Any], results: list) -> None:
+    fs.invalidate_cache()
+    sizes = _sizes(fs, directory)
+    for written in (result.storage_data for process in results for result in process):
+        if sizes.get(written.relative_path, 0) < written.offset + written.length:
+            raise ValueError(
+                f"process 0 does not see all of {_name(fs, directory)}/{written.relative_path}, "
+                "which is written; use a --workdir on storage that all processes share"
+            )
+    marker = f"{directory}/{MARKER}"
+    with fs.open(f"{marker}.tmp", "wb") as stream:
+        stream.write(json.dumps({**record, "sizes": sizes}, indent=2).encode())
+        if isinstance(fs, LocalFileSystem):
+            # Older checkpoints go next, and must not go before this one would survive a power cut.
+            stream.flush()
+            os.fsync(stream.fileno())
+    fs.mv(f"{marker}.tmp", marker)
+
+
+def _prune(
+    fs: AbstractFileSystem, root: str, saved: int, keep_last: int, keep_every: int | None
+) -> None:
+    """Deletes complete checkpoints that the rules do not keep, and older incomplete ones."""
+    listed = _listed(fs, root)
+    complete = _complete(fs, root, listed)
+    kept = {saved, *complete[-keep_last:]}
+    if keep_every is not None:
+        kept |= {step for step in complete if step % keep_every == 0}
+    for step in listed:
+        directory = _directory(root, step)
+        if step in complete and step not in kept:
+            fs.rm_file(f"{directory}/{MARKER}")
+            fs.rm(directory, recursive=True)
+        elif step not in complete and step < saved:
+            # Left by a save or a deletion that was interrupted.
+            fs.rm(directory, recursive=True)
+
+
+# DCP's manners.
+
+
+def _describe(entries: Mapping[str, Any], name: str) -> str:
+    """What is compared of an entry, a value or DCP's metadata of one."""
+    if name not in entries:
+        return "absent"
+    entry = entries[name]
+    if isinstance(entry, dcp.TensorStorageMetadata):
+        dtype, shape = entry.properties.dtype, entry.size
+    elif isinstance(entry, torch.Tensor):
+        dtype, shape = entry.dtype, entry.shape
+    else:
+        return "no tensor"
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Raises the error that DCP has wrapped in a BaseException, which `except Exception` misses."""
+    try:
+        yield
+    except dcp.CheckpointException as wrapper:
+        error, _ = next(iter(wrapper.failures.values()))
+        raise error from wrapper
+
+
+def _quiet() -> None:
+    """Silences what DCP says of single-process saves, its own code, and leftovers we remove."""
+    for message in (
+        "torch.distributed is (disabled|unavailable)",
+        "TypedStorage is deprecated",
+        "Detected an existing checkpoint",
+    ):
+        # Not catch_warnings, which is not safe next to the background thread.
+        warnings.filterwarnings("ignore", message=message)

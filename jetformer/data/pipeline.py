@@ -1,0 +1,301 @@
+"""Input pipelines: a TFDS data set and a preprocessing string in, batches of numpy arrays out.
+
+Training data is a function of (seed, epoch, process): which example comes when, and what the random
+ops do to it, is the same in every run, so a run that resumes at step n is the run that never
+stopped. Getting to step n decodes nothing: whole epochs are skipped by counting, the rest as
+undecoded records, because the order of things is
+
+    files, shuffled -> records, interleaved -> shuffle -> skip -> deserialize -> pp -> batch
+
+The shuffle buffer holds encoded records too, which makes it small.
+
+Arrays are read-only views of TensorFlow's memory. TensorFlow does not show in this module's
+signatures, and never takes a GPU.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+import jetformer.data.builders  # noqa: F401 (makes the package's own data sets known to TFDS)
+from jetformer.data import preprocess
+
+tf.config.set_visible_devices([], "GPU")
+
+Batch = dict[str, np.ndarray]
+
+# How many files are read at the same time. Part of what the order of examples depends on.
+_CYCLE_LENGTH = 16
+
+
+def train_batches(
+    name: str,
+    split: str,
+    pp: str,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    shuffle_buffer_size: int,
+    data_dir: str | None = None,
+    num_parallel_calls: int = tf.data.AUTOTUNE,
+    prefetch: int = 2,
+) -> Iterator[Batch]:
+    """Endless shuffled batches, the ones from step `start_step` on.
+
+    Each process reads its own part of the split, all parts of one size (what is over, fewer
+    examples than there are processes, is not read). Batches run across the ends of epochs, so
+    every example is seen equally often.
+
+    Args:
+      name: TFDS data set, e.g. `digits`, `imagenet_resized/64x64`, `imagenet2012:5.1.0`. Prepared
+        here where there is one process; where there are several, see `prepare`.
+      split: TFDS split, e.g. `train`, `train[10000:]`, `train+validation`.
+      pp: preprocessing string, see `jetformer.data.preprocess`.
+      batch_size: examples of one step over all processes.
+      seed: of the order and of the random ops.
+      start_step: the first batch is the one a run from step 0 has at this step.
+      process_index: this process, of `process_count`.
+      process_count: processes that share the batch.
+      shuffle_buffer_size: examples, per process, still encoded.
+      data_dir: where TFDS keeps its data; its default where None.
+      num_parallel_calls: examples preprocessed at the same time.
+      prefetch: batches kept ready.
+
+    Returns:
+      Iterator of dicts of what `pp` leaves over, arrays [batch_size / process_count, ...].
+
+    Raises:
+      ValueError: no such data set, split or op; not TFRecord; sizes that do not fit.
+    """
+    local_batch_size = _local_batch_size(batch_size, process_count)
+    builder = _prepared_builder(name, data_dir, process_count)
+    shards = _file_instructions(builder, split)
+    part = tfds.even_splits(split, process_count, drop_remainder=True)[process_index]
+    shards = _file_instructions(builder, part)
+    num_local = sum(shard.take for shard in shards)
+    if not num_local:
+        raise ValueError(
+            f"split {split!r} of {name!r} has {num_examples(name, split, data_dir)} examples, "
+            f"too few to train on with {process_count} process(es)"
+        )
+
+    # Seeds go from (seed, process) over the epoch and the example's index in it to the op.
+    process_seed = tf.constant([seed, process_index], tf.int64)
+    fold_in = tf.random.experimental.stateless_fold_in
+
+    def epoch_records(epoch: tf.Tensor) -> tf.data.Dataset:
+        epoch_seed = fold_in(process_seed, epoch)
+        records = _read(shards, shuffle_seed=epoch_seed)
+        records = records.shuffle(
+            shuffle_buffer_size, seed=epoch_seed[0], reshuffle_each_iteration=False
+        )
+        return records.enumerate().map(lambda i, record: (epoch_seed, i, record))
+
+    run = _deserialize_and_preprocess(builder, pp)
+
+    def example(epoch_seed, index, record):
+        return run(record, {"_seed": fold_in(epoch_seed, index)})
+
+    first_epoch, skip = divmod(start_step * local_batch_size, num_local)
+    ds = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch_records).skip(skip)
+    ds = _map(ds, example, num_parallel_calls)
+    ds = ds.batch(local_batch_size, drop_remainder=True).prefetch(prefetch)
+    return ds.as_numpy_iterator()
+
+
+def eval_batches(
+    name: str,
+    split: str,
+    pp: str,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    data_dir: str | None = None,
+    num_parallel_calls: int = tf.data.AUTOTUNE,
+    prefetch: int = 2,
+) -> Iterator[Batch]:
+    """One pass in file order: each example once over all processes, equally many batches on each.
+
+    Args: as `train_batches`, but `pp` has no random ops.
+
+    Returns:
+      Iterator of dicts of what `pp` leaves over, arrays [batch_size / process_count, ...], and
+      `_mask` bool [batch_size / process_count]: True is an example, False is padding (zeros) at
+      the end of the last batches.
+
+    Raises:
+      ValueError: as `train_batches`.
+    """
+    local_batch_size = _local_batch_size(batch_size, process_count)
+    builder = _prepared_builder(name, data_dir, process_count)
+    run = _deserialize_and_preprocess(builder, pp)
+
+    def examples(shards) -> tf.data.Dataset:
+        return _map(_read(shards), lambda record: run(record, {}), num_parallel_calls)
+
+    everything = _file_instructions(builder, split)
+    part = tfds.even_splits(split, process_count)[process_index]
+    part = _file_instructions(builder, part)
+    total = sum(shard.take for shard in everything)
+    num_batches = math.ceil(math.ceil(total / process_count) / local_batch_size)
+    ds = examples(part).batch(local_batch_size).prefetch(prefetch)
+    # What padding looks like where a process has no example of its own.
+    template = examples(everything).take(1).batch(1)
+    return _padded(ds, template, num_batches, local_batch_size)
+
+
+def _padded(ds, template, num_batches: int, size: int) -> Iterator[Batch]:
+    batches = ds.as_numpy_iterator()
+    for _ in range(num_batches):
+        batch = next(batches, None)
+        if batch is None:
+            batch = {k: v[:0] for k, v in next(template.as_numpy_iterator()).items()}
+            num_real = 0
+        else:
+            num_real = len(next(iter(batch.values())))
+        yield {k: _pad(v, size) for k, v in batch.items()} | {"_mask": np.arange(size) < num_real}
+
+
+def _pad(array: np.ndarray, size: int) -> np.ndarray:
+    """[n, ...] -> [size, ...] with zeros (strings: empty ones) at the end."""
+    zero = b"" if array.dtype == object else 0
+    padding = np.full((size - len(array), *array.shape[1:]), zero, array.dtype)
+    return np.concatenate([array, padding]) if len(padding) else array
+
+
+def num_examples(name: str, split: str, data_dir: str | None = None) -> int:
+    """How many examples a split of a prepared data set has.
+
+    Raises:
+      ValueError: no such data set or split, or it is not prepared.
+    """
+    builder = _builder(name, data_dir)
+    return sum(shard.take for shard in _file_instructions(builder, split))
+
+
+def prepare(name: str, data_dir: str | None = None) -> None:
+    """Downloads and prepares a data set, where that has not been done yet.
+
+    Where several processes share `data_dir`, one of them calls this before the others go on.
+
+    Raises:
+      ValueError: no such data set, or this machine cannot get it.
+    """
+    builder = _builder(name, data_dir)
+    if builder.is_prepared():
+        return
+    try:
+        builder.download_and_prepare()
+    # TFDS asserts that files to be downloaded by hand are there; no network is an OSError.
+    except (AssertionError, OSError, NotImplementedError) as e:
+        raise ValueError(
+            f"data set {name!r} is not prepared in {builder.data_root} and cannot be prepared "
+            f"here ({_one_line(e)}): prepare it elsewhere and copy it there, or set data_dir"
+        ) from e
+
+
+def _builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as e:
+        raise ValueError(
+            f"there is no data set {name!r}: names are those of TFDS, as digits, mnist, "
+            "imagenet_resized/64x64 or imagenet2012:5.1.0; a data set of your own is a TFDS "
+            "builder in jetformer.data.builders, or a prepared one in data_dir"
+        ) from e
+    # A name that does not parse, a config or a version that does not exist.
+    except (ValueError, AssertionError) as e:
+        raise ValueError(f"data set {name!r}: {_one_line(e)}") from e
+
+
+def _prepared_builder(name, data_dir, process_count: int) -> tfds.core.DatasetBuilder:
+    if process_count == 1:
+        prepare(name, data_dir)
+    builder = _builder(name, data_dir)
+    file_format = builder.info.file_format
+    if builder.is_prepared() and file_format != tfds.core.FileFormat.TFRECORD:
+        raise ValueError(
+            f"data set {name!r} is stored as {file_format.value}, and only tfrecord can be read: "
+            "prepare it again with tfds build --file_format=tfrecord"
+        )
+    return builder
+
+
+def _file_instructions(builder, split) -> list[tfds.core.utils.shard_utils.FileInstruction]:
+    """The (filename, skip, take) that make up a split, or a part of one."""
+    name = builder.info.full_name
+    if not builder.is_prepared():
+        raise ValueError(
+            f"data set {name} is not prepared in {builder.data_root}: "
+            "call jetformer.data.pipeline.prepare in one process first, or set data_dir"
+        )
+    try:
+        return builder.info.splits[split].file_instructions
+    except ValueError as e:
+        raise ValueError(
+            f"data set {name} has no split {split!r}, it has: {', '.join(builder.info.splits)} "
+            "(and slices and sums of them, as train[:90%] or train+test)"
+        ) from e
+
+
+def _local_batch_size(batch_size: int, process_count: int) -> int:
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} is not a positive multiple of {process_count} process(es)"
+        )
+    return batch_size // process_count
+
+
+def _read(shards, shuffle_seed: tf.Tensor | None = None) -> tf.data.Dataset:
+    """Serialized records (scalar strings) of the shards: in order, or of shuffled, mixed files."""
+    if not shards:
+        return tf.data.Dataset.from_tensor_slices(tf.constant([], tf.string))
+    filenames = tf.constant([str(shard.filename) for shard in shards])
+    skips = tf.constant([shard.skip for shard in shards], tf.int64)
+    takes = tf.constant([shard.take for shard in shards], tf.int64)
+    order = tf.range(len(shards))
+    if shuffle_seed is not None:
+        order = tf.random.experimental.stateless_shuffle(order, shuffle_seed)
+
+    def records(i: tf.Tensor) -> tf.data.Dataset:
+        return tf.data.TFRecordDataset(filenames[i]).skip(skips[i]).take(takes[i])
+
+    return tf.data.Dataset.from_tensor_slices(order).interleave(
+        records,
+        cycle_length=1 if shuffle_seed is None else min(_CYCLE_LENGTH, len(shards)),
+        num_parallel_calls=tf.data.AUTOTUNE,
+        deterministic=True,
+    )
+
+
+def _deserialize_and_preprocess(builder: tfds.core.DatasetBuilder, pp: str):
+    """Returns run(serialized record, more tensors to add) -> preprocessed example."""
+    features = builder.info.features
+    encoded = {
+        key: tfds.decode.SkipDecoding()
+        for key, feature in features.items()
+        if isinstance(feature, tfds.features.Image)
+    }
+    apply = preprocess.parse(pp)
+
+    def run(record, extra):
+        return apply(features.deserialize_example(record, decoders=encoded) | extra)
+
+    return run
+
+
+def _map(ds: tf.data.Dataset, function, num_parallel_calls: int) -> tf.data.Dataset:
+    # Without AutoGraph, so that an error in the preprocessing string stays the one line it is.
+    function = tf.autograph.experimental.do_not_convert(function)
+    return ds.map(function, num_parallel_calls=num_parallel_calls, deterministic=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,1 @@
+"""The models. They know no device, gin file, dataset or distribution."""

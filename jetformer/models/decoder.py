@@ -1,0 +1,218 @@
+"""The decoder-only transformer: Gemma blocks (big_vision `models/ppp/gemma.py`).
+
+RMSNorm scaled by 1 + weight, rotary position embeddings that rotate halves, multi-query / grouped-query / multi-head
+attention, a gated tanh GELU. No biases. Dimensions: B batch, T query length, S key length, E width, N heads, K key/value
+heads, H head dimension.
+
+The key/value cache belongs to whoever decodes (`sampling/decode.py`): the decoder only writes and reads the tensors it
+is handed.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from jetformer.models import initializers
+
+RMS_NORM_EPS = 1e-6
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer, and where the tokens of this call go.
+
+    k, v: `[B, K, S, H]`, written in place.
+    start: position in S of the first token of the call.
+    """
+
+    k: Tensor
+    v: Tensor
+    start: int
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · (1 + weight) over the last dimension."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        del generator
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, 1 + self.weight, RMS_NORM_EPS)
+
+
+def rope_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[B, 1, T, H / 2]` of rotary embeddings at `positions` `[B, T]`."""
+    exponents = torch.arange(head_dim // 2, device=positions.device) * (2 / head_dim)
+    radians = positions[:, None, :, None] / 10_000**exponents
+    return radians.cos(), radians.sin()
+
+
+def apply_rope(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates the first half of `x` `[B, N, T, H]` against its second half."""
+    cos, sin = (a.to(x.dtype) for a in angles)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal or masked self-attention, `[B, T, E]` to `[B, T, E]`."""
+
+    def __init__(self, width: int, num_heads: int, num_kv_heads: int, head_dim: int):
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide by num_kv_heads {num_kv_heads}")
+        if head_dim % 2:
+            raise ValueError(f"head_dim {head_dim} is odd: rotary embeddings rotate its halves")
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.qkv = nn.Linear(width, (num_heads + 2 * num_kv_heads) * head_dim, bias=False)
+        self.out = nn.Linear(num_heads * head_dim, width, bias=False)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        initializers.lecun_normal_(self.qkv.weight, generator)
+        initializers.lecun_normal_(self.out.weight, generator)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, angles: tuple[Tensor, Tensor], cache: KVCache | None
+    ) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        if cache is not None:
+            end = cache.start + x.shape[1]
+            cache.k[:, :, cache.start : end] = k
+            cache.v[:, :, cache.start : end] = v
+            k, v = cache.k[:, :, : mask.shape[-1]], cache.v[:, :, : mask.shape[-1]]
+        y = F.scaled_dot_product_attention(
+            q,
+            k.to(q.dtype),
+            v.to(q.dtype),
+            attn_mask=None if mask is None else mask[:, None],
+            is_causal=mask is None,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class GatedMlp(nn.Module):
+    """linear(gelu(gate(x)) · up(x)), `[B, T, E]` to `[B, T, E]`."""
+
+    def __init__(self, width: int, mlp_dim: int):
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * mlp_dim, bias=False)
+        self.linear = nn.Linear(mlp_dim, width, bias=False)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        initializers.lecun_normal_(self.gate_up.weight, generator)
+        initializers.lecun_normal_(self.linear.weight, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.linear(F.gelu(gate, approximate="tanh") * up)
+
+
+class DecoderBlock(nn.Module):
+    """One pre-norm block, `[B, T, E]` to `[B, T, E]`."""
+
+    def __init__(
+        self,
+        width: int,
+        mlp_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dropout: float,
+    ):
+        super().__init__()
+        self.dropout = dropout
+        self.pre_attention_norm = RMSNorm(width)
+        self.attn = Attention(width, num_heads, num_kv_heads, head_dim)
+        self.pre_mlp_norm = RMSNorm(width)
+        self.mlp = GatedMlp(width, mlp_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        angles: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        y = self.attn(self.pre_attention_norm(x), mask, angles, cache)
+        x = x + F.dropout(y, self.dropout, self.training)
+        y = self.mlp(self.pre_mlp_norm(x))
+        return x + F.dropout(y, self.dropout, self.training)
+
+
+class Decoder(nn.Module):
+    """A stack of Gemma blocks without embedding, final norm or head.
+
+    Dropout, in training mode, draws from the default generator of the device, which the training loop seeds by step: it
+    is the one draw that recomputation under activation checkpointing has to repeat.
+
+    Args:
+      width: E.
+      depth: number of blocks.
+      mlp_dim: width of the gated MLP.
+      num_heads: query heads.
+      num_kv_heads: key/value heads: 1 is multi-query, `num_heads` multi-head, between them grouped-query attention.
+      head_dim: H, even.
+      dropout: probability of dropping an entry of what attention and MLP add.
+      activation_checkpointing: keep only each block's input for the backward pass and compute the rest anew.
+
+    Raises:
+      ValueError: if sizes do not divide.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        mlp_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dropout: float = 0.0,
+        activation_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.width, self.num_kv_heads, self.head_dim = width, num_kv_heads, head_dim
+        self.activation_checkpointing = activation_checkpointing
+        self.blocks = nn.ModuleList(
+            DecoderBlock(width, mlp_dim, num_heads, num_kv_heads, head_dim, dropout)
+            for _ in range(depth)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None,
+        positions: Tensor,
+        caches: list[KVCache] | None = None,
+    ) -> Tensor:
+        """Runs the blocks.
+
+        Args:
+          x: embedded tokens `[B, T, E]`.
+          mask: bool `[B, T, S]`, true where token T attends to token S; None for plain causal attention. Each row needs
+            one true entry.
+          positions: `[B, T]`, the tokens' positions for the rotary embeddings.
+          caches: one per block. S is then how much of the cache is attended to, this call's tokens included.
+
+        Returns:
+          `[B, T, E]`.
+        """
+        angles = rope_angles(positions, self.head_dim)
+        for i, block in enumerate(self.blocks):
+            cache = caches[i] if caches else None
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, angles, cache, use_reentrant=False)
+            else:
+                x = block(x, mask, angles, cache)
+        return x

@@ -1,0 +1,40 @@
+"""Weight initializers of flax, which the reference trains with.
+
+Every one fills `tensor` in place from `generator`, so that a model's initial weights are a function of a seed.
+A linear layer's weight is `[out, in]`, as in `torch.nn.Linear`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+# The standard deviation of a standard normal truncated to [-2, 2].
+_TRUNCATED_STD = 0.87962566103423978
+
+
+def lecun_normal_(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Truncated normal of variance 1 / fan_in (flax's default for `nn.Dense`, Gemma's for its matrices)."""
+    std = math.sqrt(1.0 / tensor.shape[1]) / _TRUNCATED_STD
+    return nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std, generator=generator)
+
+
+def xavier_uniform_(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform of variance 2 / (fan_in + fan_out)."""
+    return nn.init.xavier_uniform_(tensor, generator=generator)
+
+
+def normal_(tensor: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    """Normal of mean 0."""
+    return nn.init.normal_(tensor, std=std, generator=generator)
+
+
+def init_weights(module: nn.Module, generator: torch.Generator) -> None:
+    """Initializes a model: calls `init_weights(generator)` of every submodule that has one, in order of registration.
+
+    A model is built on the meta device, materialized with `to_empty`, then initialized here: no weight is drawn twice,
+    and none comes from the global generator.
+    """
+    for submodule in module.modules():
+        if hasattr(submodule, "init_weights"):
+            submodule.init_weights(generator)

@@ -1,0 +1,306 @@
+"""JetFormer: one decoder over text tokens and the soft tokens of a normalizing flow (arXiv 2411.19722).
+
+Numerics as in big_vision `models/proj/jetformer/jetformer.py`. Dimensions: B batch, H × W × C image, T text tokens, L
+image tokens, D dimensions of an image token that the decoder models, F dimensions factored out as Gaussian noise, E width,
+R vocabulary repeats.
+
+A sequence is `[bos, text, boi, image]` or `[boi, image, bos, text]`; without begin-of-image token `[bos, text, image]` or
+`[bos, image, text]`. The first modality is the prefix. The last token is cut off, and what stands at position i predicts
+token i + 1.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jetformer.models import initializers
+from jetformer.models.decoder import Decoder, RMSNorm
+from jetformer.models.mixture import MixtureHead, MultivariateHead
+from jetformer.models.patches import ImageShape
+
+# Which examples have the text first: a bool tensor [B], or one bool where the whole batch has the same order, which
+# saves building the other one.
+TextFirst = Tensor | bool
+
+
+class JetFormer(nn.Module):
+    """The model: patches, flow, embeddings, decoder, heads.
+
+    Args:
+      image_shape: (H, W, C) of the images.
+      patches: `Patchify` or `PatchPCA`, called with `image_shape`.
+      decoder: `Decoder`, called without arguments.
+      vocab_size: V, number of text tokens, those below included.
+      bos_id: token that begins a text.
+      boi_id: token that begins an image; None leaves it out.
+      nolabel_id: token that stands in the place of a dropped prefix.
+      flow: `Jet` or another invertible module, called with (rows, columns, channels) of the patches; None for none.
+      out_dim: D. The patches' other dimensions are factored out as standard Gaussian noise. None models all.
+      num_mixtures: K, components of the image head.
+      multivariate: use one Gaussian with full covariance instead; K is 1.
+      scale_tol: smallest scale of the image head.
+      head_dtype: "float32" or "bfloat16", what the image head multiplies in.
+      head_block: how many tokens' logits the image head holds at a time in training.
+      num_vocab_repeats: R, embed the text so many times with different embeddings (for class labels, whose text is one
+        token long).
+      causal_mask_on_prefix: if false, all of a sequence sees all of its prefix.
+      untie_output_vocab: give the text logits a matrix of their own instead of the text embedding.
+      per_modality_final_norm: one final norm for text and one for images.
+
+    Raises:
+      ValueError: if sizes do not fit.
+    """
+
+    def __init__(
+        self,
+        image_shape: ImageShape,
+        patches: Callable[[ImageShape], nn.Module],
+        decoder: Callable[[], Decoder],
+        vocab_size: int,
+        bos_id: int,
+        boi_id: int | None,
+        nolabel_id: int,
+        flow: Callable[[ImageShape], nn.Module] | None = None,
+        out_dim: int | None = None,
+        num_mixtures: int = 4,
+        multivariate: bool = False,
+        scale_tol: float = 1e-6,
+        head_dtype: str = "float32",
+        head_block: int = 256,
+        num_vocab_repeats: int = 1,
+        causal_mask_on_prefix: bool = True,
+        untie_output_vocab: bool = False,
+        per_modality_final_norm: bool = False,
+    ):
+        super().__init__()
+        for name, token in (("bos_id", bos_id), ("boi_id", boi_id), ("nolabel_id", nolabel_id)):
+            if token is not None and not 0 <= token < vocab_size:
+                raise ValueError(f"{name} {token} is not a token of a vocabulary of {vocab_size}")
+        if untie_output_vocab and num_vocab_repeats != 1:
+            raise ValueError("untie_output_vocab needs num_vocab_repeats = 1")
+        if multivariate and num_mixtures != 1:
+            raise ValueError(f"a multivariate head has one component, not num_mixtures = {num_mixtures}")
+        self.image_shape = tuple(image_shape)
+        self.vocab_size, self.num_vocab_repeats = vocab_size, num_vocab_repeats
+        self.bos_id, self.boi_id, self.nolabel_id = bos_id, boi_id, nolabel_id
+        self.causal_mask_on_prefix = causal_mask_on_prefix
+
+        self.patches = patches(image_shape)
+        self.num_image_tokens = self.patches.num_tokens
+        self.out_dim = out_dim or self.patches.dim
+        self.factored_dim = self.patches.dim - self.out_dim
+        if self.factored_dim < 0:
+            raise ValueError(f"out_dim {out_dim} is more than a patch's {self.patches.dim} dimensions")
+        self.flow = flow((*self.patches.grid, self.patches.dim)) if flow else None
+
+        self.decoder = decoder()
+        width = self.decoder.width
+        self.text_emb = nn.Embedding(vocab_size * num_vocab_repeats, width)
+        self.image_emb = nn.Linear(self.out_dim, width)
+        if multivariate:
+            self.image_head = MultivariateHead(width, self.out_dim, scale_tol, head_dtype)
+        else:
+            self.image_head = MixtureHead(
+                width, self.out_dim, num_mixtures, scale_tol, head_dtype, head_block
+            )
+        self.text_head = nn.Linear(width, vocab_size) if untie_output_vocab else None
+        self.final_norm = None if per_modality_final_norm else RMSNorm(width)
+        self.text_norm = RMSNorm(width) if per_modality_final_norm else nn.Identity()
+        self.image_norm = RMSNorm(width) if per_modality_final_norm else nn.Identity()
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        initializers.normal_(self.text_emb.weight, 1.0, generator)
+        initializers.lecun_normal_(self.image_emb.weight, generator)
+        nn.init.zeros_(self.image_emb.bias)
+        if self.text_head is not None:
+            initializers.normal_(self.text_head.weight, 1.0, generator)
+            nn.init.zeros_(self.text_head.bias)
+
+    # Images to soft tokens and back.
+
+    def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Image to soft tokens.
+
+        Args:
+          image: `[B, H, W, C]`, values in [-1, 1].
+
+        Returns:
+          Tokens `[B, L, D]`, factored-out dimensions `[B, L, F]`, log-determinants `[B]` in nats.
+        """
+        if image.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images have shape {tuple(image.shape[1:])}, the model is built for {self.image_shape}: resize them "
+                "in the preprocessing, or change JetFormer.image_shape"
+            )
+        tokens, logdet = self.patches(image)
+        if self.flow is not None:
+            latents, flow_logdet = self.flow(tokens.unflatten(1, self.patches.grid))
+            tokens, logdet = latents.flatten(1, 2), logdet + flow_logdet
+        tokens, factored = tokens.split((self.out_dim, self.factored_dim), dim=-1)
+        return tokens, factored, logdet
+
+    def decode_image(self, tokens: Tensor, factored: Tensor) -> Tensor:
+        """Tokens `[B, L, D]` and factored-out dimensions `[B, L, F]` to the image `[B, H, W, C]`, clipped to [-1, 1]."""
+        latents = torch.cat((tokens, factored), dim=-1)
+        if self.flow is not None:
+            latents, _ = self.flow.inverse(latents.unflatten(1, self.patches.grid))
+            latents = latents.flatten(1, 2)
+        return self.patches.inverse(latents)[0].clamp(-1.0, 1.0)
+
+    # Sequences.
+
+    def _embed_ids(self, ids: Tensor) -> Tensor:
+        """`[B, T]` to `[B, R · T, E]`."""
+        offsets = torch.arange(self.num_vocab_repeats, device=ids.device) * self.vocab_size
+        return self.text_emb((ids[:, None] + offsets[:, None]).flatten(1))
+
+    def _special(self, token: int, batch_size: int) -> Tensor:
+        """The embedding `[B, 1, E]` of one token."""
+        return self.text_emb.weight[token].expand(batch_size, 1, -1)
+
+    def embed(
+        self,
+        text: Tensor,
+        image_tokens: Tensor,
+        *,
+        text_first: TextFirst,
+        text_mask: Tensor | None = None,
+        drop_prefix: Tensor | None = None,
+        shift: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Embeds both modalities and lays them out as one sequence of S tokens.
+
+        Args:
+          text: `[B, T]`, token ids.
+          image_tokens: `[B, L, D]`; L may be 0.
+          text_first: which examples have the text first.
+          text_mask: bool `[B, T]`, true for valid tokens; None: all are.
+          drop_prefix: bool `[B]`, whether to put `nolabel_id` in the place of the prefix.
+          shift: cut off the last token, whose prediction has no target.
+
+        Returns:
+          Embeddings `[B, S, E]`; the attention mask, bool `[B, S, S]`, or None for plain causal attention; the tokens'
+          positions `[B, S]`, which count valid tokens only.
+        """
+        batch_size = len(text)
+        repeats = self.num_vocab_repeats
+        x_text, x_image = self._embed_ids(text), self.image_emb(image_tokens)
+        if isinstance(text_first, bool):
+            dropped_text = drop_prefix if text_first else None
+            dropped_image = None if text_first else drop_prefix
+        else:
+            dropped_text = None if drop_prefix is None else drop_prefix & text_first
+            dropped_image = None if drop_prefix is None else drop_prefix & ~text_first
+        if text_mask is not None:
+            text_mask = text_mask.repeat(1, repeats)
+        nolabel = self._embed_ids(text.new_full((1, text.shape[1] or 1), self.nolabel_id))
+        if dropped_text is not None and text.shape[1]:
+            x_text = torch.where(dropped_text[:, None, None], nolabel, x_text)
+            if text_mask is not None:  # a dropped text is always of full length
+                text_mask = text_mask | dropped_text[:, None]
+        if dropped_image is not None:
+            x_image = torch.where(dropped_image[:, None, None], nolabel[:, :1], x_image)
+
+        bos = self._special(self.bos_id, batch_size)
+        if self.boi_id is None:
+            orders = {True: (bos, x_text, x_image), False: (bos, x_image, x_text)}
+        else:
+            boi = self._special(self.boi_id, batch_size)
+            orders = {True: (bos, x_text, boi, x_image), False: (boi, x_image, bos, x_text)}
+        x = self._select(text_first, {k: torch.cat(parts, dim=1) for k, parts in orders.items()})
+        mask = self._input_mask(text_mask, batch_size, x_image.shape[1], text_first, x)
+        if shift:
+            x, mask = x[:, :-1], None if mask is None else mask[:, :-1]
+
+        length = x.shape[1]
+        index = torch.arange(length, device=x.device)
+        if mask is None:
+            positions = index.expand(batch_size, length)
+            if self.causal_mask_on_prefix:
+                return x, None, positions
+            mask = torch.ones_like(positions, dtype=torch.bool)
+        else:
+            positions = mask.cumsum(1) - 1
+        attention = (index[:, None] >= index).expand(batch_size, -1, -1)
+        if not self.causal_mask_on_prefix:
+            prefix_length = {True: x_text.shape[1], False: x_image.shape[1]}
+            in_prefix = {k: (index <= n).expand(batch_size, length) for k, n in prefix_length.items()}
+            attention = attention | self._select(text_first, in_prefix)[:, None]
+        return x, attention & mask[:, None], positions
+
+    @staticmethod
+    def _select(text_first: TextFirst, orders: dict[bool, Tensor]) -> Tensor:
+        """For each example the one of two tensors `[B, ...]` that its order of modalities asks for."""
+        if isinstance(text_first, bool):
+            return orders[text_first]
+        where = text_first.view(-1, *[1] * (orders[True].ndim - 1))
+        return torch.where(where, orders[True], orders[False])
+
+    def _input_mask(
+        self,
+        text_mask: Tensor | None,
+        batch_size: int,
+        image_length: int,
+        text_first: TextFirst,
+        x: Tensor,
+    ) -> Tensor | None:
+        """Which tokens of the sequence are valid, bool `[B, S]`; None: all are."""
+        if text_mask is None:
+            return None
+        special = 1 if self.boi_id is None else 2  # valid tokens around the text
+        valid = lambda n: torch.ones(batch_size, n, dtype=torch.bool, device=x.device)
+        orders = {
+            True: torch.cat((valid(1), text_mask, valid(special - 1 + image_length)), dim=1),
+            False: torch.cat((valid(special + image_length), text_mask), dim=1),
+        }
+        return self._select(text_first, orders)
+
+    def decode(self, x: Tensor, **kwargs) -> Tensor:
+        """The decoder and the final norm, unless each modality has its own; arguments as in `Decoder.forward`."""
+        x = self.decoder(x, **kwargs)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def forward(
+        self,
+        text: Tensor,
+        image_tokens: Tensor,
+        *,
+        text_first: TextFirst,
+        text_mask: Tensor | None = None,
+        drop_prefix: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states that predict the text and the image tokens; arguments as in `embed`.
+
+        Returns:
+          `[B, T, E]` for `text_logits` and `[B, L, E]` for `image_head`, normalized.
+        """
+        x, mask, positions = self.embed(
+            text,
+            image_tokens,
+            text_first=text_first,
+            text_mask=text_mask,
+            drop_prefix=drop_prefix,
+        )
+        x = self.decode(x, mask=mask, positions=positions)
+        text_length, image_length = text.shape[1], image_tokens.shape[1]
+        # What stands before a token predicts it, so a begin-of-image token shifts what follows it by one.
+        boi = 0 if self.boi_id is None else 1
+        image_start = self.num_vocab_repeats * text_length + boi
+        text_start = image_length + boi
+        text_hidden = {
+            True: x[:, :text_length],
+            False: x[:, text_start : text_start + text_length],
+        }
+        image_hidden = {True: x[:, image_start:], False: x[:, :image_length]}
+        return (
+            self.text_norm(self._select(text_first, text_hidden)),
+            self.image_norm(self._select(text_first, image_hidden)),
+        )
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[..., E]` to logits over the vocabulary `[..., R · V]`."""
+        if self.text_head is not None:
+            return self.text_head(hidden)
+        return F.linear(hidden, self.text_emb.weight)

@@ -1,0 +1,315 @@
+"""The image head: a density over soft tokens, as a mixture of Gaussians or one multivariate Gaussian.
+
+Dimensions: K mixtures, D token dimension, E width of the hidden states, P = K + 2·K·D numbers a token that describe a
+mixture. They lie as K weights, then K·D means, then K·D raw scales, so that each group is contiguous (the reference
+interleaves means and scales by mixture; `convert.py` maps between the two).
+
+P is large: 1024 mixtures of 128 dimensions are 263,168 numbers a token. `mixture_nll` therefore computes projection,
+likelihood and gradients together, a block of tokens at a time, and no path of training holds more.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+_LOG_2PI = math.log(2 * math.pi)
+
+
+def square_plus(x: Tensor) -> Tensor:
+    """(x + sqrt(x² + 4)) / 2, a positive function like softplus."""
+    return (x + (x.square() + 4).sqrt()) / 2
+
+
+class Mixture(NamedTuple):
+    """A mixture of K diagonal Gaussians for each token.
+
+    logits: `[..., K]`, unnormalized log-weights.
+    locs: `[..., K, D]`, means.
+    scales: `[..., K, D]`, standard deviations.
+    """
+
+    logits: Tensor
+    locs: Tensor
+    scales: Tensor
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density `[...]` in nats at `x` `[..., D]`."""
+        z = (x.unsqueeze(-2) - self.locs) / self.scales
+        components = -0.5 * (z.square() + _LOG_2PI).sum(-1) - self.scales.log().sum(-1)
+        return torch.logsumexp(self.logits.log_softmax(-1) + components, dim=-1)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One sample `[..., D]`: a component by its weight, then its Gaussian."""
+        device = self.logits.device
+        # Gumbel's trick picks a component without a loop over the batch and works on every device.
+        uniform = torch.rand(self.logits.shape, generator=generator, device=device)
+        gumbel = -(-uniform.clamp(min=torch.finfo(uniform.dtype).tiny).log()).log()
+        chosen = (self.logits + gumbel).argmax(-1)[..., None, None]
+        chosen = chosen.expand(*self.locs.shape[:-2], 1, self.locs.shape[-1])
+        loc, scale = (y.gather(-2, chosen).squeeze(-2) for y in (self.locs, self.scales))
+        return loc + scale * torch.randn(loc.shape, generator=generator, device=device)
+
+
+class MultivariateGaussian(NamedTuple):
+    """A Gaussian with full covariance for each token.
+
+    loc: `[..., D]`, mean.
+    scale: `[..., D, D]`, lower-triangular, with covariance scale · scaleᵀ.
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density `[...]` in nats at `x` `[..., D]`."""
+        z = torch.linalg.solve_triangular(self.scale, (x - self.loc).unsqueeze(-1), upper=False)
+        logdet = self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return -0.5 * (z.squeeze(-1).square() + _LOG_2PI).sum(-1) - logdet
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One sample `[..., D]`."""
+        noise = torch.randn(self.loc.shape, generator=generator, device=self.loc.device)
+        return self.loc + (self.scale @ noise.unsqueeze(-1)).squeeze(-1)
+
+
+def mixture_from_logits(
+    logits: Tensor,
+    num_mixtures: int,
+    scale_tol: float,
+    temperature_scales: float = 1.0,
+    temperature_probs: float = 1.0,
+) -> Mixture:
+    """Reads a mixture off the head's numbers.
+
+    Args:
+      logits: `[..., P]`.
+      num_mixtures: K.
+      scale_tol: smallest standard deviation.
+      temperature_scales: multiplies the standard deviations.
+      temperature_probs: multiplies the log-weights (so above 1 sharpens, as in the reference).
+    """
+    k = num_mixtures
+    d = (logits.shape[-1] - k) // (2 * k)
+    weights, locs, raw_scales = logits.split((k, k * d, k * d), dim=-1)
+    scales = square_plus(raw_scales).clamp(min=scale_tol) * temperature_scales
+    return Mixture(weights * temperature_probs, locs.unflatten(-1, (k, d)), scales.unflatten(-1, (k, d)))
+
+
+class _MixtureNLL(torch.autograd.Function):
+    """Weighted sum of the tokens' negative log-likelihoods, with all gradients computed in the forward pass.
+
+    The backward pass would need the logits again; as the sum's gradient for each token is known beforehand (its weight),
+    a block's logits are turned into their gradients in place and multiplied into the gradients of hidden states, weight
+    and bias before the next block begins.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, token_weight, num_mixtures, scale_tol, block):
+        needs = ctx.needs_input_grad[:4]
+        k, d = num_mixtures, target.shape[-1]
+        nll = target.new_empty(len(target))
+        grad_hidden = torch.empty_like(hidden) if needs[0] else None
+        grad_weight = torch.zeros_like(weight) if needs[1] else None
+        grad_bias = torch.zeros_like(bias) if needs[2] else None
+        grad_target = torch.empty_like(target) if needs[3] else None
+        # A scale of at least scale_tol is a raw scale of at least this.
+        raw_min = scale_tol - 1 / scale_tol
+        for start in range(0, len(target), block):
+            rows = slice(start, start + block)
+            h, x, w = hidden[rows], target[rows], token_weight[rows]
+            logits = torch.addmm(bias, h, weight.t()).to(target.dtype)
+            weights, m, r = logits.split((k, k * d, k * d), dim=-1)
+            m, r = m.unflatten(-1, (k, d)), r.unflatten(-1, (k, d))
+            # In the comments, s is the scale and z = (x - mean) / s. With q = sqrt(r² + 4): 1 / s = (q - r) / 2 and
+            # ds / dr = s / q. The halves wait for the sums over D.
+            clamped = r < raw_min
+            r.clamp_(min=raw_min)
+            q = torch.addcmul(r.new_full((), 4.0), r, r).sqrt_()
+            torch.sub(q, r, out=r)  # r = 2 / s
+            torch.sub(x.unsqueeze(1), m, out=m).mul_(r)  # m = 2 z
+            t = torch.addcmul(r.log(), m, m, value=-0.125)
+            log_weights = weights.log_softmax(-1)
+            joint = log_weights + t.sum(-1).sub_(d * (math.log(2) + 0.5 * _LOG_2PI))
+            log_prob = torch.logsumexp(joint, dim=-1)
+            nll[rows] = -log_prob
+            if not any(needs):
+                continue
+            posterior = (joint - log_prob.unsqueeze(-1)).exp_().mul_(w.unsqueeze(-1))
+            torch.sub(log_weights.exp_().mul_(w.unsqueeze(-1)), posterior, out=weights)
+            # d nll / d mean = -posterior · z / s and d nll / d raw scale = -posterior · (z² - 1) / q
+            posterior = posterior.unsqueeze(-1)
+            torch.addcmul(r.new_full((), -1.0), m, m, value=0.25, out=t).div_(q)
+            m.mul_(r).mul_(posterior * -0.25)
+            torch.mul(t, -posterior, out=r)
+            r.masked_fill_(clamped, 0.0)
+            if needs[3]:
+                torch.sum(m, 1, out=grad_target[rows]).neg_()
+            logits = logits.to(weight.dtype)
+            if needs[0]:
+                grad_hidden[rows] = logits @ weight
+            if needs[1]:
+                grad_weight.addmm_(logits.t(), h)
+            if needs[2]:
+                grad_bias.add_(logits.sum(0))
+        ctx.grads = (grad_hidden, grad_weight, grad_bias, grad_target)
+        ctx.mark_non_differentiable(nll)
+        return (nll * token_weight).sum(), nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_sum, _):
+        grads = (g if g is None else g.mul_(grad_sum) for g in ctx.grads)
+        return *grads, None, None, None, None
+
+
+def mixture_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    token_weight: Tensor,
+    *,
+    num_mixtures: int,
+    scale_tol: float,
+    block: int,
+) -> tuple[Tensor, Tensor]:
+    """Projects hidden states to mixtures and scores tokens under them, `block` tokens at a time.
+
+    Equal to `mixture_from_logits(F.linear(hidden, weight, bias), ...).log_prob(target)`, for one pass over the tokens in
+    training instead of two, and memory for `block` tokens' logits.
+
+    Args:
+      hidden: `[T, E]`.
+      weight: `[P, E]`.
+      bias: `[P]`.
+      target: `[T, D]`.
+      token_weight: `[T]`, the factor of each token in the sum; no gradient flows to it.
+      num_mixtures: K.
+      scale_tol: smallest standard deviation.
+      block: how many tokens at a time.
+
+    Returns:
+      The weighted sum of negative log-likelihoods in nats, to differentiate; and they themselves `[T]`, which no gradient
+      flows through.
+    """
+    tensors = (hidden, weight, bias, target)
+    if not torch.is_grad_enabled():
+        tensors = (x.detach() for x in tensors)  # else the forward pass would compute gradients
+    return _MixtureNLL.apply(*tensors, token_weight.detach(), num_mixtures, scale_tol, block)
+
+
+class MixtureHead(nn.Module):
+    """Hidden states to a mixture of K diagonal Gaussians over tokens of D dimensions.
+
+    Args:
+      width: E.
+      dim: D.
+      num_mixtures: K.
+      scale_tol: smallest standard deviation.
+      dtype: "float32", or "bfloat16" to multiply in it; the likelihood is computed in float32 either way.
+      block: how many tokens' logits training holds at a time.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        dim: int,
+        num_mixtures: int,
+        scale_tol: float = 1e-6,
+        dtype: str = "float32",
+        block: int = 256,
+    ):
+        super().__init__()
+        self.num_mixtures, self.scale_tol, self.block = num_mixtures, scale_tol, block
+        self.dtype = _head_dtype(dtype)
+        self.linear = nn.Linear(width, num_mixtures * (1 + 2 * dim))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        del generator
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor, target: Tensor, token_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores tokens.
+
+        Args:
+          hidden: `[B, L, E]`.
+          target: `[B, L, D]`.
+          token_weight: `[B, L]`, the factor of each token in the sum.
+
+        Returns:
+          The weighted sum of negative log-likelihoods in nats, and they themselves `[B, L]` without gradient.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            total, nll = mixture_nll(
+                self._cast(hidden.flatten(0, 1), target),
+                self._cast(self.linear.weight, target),
+                self._cast(self.linear.bias, target),
+                target.flatten(0, 1),
+                token_weight.flatten(),
+                num_mixtures=self.num_mixtures,
+                scale_tol=self.scale_tol,
+                block=self.block,
+            )
+        return total, nll.unflatten(0, target.shape[:2])
+
+    def _cast(self, x: Tensor, like: Tensor) -> Tensor:
+        return x.to(self.dtype if self.dtype is torch.bfloat16 else like.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[..., E]` to `[..., P]`, in float32 (or float64)."""
+        linear = self.linear
+        with torch.autocast(hidden.device.type, enabled=False):
+            y = F.linear(*(self._cast(x, linear.weight) for x in (hidden, linear.weight, linear.bias)))
+        return y.to(linear.weight.dtype)
+
+    def distribution(self, logits: Tensor, **temperatures: float) -> Mixture:
+        """The mixture that `logits` `[..., P]` describe; see `mixture_from_logits`."""
+        return mixture_from_logits(logits, self.num_mixtures, self.scale_tol, **temperatures)
+
+
+class MultivariateHead(nn.Module):
+    """Hidden states to one Gaussian with a full lower-triangular scale, `[..., E]` to D² + D numbers a token.
+
+    Args:
+      width: E.
+      dim: D.
+      scale_tol: smallest diagonal entry of the scale.
+      dtype: as in `MixtureHead`.
+    """
+
+    def __init__(self, width: int, dim: int, scale_tol: float = 1e-6, dtype: str = "float32"):
+        super().__init__()
+        self.dim, self.scale_tol = dim, scale_tol
+        self.dtype = _head_dtype(dtype)
+        self.linear = nn.Linear(width, dim * dim + dim)
+
+    init_weights = MixtureHead.init_weights
+    _cast = MixtureHead._cast
+    logits = MixtureHead.logits
+
+    def forward(self, hidden: Tensor, target: Tensor, token_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """As `MixtureHead.forward`."""
+        nll = -self.distribution(self.logits(hidden)).log_prob(target)
+        return (nll * token_weight).sum(), nll.detach()
+
+    def distribution(
+        self, logits: Tensor, temperature_scales: float = 1.0, temperature_probs: float = 1.0
+    ) -> "MultivariateGaussian":
+        """The Gaussian that `logits` `[..., D² + D]` describe; `temperature_scales` multiplies its scale."""
+        del temperature_probs  # there is one component
+        scales, locs = logits.split((self.dim**2, self.dim), dim=-1)
+        scales = square_plus(scales.unflatten(-1, (self.dim, self.dim)))
+        smallest = self.scale_tol * torch.eye(self.dim, dtype=scales.dtype, device=scales.device)
+        scales = torch.maximum(scales, smallest).tril() * temperature_scales
+        return MultivariateGaussian(locs, scales)
+
+
+def _head_dtype(name: str) -> torch.dtype:
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"head dtype {name!r} is neither float32 nor bfloat16")
+    return getattr(torch, name)

@@ -1,0 +1,174 @@
+"""Images to sequences of patch vectors and back: plain patches, and patches in a PCA basis.
+
+Dimensions: B batch, H × W × C image, L tokens, D token dimension. Both classes are invertible maps with
+`forward(x) -> (tokens, logdet)` and `inverse(tokens) -> (x, logdet)`, side by side.
+"""
+
+import math
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+ImageShape = tuple[int, int, int]
+
+
+class Patchify(nn.Module):
+    """Cuts an image into non-overlapping square patches.
+
+    Args:
+      image_shape: (H, W, C) of one image.
+      patch_size: side of a patch in pixels.
+
+    Raises:
+      ValueError: if the image's sides do not divide by the patch size.
+    """
+
+    def __init__(self, image_shape: ImageShape, patch_size: int):
+        super().__init__()
+        height, width, channels = image_shape
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"image of {height} × {width} pixels does not divide into patches of {patch_size}: "
+                "choose another patch_size or resize the images"
+            )
+        self.patch_size = patch_size
+        self.grid = (height // patch_size, width // patch_size)
+        self.num_tokens = self.grid[0] * self.grid[1]
+        self.dim = patch_size * patch_size * channels
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, H, W, C]` to tokens `[B, L, D]` and log-determinants `[B]` (zero: a permutation)."""
+        p = self.patch_size
+        return rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p), x.new_zeros(len(x))
+
+    def inverse(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, L, D]` to the image `[B, H, W, C]` and log-determinants `[B]`."""
+        p = self.patch_size
+        x = rearrange(
+            tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=self.grid[0], w=self.grid[1], p=p, q=p
+        )
+        return x, tokens.new_zeros(len(tokens))
+
+
+class PatchPCA(nn.Module):
+    """Patches in the basis of a PCA fitted to a dataset (big_vision `models/proj/jetformer/patch_pca.py`).
+
+    Args:
+      image_shape: (H, W, C) of one image.
+      patch_size: side of a patch in pixels.
+      path: the `.npz` that `save` writes (scikit-learn's names: `components_`, `explained_variance_`, `mean_`), read
+        by `init_weights`. None where the buffers come from a checkpoint.
+      whiten: divide each component by its standard deviation.
+      depth_to_seq: cut each patch's vector into this many tokens, which makes the sequence as many times longer.
+      num_components: how many components to keep; None keeps all. With fewer the map is not invertible, and a
+        likelihood on its codes is not one on pixels.
+
+    Raises:
+      ValueError: if sizes do not divide, or the file holds a PCA of another size.
+    """
+
+    def __init__(
+        self,
+        image_shape: ImageShape,
+        patch_size: int,
+        path: str | None = None,
+        whiten: bool = True,
+        depth_to_seq: int = 1,
+        num_components: int | None = None,
+    ):
+        super().__init__()
+        self.patchify = Patchify(image_shape, patch_size)
+        num_components = num_components or self.patchify.dim
+        if num_components % depth_to_seq:
+            raise ValueError(
+                f"{num_components} PCA components do not divide by depth_to_seq {depth_to_seq}"
+            )
+        self.path, self.whiten, self.depth_to_seq = path, whiten, depth_to_seq
+        self.grid = (depth_to_seq * self.patchify.grid[0], self.patchify.grid[1])
+        self.num_tokens = depth_to_seq * self.patchify.num_tokens
+        self.dim = num_components // depth_to_seq
+        self.register_buffer("components", torch.empty(num_components, self.patchify.dim))
+        self.register_buffer("explained_variance", torch.empty(num_components))
+        self.register_buffer("mean", torch.empty(self.patchify.dim))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        del generator
+        if self.path is None:
+            raise ValueError("PatchPCA has no path: fit one with patches.fit_pca and patches.save_pca")
+        with np.load(self.path, allow_pickle=False) as pca:
+            for name, buffer in self.named_buffers(recurse=False):
+                value = torch.from_numpy(pca[f"{name}_"])
+                if value.shape != buffer.shape:
+                    raise ValueError(
+                        f"{self.path}: {name}_ has shape {tuple(value.shape)}, but patches of "
+                        f"{self.patchify.patch_size} pixels and these components need {tuple(buffer.shape)}"
+                    )
+                buffer.copy_(value)
+
+    def _std(self) -> Tensor:
+        std = self.explained_variance.sqrt()
+        return std.clamp(min=torch.finfo(std.dtype).eps) if self.whiten else torch.ones_like(std)
+
+    def _logdet(self, x: Tensor) -> Tensor:
+        logdet = -self.patchify.num_tokens * self._std().log().sum()
+        return logdet.to(x.dtype).expand(len(x))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, H, W, C]` to codes `[B, L, D]` and log-determinants `[B]` in nats."""
+        patches, _ = self.patchify(x)
+        codes = (patches - self.mean) @ self.components.T / self._std()
+        codes = rearrange(codes, "b s (f d) -> b (f s) d", f=self.depth_to_seq)
+        return codes, self._logdet(x)
+
+    def inverse(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes `[B, L, D]` to the image `[B, H, W, C]` (not clipped) and log-determinants `[B]`."""
+        y = rearrange(codes, "b (f s) d -> b s (f d)", f=self.depth_to_seq)
+        x, _ = self.patchify.inverse((y * self._std()) @ self.components + self.mean)
+        return x, -self._logdet(codes)
+
+
+def fit_pca(images, patch_size: int, num_components: int | None = None):
+    """Fits scikit-learn's PCA to all patches of a dataset, a batch at a time.
+
+    Args:
+      images: iterable of uint8 batches `[B, H, W, C]`.
+      patch_size: side of a patch in pixels.
+      num_components: how many to keep; None keeps all.
+
+    Returns:
+      A fitted `sklearn.decomposition.IncrementalPCA` over pixel values in [-1, 1].
+    """
+    from sklearn.decomposition import IncrementalPCA
+
+    pca = IncrementalPCA(n_components=num_components)
+    rows, count = [], 0
+    for batch in images:
+        x = torch.from_numpy(np.asarray(batch)).double() / 127.5 - 1
+        patches, _ = Patchify(tuple(x.shape[1:]), patch_size)(x)
+        rows.append(patches.flatten(0, 1).numpy())
+        count += len(rows[-1])
+        # partial_fit needs at least as many rows as components; what is left joins the last call.
+        if count >= 8 * math.prod(x.shape[3:]) * patch_size**2:
+            pca.partial_fit(np.concatenate(rows))
+            rows, count = [], 0
+    if rows:
+        rest = np.concatenate(rows)
+        if len(rest) < rest.shape[1]:
+            raise ValueError(
+                f"{len(rest)} patches left over are too few to fit a PCA of {rest.shape[1]} dimensions: "
+                "give more images, or batches that divide their number"
+            )
+        pca.partial_fit(rest)
+    return pca
+
+
+def save_pca(pca, path: str) -> None:
+    """Writes a fitted scikit-learn PCA as the `.npz` that `PatchPCA.path` names."""
+    np.savez(
+        path,
+        components_=pca.components_.astype(np.float32),
+        explained_variance_=pca.explained_variance_.astype(np.float32),
+        mean_=pca.mean_.astype(np.float32),
+    )

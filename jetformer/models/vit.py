@@ -1,0 +1,118 @@
+"""The ViT encoder that Jet's couplings predict with (big_vision `models/vit.py`).
+
+Pre-norm blocks, tanh GELU and LayerNorm with epsilon 1e-6, as flax has them. Dimensions: B batch, N tokens, M context
+tokens, E embedding.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jetformer.models import initializers
+
+LAYER_NORM_EPS = 1e-6  # flax's; PyTorch's is 1e-5
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    """`[B, N, E]` to `[B, heads, N, E / heads]`."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with biases, `[B, N, E]` to `[B, N, E]`."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"ViT width {width} does not divide by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        for third in self.qkv.weight.chunk(3):  # the reference has three matrices
+            initializers.xavier_uniform_(third, generator)
+        initializers.xavier_uniform_(self.out.weight, generator)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (_heads(y, self.num_heads) for y in self.qkv(x).chunk(3, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from `[B, N, E]` to a context `[B, M, context_dim]`; zero at initialization."""
+
+    def __init__(self, width: int, num_heads: int, context_dim: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(context_dim, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        initializers.lecun_normal_(self.query.weight, generator)
+        initializers.lecun_normal_(self.key_value.weight, generator)
+        nn.init.zeros_(self.out.weight)
+        for linear in (self.query, self.key_value, self.out):
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = _heads(self.query(x), self.num_heads)
+        k, v = (_heads(y, self.num_heads) for y in self.key_value(context).chunk(2, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around a tanh GELU, four times as wide inside."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        for linear in (self.fc1, self.fc2):
+            initializers.xavier_uniform_(linear.weight, generator)
+            initializers.normal_(linear.bias, 1e-6, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class EncoderBlock(nn.Module):
+    """One pre-norm block, `[B, N, E]` to `[B, N, E]`."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attn = SelfAttention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Encoder(nn.Module):
+    """`depth` blocks and a final LayerNorm, `[B, N, E]` to `[B, N, E]`."""
+
+    def __init__(self, depth: int, width: int, num_heads: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(EncoderBlock(width, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        del generator
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)

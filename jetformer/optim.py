@@ -1,0 +1,180 @@
+"""Optimizer, schedules, noise curriculum, exponential moving average.
+
+As big_vision has them (`optax.py`, `utils.py`): a schedule is a factor of the learning rate and of the weight decay, and
+the weight decay is not multiplied by the learning rate.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def to_steps(
+    name: str,
+    amounts: dict[str, float | None],
+    *,
+    total_steps: int | None = None,
+    batch_size: int | None = None,
+    data_size: int | None = None,
+    default: int | None = None,
+) -> int:
+    """A duration in steps, given in one of four units.
+
+    Args:
+      name: what it is the duration of, for messages.
+      amounts: {"steps": ..., "examples": ..., "epochs": ..., "percent": ...}; at most one is not None. Percent is a
+        fraction in [0, 1] of total_steps.
+      total_steps: for percent.
+      batch_size: examples a step, for examples and epochs.
+      data_size: examples an epoch, for epochs.
+      default: what it is if none is given.
+
+    Raises:
+      ValueError: if none is given and there is no default, or more than one, or a unit that cannot be converted.
+    """
+    given = {unit: amount for unit, amount in amounts.items() if amount is not None}
+    if len(given) > 1:
+        raise ValueError(f"{name} is given in {' and in '.join(given)}: give one")
+    if not given:
+        if default is None:
+            raise ValueError(f"{name} is missing: give {name}_{f', {name}_'.join(amounts)}")
+        return default
+    ((unit, amount),) = given.items()
+    if amount < 0:
+        raise ValueError(f"{name}_{unit} = {amount} is negative")
+    if unit == "steps":
+        return round(amount)
+    if unit == "percent":
+        if amount > 1:
+            raise ValueError(f"{name}_percent = {amount} is a fraction of the total: at most 1")
+        steps = amount * total_steps
+    elif unit == "examples":
+        steps = amount / batch_size
+    else:
+        steps = amount * data_size / batch_size
+    # What is asked for takes a step at least, but nothing at all takes none.
+    return max(round(steps), 1) if amount else 0
+
+
+def make_schedule(
+    total_steps: int,
+    batch_size: int,
+    data_size: int,
+    decay_type: str = "cosine",
+    warmup_steps: int | None = None,
+    warmup_examples: int | None = None,
+    warmup_epochs: float | None = None,
+    warmup_percent: float | None = None,
+    cooldown_steps: int | None = None,
+    cooldown_examples: int | None = None,
+    cooldown_epochs: float | None = None,
+    cooldown_percent: float | None = None,
+    timescale: float = 10_000,
+    shift: float = 0,
+    power: float = 1,
+    linear_end: float = 0,
+):
+    """A learning-rate schedule: `step -> factor`.
+
+    Args:
+      total_steps: length of training.
+      batch_size: examples a step.
+      data_size: examples an epoch.
+      decay_type: "cosine", "rsqrt", "linear" (of `power`, to `linear_end`) or "constant".
+      warmup_*: length of the linear warm-up from 0, in steps, examples, epochs or as a fraction of total_steps.
+      cooldown_*: length of the linear cool-down to 0, likewise.
+      timescale, shift: of rsqrt, 1 / sqrt(1 + (step - warmup + shift) / timescale).
+
+    Raises:
+      ValueError: if durations do not fit or the decay type is unknown.
+    """
+    units = {"total_steps": total_steps, "batch_size": batch_size, "data_size": data_size, "default": 0}
+    amounts = lambda *values: dict(zip(("steps", "examples", "epochs", "percent"), values, strict=True))
+    warmup = to_steps(
+        "warmup", amounts(warmup_steps, warmup_examples, warmup_epochs, warmup_percent), **units
+    )
+    cooldown = to_steps(
+        "cooldown", amounts(cooldown_steps, cooldown_examples, cooldown_epochs, cooldown_percent), **units
+    )
+    if decay_type not in ("cosine", "rsqrt", "linear", "constant"):
+        raise ValueError(f"unknown decay_type {decay_type!r}: one of cosine, rsqrt, linear, constant")
+    if total_steps > 1 and warmup >= total_steps:
+        raise ValueError(f"a warm-up of {warmup} steps does not fit into {total_steps} steps of training")
+
+    def schedule(step: int) -> float:
+        progress = min(max((step - warmup) / max(total_steps - warmup, 1), 0.0), 1.0)
+        factor = 1.0
+        if decay_type == "linear":
+            factor = linear_end + (1 - linear_end) * (1 - progress) ** power
+        elif decay_type == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * progress))
+        elif decay_type == "rsqrt" and step >= warmup:
+            factor = 1 / math.sqrt(1 + (step - warmup + shift) / timescale)
+        if warmup:
+            factor *= min(1.0, step / warmup)
+        if cooldown:
+            factor *= min(1.0, (total_steps - step) / cooldown)
+        return factor
+
+    return schedule
+
+
+def noise_curriculum(step: int, total_steps: int, noise_scale: float, noise_min: float = 0.0) -> float:
+    """Standard deviation of the RGB noise at a step, in 8-bit pixel values: a half cosine from `noise_scale` to
+    `noise_min` (JetFormer, section 3.3)."""
+    return noise_min + (noise_scale - noise_min) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+
+
+def decayed_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What weight decay applies to: the matrices of linear layers (attention, MLPs, projections, heads). Not embeddings,
+    position embeddings, norms or biases."""
+    return [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+
+
+def make_optimizer(
+    model: nn.Module,
+    lr: float = 1e-3,
+    wd: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+) -> torch.optim.AdamW:
+    """Adam with weight decay decoupled from the gradient and from the learning rate.
+
+    An update is `-schedule · (lr · adam + wd · parameter)`. Each step sets a group's `lr` to `schedule · lr`; as
+    `torch.optim.AdamW` multiplies its weight decay by that, the group's weight decay is `wd / lr`.
+
+    Args:
+      model: the model.
+      lr: learning rate at a factor of 1.
+      wd: weight decay a step at a factor of 1.
+      b1, b2, eps: of Adam.
+    """
+    decayed = decayed_parameters(model)
+    ids = {id(p) for p in decayed}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    groups = [
+        {"params": decayed, "weight_decay": wd / lr, "base_lr": lr},
+        {"params": rest, "weight_decay": 0.0, "base_lr": lr},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(b1, b2), eps=eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets every group's learning rate to `factor` times its base."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["base_lr"]
+
+
+@torch.no_grad()
+def global_norm(tensors) -> Tensor:
+    """Euclidean norm of all tensors together."""
+    return torch.nn.utils.get_total_norm(tensors)
+
+
+@torch.no_grad()
+def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    """ema ← decay · ema + (1 - decay) · parameter, in place, for every parameter by name."""
+    parameters = dict(model.named_parameters())
+    torch._foreach_lerp_(list(ema.values()), [parameters[name] for name in ema], 1 - decay)

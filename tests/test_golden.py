@@ -1,0 +1,263 @@
+"""The numerics equal those of independent implementations, for every file of the golden directory.
+
+The kinds of files and what they hold: tests/golden/README.md. `preprocess*` is in tests/data/test_preprocess.py.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+import torch
+from golden_files import Golden, assert_gradients, assert_log, assert_output, paths
+
+from jetformer import optim
+from jetformer.convert import from_big_vision, image_head_order
+from jetformer.models.decoder import Decoder
+from jetformer.models.jet import Jet
+from jetformer.models.jetformer import JetFormer
+from jetformer.models.mixture import MixtureHead, mixture_from_logits
+from jetformer.models.patches import Patchify, PatchPCA
+from jetformer.objectives import JetFormerObjective, JetObjective
+from jetformer.sampling.decode import ImageDecoder
+
+
+def golden(*patterns):
+    """Parametrizes a test over the golden files of some kinds."""
+    files = [path for pattern in patterns for path in paths(pattern)]
+    return pytest.mark.parametrize("file", [Golden(p) for p in files], ids=[p.stem for p in files])
+
+
+def load(model, params):
+    model.load_state_dict(from_big_vision(params, model))
+    return model
+
+
+def jet_from_config(config, input_shape, context_dim=None):
+    return Jet(tuple(input_shape), context_dim=context_dim, **config)
+
+
+def jetformer_from_config(config, image_shape=None, patch_size=1, flow=None):
+    """A JetFormer of a big_vision model configuration; without an image shape, one whose tokens are its pixels."""
+    backbone = ("width", "depth", "mlp_dim", "num_heads", "num_kv_heads", "head_dim", "dropout")
+    # Not of the model: how big_vision runs its layers, and what our objective draws.
+    elsewhere = ("scan", "remat_policy", "drop_labels_probability", "norm_eps")
+    rest = {k: v for k, v in config.items() if k not in backbone + elsewhere}
+    return JetFormer(
+        image_shape=image_shape or (1, 1, config["out_dim"]),
+        patches=functools.partial(Patchify, patch_size=patch_size),
+        flow=flow,
+        decoder=functools.partial(Decoder, **{k: config[k] for k in backbone if k in config}),
+        **rest,
+    ).eval()
+
+
+def head_order(model):
+    """Positions of the image head's outputs in the reference's."""
+    head = model.image_head
+    if isinstance(head, MixtureHead):
+        return image_head_order(head.num_mixtures, model.out_dim)
+    return torch.arange(head.linear.out_features)
+
+
+@golden("jet_")
+def test_jet(file):
+    inputs, expected = file.tensors("in"), file.tensors("out")
+    x, context = inputs["x"], inputs.get("context")
+    context_dim = None if context is None else context.shape[-1]
+    model = load(jet_from_config(file.config, x.shape[1:], context_dim), file.numpy("params"))
+
+    z, logdet = model(x, context)
+    assert_output(z, expected["z"])
+    assert_log(logdet, expected["logdet"])
+    x_reconstructed, inverse_logdet = model.inverse(expected["z"], context)
+    assert_output(x_reconstructed, expected["x_reconstructed"])
+    assert_log(inverse_logdet, expected["inverse_logdet"])
+
+    loss, _, per_example = JetObjective(dequantize=False).score(model, x, context)
+    assert_output(per_example["nll_image"], expected["bits_per_dim"])
+    loss.backward()
+    gradients = {k: v for k, v in file.numpy("out/grad").items() if "FREEZE_ME" not in k}
+    assert_gradients(model, from_big_vision(gradients, model))
+
+
+@golden("model_")
+def test_model(file):
+    inputs, expected = file.tensors("in"), file.tensors("out")
+    model = load(jetformer_from_config(file.config), file.numpy("params"))
+
+    text_hidden, image_hidden = model(
+        inputs["text"],
+        inputs["image_tokens"],
+        text_first=inputs["text_first"],
+        text_mask=inputs["text_mask"],
+        drop_prefix=inputs.get("drop_prefix"),
+    )
+    assert_output(model.text_logits(text_hidden), expected["text_logits"])
+    image_logits = model.image_head.logits(image_hidden)
+    assert_output(image_logits, expected["image_logits"][..., head_order(model)])
+    log_prob = model.image_head.distribution(image_logits).log_prob(inputs["image_tokens"])
+    assert_log(log_prob, expected["image_log_prob"])
+    _, nll = model.image_head(image_hidden, inputs["image_tokens"], torch.ones(log_prob.shape))
+    assert_log(-nll, expected["image_log_prob"])
+
+
+@golden("decode_cached")
+def test_decode_cached(file):
+    inputs, expected = file.tensors("in"), file.tensors("out")
+    model = load(jetformer_from_config(file.config), file.numpy("params"))
+    tokens = inputs["forced_image_tokens"]
+    decoder = ImageDecoder(model, inputs["text"], inputs["text_mask"], num_tokens=tokens.shape[1])
+    with torch.no_grad():
+        logits = [model.image_head.logits(decoder.prefill())]
+        logits += [model.image_head.logits(decoder.step(token)) for token in tokens[:, :-1].unbind(1)]
+    expected = expected["image_logits"][..., head_order(model)]
+    assert_output(torch.stack(logits, dim=1), expected)
+
+
+def objective_from_config(config):
+    return JetFormerObjective(
+        loss_on_prefix=config["loss_on_prefix"],
+        text_loss_weight=config["text_loss_weight"],
+        input_noise_std=config["input_noise_std"],
+        rgb_noise_on_image_prefix=config["rgb_noise_on_image_prefix"],
+        stop_grad_image_prefix=config["stop_grad_nvp_prefix"],
+        dequantize=config["add_dequant_noise"],
+    )
+
+
+def objective_inputs(file):
+    """Model, batch and draws of an `objective_*` file."""
+    config, inputs = file.config, file.tensors("in")
+    flow = functools.partial(Jet, **config["adaptor"]) if config["adaptor"] else None
+    model = jetformer_from_config(
+        config["model"],
+        tuple(inputs["image_uint8"].shape[1:]),
+        config["patch_pca"]["patch_size"],
+        flow,
+    )
+    load(model, file.numpy("params"))
+    batch = {k: inputs[k] for k in ("text", "text_mask", "text_loss")}
+    batch["image"] = inputs["image_uint8"]
+    draws = {k: inputs[k] for k in ("text_first", "drop_prefix")}
+    return model, batch, draws | file.tensors("in/draw")
+
+
+@golden("objective_")
+def test_objective(file):
+    config, expected = file.config, file.tensors("out")
+    model, batch, draws = objective_inputs(file)
+    assert model.factored_dim == config["latent_noise_dim"]
+    loss, _, per_example = objective_from_config(config)(
+        model, batch, draws, noise_scale=config["noise_scale"]
+    )
+    assert_output(per_example["nll_image"], expected["nll_image_per_example"])
+    assert_output(per_example["nll_image_tokens"], expected["nll_image_tokens_per_example"])
+    assert_output(per_example["logdet"], expected["logdet_per_example"])
+    assert_output(per_example["nll_text"], expected["nll_text_per_example"])
+    assert_output(loss, expected["loss"])
+    if gradients := file.numpy("out/grad"):  # a file of evaluation has none
+        loss.backward()
+        gradients = {k: v for k, v in gradients.items() if "FREEZE_ME" not in k}
+        assert_gradients(model, from_big_vision(gradients, model))
+
+
+@golden("objective_")
+def test_one_order_of_modalities(file):
+    """A batch in which all texts come first gives the same loss when a bool says so instead of a tensor."""
+    model, batch, draws = objective_inputs(file)
+    objective = objective_from_config(file.config)
+    draws["text_first"] = torch.ones_like(draws["text_first"])
+    noise_scale = file.config["noise_scale"]
+    expected, *_ = objective(model, batch, draws, noise_scale=noise_scale)
+    del draws["text_first"]
+    objective = dataclasses.replace(objective, text_prefix_prob=1.0)
+    loss, *_ = objective(model, batch, draws, noise_scale=noise_scale)
+    assert_output(loss, expected, 1e-6)
+
+
+@golden("objective_")
+def test_trajectory(file):
+    expected = file.tensors("out/trajectory")
+    if not expected:
+        return  # the file has none
+    config = file.config["optimizer"]
+    model, batch, draws = objective_inputs(file)
+    objective = objective_from_config(file.config)
+    optimizer = optim.make_optimizer(
+        model, **{k: config[k] for k in ("lr", "wd", "b1", "b2", "eps")}
+    )
+    schedule = optim.make_schedule(
+        config["total_steps"],
+        len(batch["image"]),
+        len(batch["image"]),
+        decay_type=config["decay_type"],
+        warmup_percent=config["warmup_percent"],
+    )
+    losses, norms = [], []
+    for step in range(config["total_steps"]):
+        loss, _, _ = objective(model, batch, draws, noise_scale=file.config["noise_scale"])
+        optimizer.zero_grad()
+        loss.backward()
+        optim.set_learning_rate(optimizer, schedule(step))
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip_norm"]))
+        optimizer.step()
+        losses.append(loss.detach())
+    assert_output(torch.stack(losses), expected["loss"], 1e-3)
+    assert_output(torch.stack(norms), expected["grad_norm"], 1e-3)
+    # Norms of the final parameters. Several of the reference's may make up one of ours, so compare by ours.
+    squares = {}
+    for name, value in file.numpy("params").items():
+        if "FREEZE_ME" not in name:
+            ours = frozenset(from_big_vision({name: value}, model))
+            squares[ours] = squares.get(ours, 0.0) + expected[f"param_l2/{name}"].square()
+    parameters = dict(model.named_parameters())
+    assert frozenset().union(*squares) == parameters.keys()
+    for names, value in squares.items():
+        assert_output(optim.global_norm([parameters[n].detach() for n in names]), value.sqrt())
+
+
+@golden("gmm")
+def test_mixture(file):
+    config, inputs, expected = file.config, file.tensors("in"), file.tensors("out")
+    order = image_head_order(config["num_mixtures"], config["out_dim"])
+    logits = inputs["logits"][..., order].requires_grad_()
+    x = inputs["x"].requires_grad_()
+    plain = (config["num_mixtures"], config["scale_tol"])
+    log_prob = mixture_from_logits(logits, *plain).log_prob(x)
+    assert_log(log_prob, expected["log_prob"])
+    tempered = mixture_from_logits(
+        logits, *plain, config["temperature_scales"], config["temperature_probs"]
+    )
+    assert_log(tempered.log_prob(x), expected["log_prob_t"])
+    log_prob.sum().backward()
+    gradients = file.tensors("out/grad")
+    for actual, value in ((logits, gradients["logits"][..., order]), (x, gradients["x"])):
+        bound = 1e-3 * value.abs().max().item()
+        torch.testing.assert_close(actual.grad, value, rtol=0, atol=bound)
+
+
+@golden("patch_pca_")
+def test_patch_pca(file):
+    config, x, expected = file.config, file.tensors("in")["x"], file.tensors("out")
+    options = {k: v for k, v in config.items() if k in ("patch_size", "depth_to_seq", "whiten")}
+    components = len(file.numpy("params")["components_"])
+    model = PatchPCA(tuple(x.shape[1:]), num_components=components, **options)
+    load(model, file.numpy("params"))
+    codes, _ = model(x)
+    assert_output(codes, expected["codes"])
+    reconstruction, _ = model.inverse(expected["codes"])
+    assert_output(reconstruction.clamp(-1, 1), expected["reconstruction"])
+
+
+@golden("schedules")
+def test_schedules(file):
+    config, expected = file.config, file.numpy("out")
+    steps = file.numpy("in")["steps"]
+    sizes = [config[k] for k in ("total_steps", "batch_size", "data_size")]
+    for i, options in enumerate(config["schedules"]):
+        schedule = optim.make_schedule(*sizes, **options)
+        assert_output(torch.tensor([schedule(int(s)) for s in steps]), expected[f"schedule_{i}"], 1e-6)
+    for i, (scale, minimum) in enumerate(config["noise"]):
+        noise = [optim.noise_curriculum(int(s), sizes[0], scale, minimum) for s in steps]
+        np.testing.assert_allclose(noise, expected[f"noise_{i}"], rtol=1e-6, atol=1e-6)
