@@ -252,7 +252,8 @@ def _writer(fs: AbstractFileSystem, directory: str, finish: Callable) -> dcp.Fil
             finish(results)
 
     # An object on a store is durable once closed; DCP would sync all disks of this machine instead.
-    return Writer(_name(fs, directory), sync_files=local)
+    # What it writes is on the CPU already: there is nothing to copy ahead.
+    return Writer(_name(fs, directory), sync_files=local, per_thread_copy_ahead=0)
 
 
 def _snapshot(value: Any) -> Any:

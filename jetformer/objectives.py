@@ -20,7 +20,10 @@ from jetformer.models.jetformer import JetFormer
 
 Batch = dict[str, Tensor]
 Draws = dict[str, Tensor]
-Metrics = dict[str, Tensor]
+# What is measured, by name: values [B], and which examples they count for, bool [B].
+Terms = dict[str, tuple[Tensor, Tensor]]
+# The same summed over examples: sum and count, both 0-dimensional. Sums of parts add up to the sum of the whole.
+Sums = dict[str, tuple[Tensor, Tensor]]
 
 _LN2 = math.log(2)
 _LOG_2PI = math.log(2 * math.pi)
@@ -36,12 +39,24 @@ def to_unit_range(pixels: Tensor) -> Tensor:
     return pixels / 127.5 - 1
 
 
-def masked_mean(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of `x` where `mask` is true; 0 where it is nowhere."""
-    weight = mask.to(x.dtype)
-    if dim is None:
-        return (x * weight).sum() / weight.sum().clamp(min=1)
-    return (x * weight).sum(dim) / weight.sum(dim).clamp(min=1)
+def sum_terms(terms: Terms, mask: Tensor | None = None) -> Sums:
+    """Sums each term over the examples it counts for, of those where `mask` (bool `[B]`) is true."""
+    sums = {}
+    for name, (value, counts) in terms.items():
+        counts = counts if mask is None else counts & mask
+        # Not value · counts: what does not count may not be finite.
+        sums[name] = (value.where(counts, 0.0).sum(), counts.sum())
+    return sums
+
+
+def add_sums(a: Sums, b: Sums) -> Sums:
+    """The sums of two parts to the sums of the whole."""
+    return {name: (a[name][0] + b[name][0], a[name][1] + b[name][1]) for name in a}
+
+
+def means(sums: Sums) -> dict[str, Tensor]:
+    """The mean of each term; a term that counted for no example is left at 0."""
+    return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +118,32 @@ class JetFormerObjective:
                 draws["input_noise"] = torch.randn(shape, **kwargs)
         return draws
 
+    def normalizers(self, batch: Batch, draws: Draws, train: bool) -> dict[str, Tensor]:
+        """How many examples the loss averages over, by modality.
+
+        They are of the whole batch that a step sees: a part of it (gradient accumulation) is scored with the whole's,
+        so that the parts' losses add up.
+        """
+        _, _, text_counts, image_counts = self._roles(batch, draws, train)
+        if self.loss_on_prefix:
+            return {"text": text_counts.sum().clamp(min=1), "image": image_counts.sum().clamp(min=1)}
+        size = torch.full_like(text_counts.sum(), len(text_counts))
+        return {"text": size, "image": size}
+
+    def _roles(self, batch: Batch, draws: Draws, train: bool):
+        """Bool `[B]`: is the text first; is it dropped; does the text count; does the image."""
+        image = batch["image"]
+        if (text_first := draws.get("text_first")) is None:
+            text_first = torch.full(
+                (len(image),), self.text_prefix_prob > 0.5, device=image.device
+            )
+        dropped = torch.zeros_like(text_first)
+        if train and "drop_prefix" in draws:  # only text is dropped, and only where it comes first
+            dropped = draws["drop_prefix"] & text_first
+        if self.loss_on_prefix:
+            return text_first, dropped, ~dropped, torch.ones_like(text_first)
+        return text_first, dropped, ~text_first, text_first
+
     def __call__(
         self,
         model: JetFormer,
@@ -111,7 +152,8 @@ class JetFormerObjective:
         *,
         noise_scale: Tensor | float = 0.0,
         train: bool = True,
-    ) -> tuple[Tensor, Metrics, Metrics]:
+        normalizers: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Terms]:
         """Scores a batch.
 
         Args:
@@ -121,18 +163,15 @@ class JetFormerObjective:
           draws: see `draw`.
           noise_scale: standard deviation, in units of 8-bit pixel values, of the curriculum's noise at this step.
           train: whether to use the draws of training.
+          normalizers: see `normalizers`; None: this batch's.
 
         Returns:
-          The loss; metrics reduced over the batch; metrics per example `[B]`: nll_image (bits per dim), nll_image_tokens
-          and logdet (its parts: nll_image = nll_image_tokens - logdet), nll_text (nats per token).
+          The loss, and what it consists of by example: bits_per_dim = bits_per_dim_tokens - bits_per_dim_logdet, and
+          text_bits_per_token; with both orders of modalities also by whether a modality was prefix or suffix.
         """
         text, batch_size = batch["text"], len(batch["image"])
-        if "text_first" in draws:
-            text_first = draws["text_first"]
-            is_text_first = text_first
-        else:
-            text_first = self.text_prefix_prob > 0.5
-            is_text_first = torch.full((batch_size,), text_first, device=text.device)
+        text_first, dropped, text_counts, image_counts = self._roles(batch, draws, train)
+        normalizers = normalizers or self.normalizers(batch, draws, train)
 
         # RGB noise as if it had been added to the 8-bit image, then dequantization.
         dtype = model.image_emb.weight.dtype
@@ -140,92 +179,61 @@ class JetFormerObjective:
         if train:
             noise = noise_scale * draws["rgb_noise"].to(dtype)
             if not self.rgb_noise_on_image_prefix:
-                noise = noise * is_text_first.view(-1, 1, 1, 1)
+                noise = noise * text_first.view(-1, 1, 1, 1)
             pixels = torch.round(pixels + noise)
         if self.dequantize:
             pixels = pixels + draws["dequant"]
         tokens, factored, logdet = model.encode_image(to_unit_range(pixels))
         factored_nll = standard_normal_nll(factored)
 
-        drop_prefix = None
-        if train:
-            if self.input_noise_std:
-                std = self.input_noise_std * draws["input_noise_std"] * is_text_first.view(-1, 1, 1)
-                tokens = tokens + std * draws["input_noise"]
-            if "drop_prefix" in draws:  # only text is dropped, and only where it comes first
-                drop_prefix = draws["drop_prefix"] & is_text_first
+        if train and self.input_noise_std:
+            std = self.input_noise_std * draws["input_noise_std"] * text_first.view(-1, 1, 1)
+            tokens = tokens + std * draws["input_noise"]
         if self.stop_grad_image_prefix:
-            tokens = torch.where(is_text_first.view(-1, 1, 1), tokens, tokens.detach())
+            tokens = torch.where(text_first.view(-1, 1, 1), tokens, tokens.detach())
 
         text_hidden, image_hidden = model(
             text,
             tokens,
-            text_first=text_first,
+            # A bool where one order is certain saves the model building the other.
+            text_first=text_first if "text_first" in draws else self.text_prefix_prob > 0.5,
             text_mask=batch.get("text_mask"),
-            drop_prefix=drop_prefix,
+            drop_prefix=dropped if train and "drop_prefix" in draws else None,
         )
-
-        # Which examples count for which modality, and how much one of them weighs in the loss.
-        dropped = torch.zeros_like(is_text_first) if drop_prefix is None else drop_prefix
-        if self.loss_on_prefix:
-            text_counts = ~(is_text_first & dropped)
-            image_counts = is_text_first | ~dropped
-            text_weight, image_weight = (
-                counts / counts.sum().clamp(min=1) for counts in (text_counts, image_counts)
-            )
-        else:
-            text_counts, image_counts = ~is_text_first, is_text_first
-            text_weight, image_weight = text_counts / batch_size, image_counts / batch_size
 
         text_logits = model.text_logits(text_hidden).float()
         nll_text = F.cross_entropy(text_logits.transpose(1, 2), text.long(), reduction="none")
-        nll_text = masked_mean(nll_text, batch["text_loss"], dim=1)
+        in_loss = batch["text_loss"]
+        nll_text = (nll_text * in_loss).sum(1) / in_loss.sum(1).clamp(min=1)
 
-        # The head returns its part of the loss with its gradient, and its likelihoods without. Everything of the image
-        # is in bits per dim from here on.
+        # Everything of the image is in bits per dim from here on. The head returns its part of the loss with its
+        # gradient, and its likelihoods without.
         bits = 1 / (math.prod(model.image_shape) * _LN2)
-        token_weight = (image_weight * bits)[:, None].expand(-1, tokens.shape[1])
+        image_weight = image_counts / normalizers["image"]
+        token_weight = (image_weight * bits)[:, None].expand(batch_size, tokens.shape[1])
         loss_image_tokens, nll_tokens = model.image_head(image_hidden, tokens, token_weight)
-        nll_image_tokens = (nll_tokens.sum(1) + factored_nll) * bits
-        logdet = logdet * bits - math.log2(127.5)
-        loss_image = loss_image_tokens + (image_weight * (factored_nll * bits - logdet)).sum()
-        loss = loss_image + self.text_loss_weight * (text_weight * nll_text).sum()
+        bits_tokens = (nll_tokens.sum(1) + factored_nll) * bits
+        bits_logdet = logdet * bits - math.log2(127.5)
+        loss_image = loss_image_tokens + (image_weight * (factored_nll * bits - bits_logdet)).sum()
+        text_weight = self.text_loss_weight * text_counts / normalizers["text"]
+        loss = loss_image + (text_weight * nll_text).sum()
 
-        per_example = {
-            "nll_image": nll_image_tokens - logdet,
-            "nll_image_tokens": nll_image_tokens,
-            "logdet": logdet,
-            "nll_text": nll_text,
-        }
-        per_example = {k: v.detach() for k, v in per_example.items()}
-        return loss, self._reduce(loss, per_example, is_text_first, dropped, text_counts, image_counts), per_example
-
-    def _reduce(
-        self,
-        loss: Tensor,
-        per_example: Metrics,
-        text_first: Tensor,
-        dropped: Tensor,
-        text_counts: Tensor,
-        image_counts: Tensor,
-    ) -> Metrics:
-        image, text_bits = per_example["nll_image"], per_example["nll_text"] / _LN2
-        metrics = {
-            "loss": loss.detach(),
-            "bits_per_dim": masked_mean(image, image_counts),
-            "bits_per_dim_tokens": masked_mean(per_example["nll_image_tokens"], image_counts),
-            "bits_per_dim_logdet": masked_mean(per_example["logdet"], image_counts),
+        image_bits, text_bits = bits_tokens - bits_logdet, nll_text / _LN2
+        terms = {
+            "bits_per_dim": (image_bits, image_counts),
+            "bits_per_dim_tokens": (bits_tokens, image_counts),
+            "bits_per_dim_logdet": (bits_logdet, image_counts),
         }
         if self.loss_on_prefix or self.text_prefix_prob < 1:
-            metrics["text_bits_per_token"] = masked_mean(text_bits, text_counts)
-        if 0 < self.text_prefix_prob < 1:
-            metrics |= {
-                "text_prefix_bits_per_token": masked_mean(text_bits, text_first & ~dropped),
-                "text_suffix_bits_per_token": masked_mean(text_bits, ~text_first),
-                "bits_per_dim_prefix": masked_mean(image, ~text_first & ~dropped),
-                "bits_per_dim_suffix": masked_mean(image, text_first),
+            terms["text_bits_per_token"] = (text_bits, text_counts)
+        if "text_first" in draws:
+            terms |= {
+                "text_prefix_bits_per_token": (text_bits, text_first & ~dropped),
+                "text_suffix_bits_per_token": (text_bits, ~text_first),
+                "bits_per_dim_prefix": (image_bits, ~text_first),
+                "bits_per_dim_suffix": (image_bits, text_first),
             }
-        return metrics
+        return loss, {name: (value.detach(), counts) for name, (value, counts) in terms.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +256,12 @@ class JetObjective:
             return {}
         return {"dequant": torch.rand(image.shape, generator=generator, device=image.device)}
 
+    def normalizers(self, batch: Batch, draws: Draws, train: bool) -> dict[str, Tensor]:
+        """How many examples the loss averages over. See `JetFormerObjective.normalizers`."""
+        del draws, train
+        image = batch["image"]
+        return {"image": torch.full((), len(image), device=image.device)}
+
     def __call__(
         self,
         model: nn.Module,
@@ -256,33 +270,36 @@ class JetObjective:
         *,
         noise_scale: Tensor | float = 0.0,
         train: bool = True,
-    ) -> tuple[Tensor, Metrics, Metrics]:
-        """Scores the images uint8 `[B, H, W, C]` of a batch; arguments and results as in `JetFormerObjective.__call__`.
+        normalizers: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Terms]:
+        """Scores the images uint8 `[B, H, W, C]` of a batch; arguments as in `JetFormerObjective.__call__`.
+
+        Returns:
+          The loss, and what it consists of by example: bits_per_dim = bits_per_dim_latents - bits_per_dim_logdet.
 
         Raises:
           ValueError: if there is a noise curriculum, which Jet's objective does not have.
         """
-        del train
         if not isinstance(noise_scale, Tensor) and noise_scale:
             raise ValueError("Jet's objective has no noise curriculum: leave train.noise_scale at 0")
+        normalizers = normalizers or self.normalizers(batch, draws, train)
         pixels = batch["image"].to(next(model.parameters()).dtype)
         if self.dequantize:
             pixels = pixels + draws["dequant"]
-        return self.score(model, to_unit_range(pixels))
+        terms = self.score(model, to_unit_range(pixels))
+        loss = terms["bits_per_dim"][0].sum() / normalizers["image"]
+        return loss, {name: (value.detach(), counts) for name, (value, counts) in terms.items()}
 
-    def score(self, model: nn.Module, x: Tensor, context: Tensor | None = None):
-        """Scores `x` `[B, H, W, C]` in [-1, 1]; results as in `__call__`."""
+    @staticmethod
+    def score(model: nn.Module, x: Tensor, context: Tensor | None = None) -> Terms:
+        """The terms, with gradient, of `x` `[B, H, W, C]` in [-1, 1] given `context` `[B, M, context_dim]` or None."""
         z, logdet = model(x, context)
         bits = 1 / (math.prod(x.shape[1:]) * _LN2)
-        nll = standard_normal_nll(z) * bits + math.log2(127.5)
-        logdet = logdet * bits
-        per_example = {"nll_image": nll - logdet, "nll_latents": nll, "logdet": logdet}
-        loss = per_example["nll_image"].mean()
-        metrics = {
-            "loss": loss,
-            "bits_per_dim": loss,
-            "bits_per_dim_latents": nll.mean(),
-            "bits_per_dim_logdet": logdet.mean(),
+        bits_latents = standard_normal_nll(z) * bits
+        bits_logdet = logdet * bits - math.log2(127.5)
+        counts = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        return {
+            "bits_per_dim": (bits_latents - bits_logdet, counts),
+            "bits_per_dim_latents": (bits_latents, counts),
+            "bits_per_dim_logdet": (bits_logdet, counts),
         }
-        detach = lambda tensors: {k: v.detach() for k, v in tensors.items()}
-        return loss, detach(metrics), detach(per_example)

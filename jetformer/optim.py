@@ -158,7 +158,21 @@ def make_optimizer(
         {"params": decayed, "weight_decay": wd / lr, "base_lr": lr},
         {"params": rest, "weight_decay": 0.0, "base_lr": lr},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(b1, b2), eps=eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(b1, b2), eps=eps, fused=True)
+    for group in groups:
+        for p in group["params"]:
+            # AdamW does so itself at its first step, which would be too late for a checkpoint to be restored into.
+            optimizer.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+    return optimizer
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state by parameter name, to save and to restore in place. Its settings are the configuration's."""
+    return {name: optimizer.state[p] for name, p in model.named_parameters()}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -13,6 +13,7 @@ Arrays are read-only views of TensorFlow's memory. TensorFlow does not show in t
 signatures, and never takes a GPU.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -26,9 +27,57 @@ from jetformer.data import preprocess
 tf.config.set_visible_devices([], "GPU")
 
 Batch = dict[str, np.ndarray]
+FileInstruction = tfds.core.utils.shard_utils.FileInstruction
 
 # How many files are read at the same time. Part of what the order of examples depends on.
 _CYCLE_LENGTH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What an experiment trains and is evaluated on.
+
+    Attributes:
+      name: TFDS data set, see `train_batches`.
+      pp: preprocessing string of training, see `jetformer.data.preprocess`.
+      pp_eval: of evaluation; None is `pp`.
+      train_split: TFDS split to train on.
+      eval_split: TFDS split to evaluate on.
+      shuffle_buffer_size: how many encoded examples are shuffled at a time.
+      data_dir: where TFDS keeps prepared data; None is its default, `~/tensorflow_datasets`.
+    """
+
+    name: str
+    pp: str
+    pp_eval: str | None = None
+    train_split: str = "train"
+    eval_split: str = "validation"
+    shuffle_buffer_size: int = 25_000
+    data_dir: str | None = None
+
+    def prepare(self) -> None:
+        """See `prepare`."""
+        prepare(self.name, self.data_dir)
+
+    def num_train_examples(self) -> int:
+        """How many examples an epoch of training has; see `num_examples`."""
+        return num_examples(self.name, self.train_split, self.data_dir)
+
+    def train_batches(self, **kwargs) -> Iterator[Batch]:
+        """See `train_batches`."""
+        return train_batches(
+            self.name,
+            self.train_split,
+            self.pp,
+            shuffle_buffer_size=self.shuffle_buffer_size,
+            data_dir=self.data_dir,
+            **kwargs,
+        )
+
+    def eval_batches(self, **kwargs) -> Iterator[Batch]:
+        """See `eval_batches`."""
+        pp = self.pp if self.pp_eval is None else self.pp_eval
+        return eval_batches(self.name, self.eval_split, pp, data_dir=self.data_dir, **kwargs)
 
 
 def train_batches(
@@ -74,16 +123,19 @@ def train_batches(
       ValueError: no such data set, split or op; not TFRecord; sizes that do not fit.
     """
     local_batch_size = _local_batch_size(batch_size, process_count)
+    if shuffle_buffer_size < 1:
+        raise ValueError(
+            f"shuffle_buffer_size {shuffle_buffer_size} is not positive: 1 is no shuffle"
+        )
     builder = _prepared_builder(name, data_dir, process_count)
-    shards = _file_instructions(builder, split)
+    num_total = _num_examples(_file_instructions(builder, split))
+    if num_total < process_count:
+        raise ValueError(
+            f"split {split!r} of {name!r} has {num_total} example(s), too few to train on with "
+            f"{process_count} process(es)"
+        )
     part = tfds.even_splits(split, process_count, drop_remainder=True)[process_index]
     shards = _file_instructions(builder, part)
-    num_local = sum(shard.take for shard in shards)
-    if not num_local:
-        raise ValueError(
-            f"split {split!r} of {name!r} has {num_examples(name, split, data_dir)} examples, "
-            f"too few to train on with {process_count} process(es)"
-        )
 
     # Seeds go from (seed, process) over the epoch and the example's index in it to the op.
     process_seed = tf.constant([seed, process_index], tf.int64)
@@ -102,7 +154,7 @@ def train_batches(
     def example(epoch_seed, index, record):
         return run(record, {"_seed": fold_in(epoch_seed, index)})
 
-    first_epoch, skip = divmod(start_step * local_batch_size, num_local)
+    first_epoch, skip = divmod(start_step * local_batch_size, _num_examples(shards))
     ds = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch_records).skip(skip)
     ds = _map(ds, example, num_parallel_calls)
     ds = ds.batch(local_batch_size, drop_remainder=True).prefetch(prefetch)
@@ -118,8 +170,6 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     data_dir: str | None = None,
-    num_parallel_calls: int = tf.data.AUTOTUNE,
-    prefetch: int = 2,
 ) -> Iterator[Batch]:
     """One pass in file order: each example once over all processes, equally many batches on each.
 
@@ -138,14 +188,12 @@ def eval_batches(
     run = _deserialize_and_preprocess(builder, pp)
 
     def examples(shards) -> tf.data.Dataset:
-        return _map(_read(shards), lambda record: run(record, {}), num_parallel_calls)
+        return _map(_read(shards), lambda record: run(record, {}), tf.data.AUTOTUNE)
 
     everything = _file_instructions(builder, split)
-    part = tfds.even_splits(split, process_count)[process_index]
-    part = _file_instructions(builder, part)
-    total = sum(shard.take for shard in everything)
-    num_batches = math.ceil(math.ceil(total / process_count) / local_batch_size)
-    ds = examples(part).batch(local_batch_size).prefetch(prefetch)
+    parts = [_file_instructions(builder, p) for p in tfds.even_splits(split, process_count)]
+    num_batches = math.ceil(max(map(_num_examples, parts)) / local_batch_size)
+    ds = examples(parts[process_index]).batch(local_batch_size).prefetch(2)
     # What padding looks like where a process has no example of its own.
     template = examples(everything).take(1).batch(1)
     return _padded(ds, template, num_batches, local_batch_size)
@@ -177,7 +225,7 @@ def num_examples(name: str, split: str, data_dir: str | None = None) -> int:
       ValueError: no such data set or split, or it is not prepared.
     """
     builder = _builder(name, data_dir)
-    return sum(shard.take for shard in _file_instructions(builder, split))
+    return _num_examples(_file_instructions(builder, split))
 
 
 def prepare(name: str, data_dir: str | None = None) -> None:
@@ -193,11 +241,12 @@ def prepare(name: str, data_dir: str | None = None) -> None:
         return
     try:
         builder.download_and_prepare()
-    # TFDS asserts that files to be downloaded by hand are there; no network is an OSError.
-    except (AssertionError, OSError, NotImplementedError) as e:
+    # TFDS asserts that files to be downloaded by hand are there; no network is an OSError; some
+    # data sets need a package to be prepared.
+    except (AssertionError, OSError, ImportError) as e:
         raise ValueError(
-            f"data set {name!r} is not prepared in {builder.data_root} and cannot be prepared "
-            f"here ({_one_line(e)}): prepare it elsewhere and copy it there, or set data_dir"
+            f"data set {name!r} is not in {builder.data_dir} and cannot be prepared here: prepare "
+            f"it elsewhere and copy it there, or set data_dir to where it is ({_one_line(e)})"
         ) from e
 
 
@@ -228,21 +277,25 @@ def _prepared_builder(name, data_dir, process_count: int) -> tfds.core.DatasetBu
     return builder
 
 
-def _file_instructions(builder, split) -> list[tfds.core.utils.shard_utils.FileInstruction]:
-    """The (filename, skip, take) that make up a split, or a part of one."""
+def _file_instructions(builder, split) -> list[FileInstruction]:
+    """The (filename, skip, take) that make up a split, or a process's part of one."""
     name = builder.info.full_name
     if not builder.is_prepared():
         raise ValueError(
-            f"data set {name} is not prepared in {builder.data_root}: "
-            "call jetformer.data.pipeline.prepare in one process first, or set data_dir"
+            f"data set {name} is not in {builder.data_dir}: set data_dir to where it is, or call "
+            "jetformer.data.pipeline.prepare in one process first"
         )
     try:
         return builder.info.splits[split].file_instructions
     except ValueError as e:
         raise ValueError(
-            f"data set {name} has no split {split!r}, it has: {', '.join(builder.info.splits)} "
-            "(and slices and sums of them, as train[:90%] or train+test)"
+            f"data set {name} has no split {split!r}, it has: {', '.join(builder.info.splits)}, "
+            f"and slices and sums of them, as train[:90%] or train+test ({_one_line(e)})"
         ) from e
+
+
+def _num_examples(shards: list[FileInstruction]) -> int:
+    return sum(shard.take for shard in shards)
 
 
 def _local_batch_size(batch_size: int, process_count: int) -> int:

@@ -3,8 +3,8 @@
     decode|resize_small(64)|central_crop(64)|flip_lr|label_as_text|keep("image", "text")
 
 An example is a dict of tensors; every op takes one and returns one, from left to right. The string
-is big_vision's `pp` (https://github.com/google-research/big_vision, `pp/`), and an op that carries a
-name from there computes the same numbers. Arguments are Python literals, they are never evaluated.
+is big_vision's `pp` (https://github.com/google-research/big_vision, `pp/`), and an op with a name
+from there computes the same numbers. Arguments are Python literals, they are never evaluated.
 
 Adding an op is adding a function here: `@register` for one from dict to dict, `@register_keyed` for
 one from tensor to tensor, which gets the arguments `key`, `inkey` and `outkey` on top of its own.
@@ -57,10 +57,11 @@ def register_keyed(builder: Callable[..., Callable]) -> Callable[..., Op]:
 
         return apply
 
-    own = inspect.signature(builder)
-    keys = [p for p in inspect.signature(build, follow_wrapped=False).parameters.values()]
-    keys = [p for p in keys if p.kind is p.KEYWORD_ONLY]
-    build.__signature__ = own.replace(parameters=[*own.parameters.values(), *keys])
+    # What an error message shows, and what arguments are checked against.
+    own = inspect.signature(builder).parameters.values()
+    added = inspect.signature(build, follow_wrapped=False).parameters.values()
+    added = [p for p in added if p.kind is p.KEYWORD_ONLY]
+    build.__signature__ = inspect.Signature([*own, *added])
     return register(build)
 
 
@@ -86,8 +87,8 @@ def parse(pp: str) -> Op:
         seed = example.get("_seed")
         for position, op in enumerate(ops):
             if seed is not None:
-                # Set anew before each op, so `keep` need not know of it. Unused ones leave no trace
-                # in the graph.
+                # Set anew before each op, so `keep` need not know of it. TensorFlow prunes those
+                # that no op uses.
                 own = tf.random.experimental.stateless_fold_in(seed, position)
                 example = example | {"_seed": own}
             example = op(example)
@@ -145,9 +146,13 @@ def _get(example: Example, key: str, op: str) -> tf.Tensor:
 
 
 def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if len(size) != 2 or not all(isinstance(s, int) and s > 0 for s in size):
-        raise ValueError(f"a size is a positive int or a pair (height, width) of them, not {size}")
+    h, w = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
+    return _positive(h), _positive(w)
+
+
+def _positive(size: int) -> int:
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"a size is a positive int (height = width) or a pair, not {size!r}")
     return size
 
 
@@ -156,7 +161,7 @@ def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
 
 @register_keyed
 def decode(channels=3):
-    """Encoded JPEG, PNG, GIF or BMP (scalar string) -> uint8 [H, W, channels]; 1 channel is grey."""
+    """Encoded JPEG, PNG, GIF or BMP, scalar string -> uint8 [H, W, channels]; 1 channel: grey."""
 
     def apply(encoded):
         image = tf.io.decode_image(encoded, channels=channels, expand_animations=False)
@@ -179,7 +184,7 @@ _METHODS = (
 
 
 def _resizer(method: str, antialias: bool):
-    """Returns resize(image [H, W, C], (h, w)) -> [h, w, C] that keeps the dtype, as big_vision's."""
+    """Returns big_vision's resize(image [H, W, C], (h, w)) -> [h, w, C], which keeps the dtype."""
     if method not in _METHODS:
         raise ValueError(f"no resize method {method!r}, there are: {', '.join(_METHODS)}")
 
@@ -202,7 +207,7 @@ def resize(size, method="bilinear", antialias=False):
 @register_keyed
 def resize_small(smaller_size, method="area", antialias=False):
     """[H, W, C] -> the smaller of height and width is `smaller_size`, the aspect ratio is kept."""
-    smaller_size, _ = _height_width(smaller_size)
+    smaller_size = _positive(smaller_size)
     to_size = _resizer(method, antialias)
 
     def apply(image):

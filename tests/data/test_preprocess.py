@@ -27,7 +27,11 @@ def test_golden(path):
             out = run(pp, image=golden[f"in/{kind}"].tobytes(), label=3)
             assert set(out) == {"image"}
             np.testing.assert_allclose(
-                out["image"], golden[f"out/{kind}_{i}"], rtol=2e-4, atol=2e-4, err_msg=f"{kind} {pp}"
+                out["image"],
+                golden[f"out/{kind}_{i}"],
+                rtol=2e-4,
+                atol=2e-4,
+                err_msg=f"{kind} {pp}",
             )
 
 
@@ -52,7 +56,9 @@ def test_keys():
     assert set(out) == {"x"}
     np.testing.assert_array_equal(out["x"], IMAGE[2:4, 3:7])
     assert set(run('keep("a|b")', **{"a|b": 1, "c": 2})) == {"a|b"}
-    out = run('setdefault("a", 5)|setdefault("b", 6)|reshape([2, -1], key="c")', a=1, c=[1, 2, 3, 4])
+    out = run(
+        'setdefault("a", 5)|setdefault("b", 6)|reshape([2, -1], key="c")', a=1, c=[1, 2, 3, 4]
+    )
     assert (out["a"], out["b"], out["c"].tolist()) == (1, 6, [[1, 2], [3, 4]])
     assert set(run("", image=IMAGE)) == {"image"}
 
@@ -121,6 +127,9 @@ def test_static_shapes():
         ("decode|resize(32, method='areal')", ["areal", "lanczos3"]),
         ("decode|resize('32')", ["positive int"]),
         ("decode|resize(-1)", ["positive int"]),
+        ("decode|resize(1.5)", ["positive int"]),
+        ("decode|resize((1, 2, 3))", ["positive int"]),
+        ("decode|resize_small((1, 2))", ["positive int"]),
         ("decode|resize(__import__('os').getpid())", ["literals"]),
         ("decode|resize(n)", ["literals"]),
         ("decode||resize(3)", ["cannot be read"]),

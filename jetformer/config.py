@@ -1,0 +1,87 @@
+"""gin: what can be bound, the flags, parsing, and the configuration saved with a run.
+
+Models, objectives and the rest know nothing of gin; they are made configurable here, from outside.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import gin
+from absl import flags
+from etils import epath
+
+from jetformer import objectives, optim
+from jetformer.data import pipeline
+from jetformer.models import decoder, jet, jetformer, patches
+from jetformer.sampling import grid
+
+CONFIG_FILE = "config.gin"  # in the workdir: all that was parsed, includes resolved
+OPERATIVE_CONFIG_FILE = "operative_config.gin"  # in the workdir: all that was used, defaults included
+
+for _configurable in (
+    decoder.Decoder,
+    grid.class_grid,
+    jet.Jet,
+    jetformer.JetFormer,
+    objectives.JetFormerObjective,
+    objectives.JetObjective,
+    optim.make_optimizer,
+    optim.make_schedule,
+    patches.PatchPCA,
+    patches.Patchify,
+    pipeline.Data,
+):
+    gin.external_configurable(_configurable, module=_configurable.__module__.rpartition(".")[2])
+
+
+def define_flags() -> None:
+    """Defines the flags that name a configuration."""
+    flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times, later ones win.")
+    flags.DEFINE_multi_string("gin_bindings", [], "A gin binding such as 'train.total_steps = 100'.")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. Its message is one line."""
+
+
+@contextmanager
+def gin_errors() -> Iterator[None]:
+    """Turns what gin raises into a `ConfigError`: gin's messages are many lines long and of every type."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, SyntaxError, RuntimeError, OSError, NameError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
+    """Parses gin files, then bindings. Files are looked for from here and from the project's root.
+
+    Raises:
+      ConfigError: for a file that is not there, a syntax error, an unknown name, a macro without a value.
+    """
+    if not gin_files:
+        raise ConfigError("no experiment: give one with --gin_file=experiments/….gin")
+    gin.clear_config()
+    gin.add_config_file_search_path(str(pathlib.Path(__file__).parent.parent))
+    with gin_errors():
+        gin.parse_config_files_and_bindings(list(gin_files), list(gin_bindings))
+
+
+def call(function: Callable) -> Any:
+    """Calls a gin-configured function or class with what is bound to it.
+
+    Raises:
+      ConfigError: for missing arguments, and for what the function raises as ValueError itself.
+    """
+    with gin_errors():
+        return function()
+
+
+def save(workdir: epath.Path) -> None:
+    """Writes the parsed and the operative configuration into the workdir."""
+    (workdir / CONFIG_FILE).write_text(gin.config_str())
+    (workdir / OPERATIVE_CONFIG_FILE).write_text(gin.operative_config_str())

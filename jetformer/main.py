@@ -1,0 +1,37 @@
+"""Train an experiment.
+
+    python -m jetformer.main --gin_file=experiments/digits.gin --workdir=/tmp/digits
+
+The same command resumes a run that was interrupted.
+"""
+
+import sys
+
+from absl import app, flags, logging
+from etils import epath
+
+from jetformer import config, runtime, train
+
+config.define_flags()
+flags.DEFINE_string("workdir", None, "Where the run is written to and resumed from.", required=True)
+flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "What to train on.")
+FLAGS = flags.FLAGS
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.INFO)
+    try:
+        config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
+        run = config.call(train.Run)
+        train.train(run, epath.Path(FLAGS.workdir), runtime.initialize(FLAGS.device))
+    except (ValueError, train.NonFiniteLoss) as error:
+        # A user's mistake, or a run that diverged, ends in one line. --verbosity=1 shows where it came from.
+        logging.debug("", exc_info=True)
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    app.run(main)

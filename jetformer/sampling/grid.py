@@ -1,0 +1,49 @@
+"""Grids of sampled images."""
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+
+from jetformer.models.jetformer import JetFormer
+from jetformer.sampling.decode import sample_images
+
+
+def class_grid(
+    model: JetFormer,
+    generator: torch.Generator,
+    num_classes: int,
+    per_class: int = 8,
+    temperature_scales: float = 1.0,
+    temperature_probs: float = 1.0,
+) -> np.ndarray:
+    """Samples some images of every class, as a picture with a row for each class.
+
+    Args:
+      model: the model, in evaluation mode; the text of class c is the token c.
+      generator: of the model's device.
+      num_classes: how many classes, from 0 on.
+      per_class: how many images of each.
+      temperature_scales: multiplies the standard deviations of the tokens' mixtures.
+      temperature_probs: multiplies the log-weights of the tokens' mixtures.
+
+    Returns:
+      uint8 `[num_classes · H, per_class · W, C]`.
+    """
+    labels = torch.arange(num_classes, device=generator.device).repeat_interleave(per_class)
+    images = sample_images(
+        model,
+        labels[:, None],
+        generator,
+        temperature_scales=temperature_scales,
+        temperature_probs=temperature_probs,
+    )
+    return rearrange(images.cpu().numpy(), "(r c) h w k -> (r h) (c w) k", c=per_class)
+
+
+def save_png(picture: np.ndarray, path) -> None:
+    """Writes a picture uint8 `[H, W, C]` (1 or 3 channels) as a PNG; small ones enlarged, pixels as squares."""
+    factor = max(1, 512 // picture.shape[1])
+    picture = picture.repeat(factor, 0).repeat(factor, 1)
+    with path.open("wb") as file:
+        Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(file, "PNG")

@@ -1,0 +1,374 @@
+"""What one run is: a `Run` describes it, gin fills it in, and `train` carries it out."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gin
+import numpy as np
+import torch
+from absl import logging
+from clu import metric_writers
+from etils import epath
+from torch import Tensor, nn
+
+from jetformer import checkpoint, config, metrics, objectives, optim
+from jetformer.data.pipeline import Data
+from jetformer.loops import torch_loop
+from jetformer.models.initializers import init_weights
+from jetformer.runtime import Runtime, derive_seed
+from jetformer.sampling.grid import save_png
+
+# What draws of different purposes are seeded with, beside the run's seed.
+_INIT, _EVALUATION, _SAMPLES = 1, 2, 3
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss is not a number, or infinite. The message is one line."""
+
+
+@gin.configurable("train")
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An experiment: what is trained on what, for how long, and what is written down.
+
+    The length is given in one of three units. Constructors come uncalled (`@JetFormer`, not `@JetFormer()`): the run calls
+    them where they belong, the model on the meta device first.
+
+    Attributes:
+      model: constructor of the model.
+      objective: the objective.
+      data: the dataset.
+      batch_size: examples a step, over all processes.
+      total_steps, total_examples, total_epochs: how long to train.
+      optimizer: called with the model.
+      schedule: called with total_steps, batch_size, data_size; gives the learning-rate factor by step.
+      seed: of everything random.
+      grad_clip_norm: largest global norm of the gradients; None for no clipping.
+      grad_accum_steps: into how many parts a batch is cut.
+      ema_decay: of the moving average of the parameters; 0 for none.
+      noise_scale, noise_min: standard deviation of the RGB noise at the beginning and at the end, in 8-bit pixel values.
+      log_steps: write training metrics every so many steps.
+      eval_steps: evaluate on the evaluation split every so many steps, and at the end; None: at the end only.
+      eval_batch_size: examples a step of evaluation; None: batch_size.
+      checkpoint_steps: save every so many steps, and at the end.
+      keep_last: how many of the newest checkpoints to keep.
+      keep_every: also keep those of steps that this divides; None: no others.
+      samples: called with model and generator at the end, gives a picture uint8 `[H, W, C]`; None for none.
+    """
+
+    model: Callable[[], nn.Module]
+    objective: Any
+    data: Data
+    batch_size: int
+    total_steps: int | None = None
+    total_examples: int | None = None
+    total_epochs: float | None = None
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = optim.make_optimizer
+    schedule: Callable[..., Callable[[int], float]] = optim.make_schedule
+    seed: int = 0
+    grad_clip_norm: float | None = 1.0
+    grad_accum_steps: int = 1
+    ema_decay: float = 0.0
+    noise_scale: float = 0.0
+    noise_min: float = 0.0
+    log_steps: int = 50
+    eval_steps: int | None = None
+    eval_batch_size: int | None = None
+    checkpoint_steps: int = 1000
+    keep_last: int = 1
+    keep_every: int | None = None
+    samples: Callable[[nn.Module, torch.Generator], np.ndarray] | None = None
+
+    def __post_init__(self):
+        if self.batch_size % self.grad_accum_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide by grad_accum_steps {self.grad_accum_steps}"
+            )
+        for name in ("log_steps", "eval_steps", "checkpoint_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"train.{name} = {value}: give 1 or more steps")
+
+    def steps(self) -> int:
+        """How many steps the run has.
+
+        Raises:
+          ValueError: if no length is given, or several.
+        """
+        amounts = {
+            "steps": self.total_steps,
+            "examples": self.total_examples,
+            "epochs": self.total_epochs,
+        }
+        data_size = None if self.total_epochs is None else self.data.num_train_examples()
+        return optim.to_steps(
+            "train.total", amounts, batch_size=self.batch_size, data_size=data_size
+        )
+
+    def build_model(self) -> nn.Module:
+        """The model on the CPU, with initial weights that depend on the seed alone, not on the device."""
+        with torch.device("meta"):
+            model = self.model()
+        model.to_empty(device="cpu")
+        with torch.no_grad():
+            init_weights(model, torch.Generator().manual_seed(derive_seed(self.seed, _INIT)))
+        return model
+
+    def build_schedule(self) -> Callable[[int], float]:
+        """The learning-rate factor by step."""
+        return self.schedule(self.steps(), self.batch_size, self.data.num_train_examples())
+
+    def build_state(self, device: torch.device) -> "State":
+        """Model, optimizer and moving average at step 0."""
+        model = self.build_model().to(device)
+        optimizer = self.optimizer(model)
+        ema = None
+        if self.ema_decay:
+            ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+        return State(model, optimizer, ema)
+
+
+@dataclasses.dataclass
+class State:
+    """What training changes: the model, its optimizer, and the moving average of its parameters (None: there is none)."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: dict[str, Tensor] | None
+
+    def tensors(self) -> dict[str, Any]:
+        """All of it as nested dictionaries of tensors, to save and to restore in place."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": optim.state_tensors(self.optimizer, self.model),
+        }
+        if self.ema is not None:
+            state["ema"] = self.ema
+        return state
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Puts the moving average in the place of the parameters while the context lasts, if there is one."""
+        if self.ema is None:
+            yield
+            return
+        parameters = dict(self.model.named_parameters())
+        kept = {name: p.detach().clone() for name, p in parameters.items()}
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(self.ema[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    p.copy_(kept[name])
+
+
+def restore(run: Run, workdir: epath.Path, state: State) -> int:
+    """Restores the newest complete checkpoint of the workdir into `state`; returns its step, 0 if there is none.
+
+    Raises:
+      ValueError: if the checkpoint is damaged or of another architecture.
+    """
+    step = checkpoint.latest(workdir)
+    if step is None:
+        return 0
+    tensors = state.tensors()
+    checkpoint.check_compatible(workdir, step, tensors)
+    checkpoint.restore(workdir, step, tensors)
+    return step
+
+
+def train(run: Run, workdir: epath.Path, runtime: Runtime) -> None:
+    """Trains, from the newest complete checkpoint in `workdir` if there is one.
+
+    Everything a user can get wrong is looked at before the first step and before anything is written.
+
+    Raises:
+      ValueError: for a configuration, a dataset or a workdir that cannot be used.
+      NonFiniteLoss: if the loss stops being finite; the last checkpoint is from before.
+    """
+    run.data.prepare()
+    total_steps = run.steps()
+    schedule = run.build_schedule()
+    curriculum = functools.partial(
+        optim.noise_curriculum,
+        total_steps=total_steps,
+        noise_scale=run.noise_scale,
+        noise_min=run.noise_min,
+    )
+    state = run.build_state(runtime.device)
+    start_step = restore(run, workdir, state)
+    processes = {
+        "process_index": runtime.process_index,
+        "process_count": runtime.process_count,
+    }
+    batches = run.data.train_batches(
+        batch_size=run.batch_size, seed=run.seed, start_step=start_step, **processes
+    )
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    config.save(workdir)
+    writer = metrics.create_writer(workdir, runtime.process_index)
+    writer.write_texts(start_step, {"config": _markdown(gin.operative_config_str())})
+    metrics.log_parameters(state.model)
+    logging.info(
+        "Training on %s for %d steps (%.1f epochs of %d examples), from step %d.",
+        runtime.device,
+        total_steps,
+        total_steps * run.batch_size / run.data.num_train_examples(),
+        run.data.num_train_examples(),
+        start_step,
+    )
+
+    checkpointer = checkpoint.Checkpointer(
+        workdir, keep_last=run.keep_last, keep_every=run.keep_every
+    )
+    progress = metrics.create_progress(writer, total_steps)
+    meter = _Meter(run, state.model, runtime.device)
+    for step in torch_loop.train_steps(
+        model=state.model,
+        objective=run.objective,
+        optimizer=state.optimizer,
+        ema=state.ema,
+        batches=batches,
+        start_step=start_step,
+        total_steps=total_steps,
+        schedule=schedule,
+        noise_curriculum=curriculum,
+        device=runtime.device,
+        seed=run.seed,
+        process_index=runtime.process_index,
+        grad_clip_norm=run.grad_clip_norm,
+        grad_accum_steps=run.grad_accum_steps,
+        ema_decay=run.ema_decay,
+    ):
+        meter.update(step)
+        due = lambda period, n=step.number: n == total_steps or (period and n % period == 0)
+        if due(run.log_steps):
+            writer.write_scalars(step.number, meter.summary(step))
+        if due(run.eval_steps):
+            meter.check()
+            with progress.timed("eval", wait_jax_async_dispatch=False):
+                writer.write_scalars(step.number, evaluate(run, state, runtime))
+        if due(run.checkpoint_steps):
+            meter.check()  # what is not finite is not saved
+            with progress.timed("checkpoint", wait_jax_async_dispatch=False):
+                checkpointer.save(step.number, state.tensors())
+        progress(step.number)
+
+    if run.samples is not None:
+        write_samples(run, state, workdir, total_steps, writer, runtime)
+    config.save(workdir)  # once more, now that all that is configurable was used
+    checkpointer.wait()
+    writer.close()
+
+
+def evaluate(run: Run, state: State, runtime: Runtime) -> dict[str, float]:
+    """The objective's terms on the evaluation split, averaged over its examples; with the moving average as well."""
+    score = lambda: torch_loop.evaluate(
+        model=state.model,
+        objective=run.objective,
+        batches=run.data.eval_batches(
+            batch_size=run.eval_batch_size or run.batch_size,
+            process_index=runtime.process_index,
+            process_count=runtime.process_count,
+        ),
+        device=runtime.device,
+        seed=derive_seed(run.seed, _EVALUATION),
+    )
+    results = {f"val/{k}": v.item() for k, v in objectives.means(score()).items()}
+    if state.ema is not None:
+        with state.averaged():
+            results |= {f"val_ema/{k}": v.item() for k, v in objectives.means(score()).items()}
+    return results
+
+
+def write_samples(
+    run: Run,
+    state: State,
+    workdir: epath.Path,
+    step: int,
+    writer: metric_writers.MetricWriter,
+    runtime: Runtime,
+) -> None:
+    """Writes a grid of samples (with the moving average, if there is one) as PNG and to TensorBoard."""
+    generator = torch.Generator(runtime.device).manual_seed(derive_seed(run.seed, _SAMPLES))
+    state.model.eval()
+    with state.averaged():
+        picture = run.samples(state.model, generator)
+    (workdir / "samples").mkdir(exist_ok=True)
+    path = workdir / "samples" / f"{step:09d}.png"
+    save_png(picture, path)
+    writer.write_images(step, {"samples": picture[None]})
+    logging.info("Samples written to %s", path)
+
+
+class _Meter:
+    """Collects what the steps between two logs leave behind, and watches that the loss is finite."""
+
+    def __init__(self, run: Run, model: nn.Module, device: torch.device):
+        self._run, self._model = run, model
+        self._terms: list[str] = []
+        self._bad_step = torch.zeros((), dtype=torch.int64, device=device)
+        self._device = device
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since = time.perf_counter()
+        self._steps, self._data_wait, self._sums = 0, 0.0, None
+
+    def update(self, step: torch_loop.Step) -> None:
+        """Takes in a step, without waiting for the device."""
+        self._steps += 1
+        self._data_wait += step.data_wait
+        sums = {"loss": (step.loss, torch.ones_like(step.loss)), **step.sums}
+        self._sums = sums if self._sums is None else objectives.add_sums(self._sums, sums)
+        # The first step at which each term was not finite; 0 is none yet.
+        self._terms = list(sums)
+        bad = ~torch.stack([total for total, _ in sums.values()]).isfinite()
+        self._bad_step = torch.where(bad & (self._bad_step == 0), step.number, self._bad_step)
+
+    def check(self) -> None:
+        """Raises `NonFiniteLoss` if a term of the loss was not finite at some step."""
+        bad = {
+            term: step
+            for term, step in zip(self._terms, self._bad_step.tolist(), strict=True)
+            if step
+        }
+        if bad:
+            first = min(bad.values())
+            terms = ", ".join(term for term, step in bad.items() if step == first)
+            raise NonFiniteLoss(
+                f"not finite at step {first}: {terms}. The last checkpoint is from before; lower the learning rate, or "
+                "look at the batch of that step"
+            )
+
+    def summary(self, step: torch_loop.Step) -> dict[str, float]:
+        """Training metrics since the last call, as numbers; waits for the device."""
+        self.check()
+        means = objectives.means(self._sums)
+        scalars = {f"train/{name}": value.item() for name, value in means.items()}
+        norm = optim.global_norm([p.detach() for p in self._model.parameters()])
+        seconds = time.perf_counter() - self._since
+        scalars |= {
+            "grad_norm": step.grad_norm.item(),
+            "param_norm": norm.item(),
+            "lr_factor": step.lr_factor,
+            "noise_scale": step.noise_scale,
+            "images_per_sec": self._steps * self._run.batch_size / seconds,
+            "data_wait_fraction": self._data_wait / seconds,
+        }
+        self._reset()
+        return scalars
+
+
+def _markdown(text: str) -> str:
+    """Preformatted, for TensorBoard."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+

@@ -1,0 +1,253 @@
+import itertools
+import re
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from jetformer.data import pipeline, preprocess
+
+NUM_TRAIN, NUM_TEST = 41, 11
+AUGMENT = 'decode|resize_small(12)|random_crop(8)|flip_lr|keep("image", "id")'
+PLAIN = 'decode|resize_small(8)|central_crop(8)|keep("image", "id")'
+
+# Unregistered, so that the pipeline has to find it by its files, as it would any prepared data set.
+with tfds.core.registered.skip_registration():
+
+    class Pebbles(tfds.core.GeneratorBasedBuilder):
+        """JPEG images of different sizes in several shards."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+                "id": np.int64,
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {
+                "train": self._generate_examples(0, NUM_TRAIN),
+                "test": self._generate_examples(NUM_TRAIN, NUM_TRAIN + NUM_TEST),
+            }
+
+        def _generate_examples(self, start, stop):
+            for i in range(start, stop):
+                rng = np.random.default_rng(i)
+                size = (*rng.integers(12, 40, size=2), 3)
+                yield i, {"image": rng.integers(0, 256, size=size, dtype=np.uint8), "id": i}
+
+
+@pytest.fixture(scope="module")
+def builder(data_dir):
+    builder = Pebbles(data_dir=data_dir)
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=4))
+    assert builder.info.splits["train"].num_shards == 4
+    return builder
+
+
+@pytest.fixture
+def train(builder, data_dir):
+    def batches(n, split="train", pp=AUGMENT, **kwargs):
+        defaults = {"batch_size": 6, "seed": 3, "shuffle_buffer_size": 16, "data_dir": data_dir}
+        it = pipeline.train_batches("pebbles", split, pp, **defaults | kwargs)
+        return list(itertools.islice(it, n))
+
+    return batches
+
+
+@pytest.fixture
+def evaluate(builder, data_dir):
+    def batches(split="train", pp=PLAIN, **kwargs):
+        it = pipeline.eval_batches("pebbles", split, pp, data_dir=data_dir, **kwargs)
+        return list(it)
+
+    return batches
+
+
+def ids(batches):
+    return np.concatenate([b["id"][b["_mask"]] if "_mask" in b else b["id"] for b in batches])
+
+
+def assert_equal(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for k in x:
+            np.testing.assert_array_equal(x[k], y[k])
+
+
+@pytest.mark.parametrize("process", [{}, {"process_index": 1, "process_count": 2}])
+def test_start_step_is_a_run_that_never_stopped(train, process):
+    run = train(30, **process)  # 4.4 epochs
+    for step in 0, 1, 6, 7, 20:
+        assert_equal(run[step:], train(30 - step, start_step=step, **process))
+
+
+def test_every_epoch_is_another_order_of_all_examples(train):
+    order = ids(train(41, batch_size=4))  # 4 epochs, whose ends are inside batches
+    epochs = order.reshape(4, NUM_TRAIN)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(NUM_TRAIN))
+    assert len({tuple(e) for e in epochs}) == 4
+    assert tuple(ids(train(41, batch_size=4, seed=4))) != tuple(order)
+
+
+def test_epochs_are_differently_augmented(train):
+    batches = train(41, batch_size=4)
+    images = np.concatenate([b["image"] for b in batches]).reshape(4, NUM_TRAIN, 8, 8, 3)
+    by_id = [e[np.argsort(o)] for e, o in zip(images, ids(batches).reshape(4, -1), strict=True)]
+    for a, b in itertools.pairwise(by_id):
+        assert (a != b).any(axis=(1, 2, 3)).mean() > 0.5
+
+
+def test_processes_share_the_split(train):
+    parts = [
+        train(10, batch_size=6, process_index=i, process_count=3, shuffle_buffer_size=99)
+        for i in range(3)
+    ]
+    assert all(b["image"].shape == (2, 8, 8, 3) for part in parts for b in part)
+    # 41 examples: 13 each, 2 left over.
+    epoch = [set(ids(part)[:13]) for part in parts]
+    assert [len(e) for e in epoch] == [13, 13, 13]
+    assert len(set.union(*epoch)) == 39
+    for part, e in zip(parts, epoch, strict=True):
+        assert set(ids(part)) == e
+
+
+def test_splits_of_splits(train, evaluate):
+    everything = set(range(NUM_TRAIN))
+    rest, first = set(ids(train(31, "train[10:]", batch_size=1))), set(ids(train(10, "train[:10]")))
+    assert len(rest) == 31
+    assert first | rest == everything
+    assert rest == set(ids(evaluate("train[10:]", batch_size=4)))
+    assert len(set(ids(train(NUM_TRAIN + NUM_TEST, "train+test", batch_size=1)))) == 52
+
+
+def test_what_a_batch_is(data_dir):
+    pp = 'decode(channels=1)|label_as_text|keep("image", "text", "text_mask", "text_loss")'
+    it = pipeline.train_batches(
+        "digits", "train", pp, batch_size=4, seed=0, shuffle_buffer_size=10, data_dir=data_dir
+    )
+    assert {k: (v.dtype, v.shape) for k, v in next(it).items()} == {
+        "image": (np.uint8, (4, 8, 8, 1)),
+        "text": (np.int32, (4, 1)),
+        "text_mask": (bool, (4, 1)),
+        "text_loss": (bool, (4, 1)),
+    }
+    assert pipeline.num_examples("digits", "train", data_dir) == 1347
+    assert pipeline.num_examples("digits", "test[25:]", data_dir) == 200
+
+
+def test_skipped_examples_are_not_decoded(data_dir, monkeypatch):
+    pipeline.prepare("digits", data_dir)
+    count = 0
+
+    def one_more(image):
+        nonlocal count
+        count += 1
+        return image
+
+    def counted():
+        op = lambda x: tf.numpy_function(one_more, [x], tf.string)
+        return lambda example: {"image": tf.ensure_shape(op(example["image"]), [])}
+
+    monkeypatch.setitem(preprocess.OPS, "counted", counted)
+    it = pipeline.train_batches(
+        *("digits", "train", "counted|decode"),
+        **{"batch_size": 1, "seed": 0, "shuffle_buffer_size": 100, "data_dir": data_dir},
+        **{"start_step": 1347 + 1300, "prefetch": 1, "num_parallel_calls": 2},
+    )
+    next(it)
+    assert 1 <= count < 20
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 3])
+def test_evaluation_sees_every_example_once(evaluate, process_count):
+    parts = [
+        evaluate(batch_size=6, process_index=i, process_count=process_count)
+        for i in range(process_count)
+    ]
+    assert len({len(part) for part in parts}) == 1
+    seen = np.concatenate([ids(part) for part in parts])
+    assert sorted(seen) == list(range(NUM_TRAIN))
+    for b in itertools.chain(*parts):
+        assert b["_mask"].dtype == bool
+        assert b["_mask"].shape == (6 // process_count,)
+        assert b["image"].shape == (6 // process_count, 8, 8, 3)
+        assert not b["image"][~b["_mask"]].any()
+        assert b["image"][b["_mask"]].any(axis=(1, 2, 3)).all()
+
+
+def test_evaluation_pads_whole_batches(evaluate):
+    parts = [evaluate("test[:2]", batch_size=5, process_index=i, process_count=5) for i in range(5)]
+    assert [len(p) for p in parts] == [1] * 5
+    assert [p[0]["_mask"].tolist() for p in parts] == [[True], [True], [False], [False], [False]]
+    assert {p[0]["image"].shape for p in parts} == {(1, 8, 8, 3)}
+
+
+def test_evaluation_is_tfds_in_file_order(builder, evaluate):
+    ds = builder.as_dataset(
+        split="train", read_config=tfds.ReadConfig(interleave_cycle_length=1), shuffle_files=False
+    )
+    batches = evaluate(pp="decode", batch_size=1)
+    for have, want in zip(batches, tfds.as_numpy(ds), strict=True):
+        np.testing.assert_array_equal(have["id"][0], want["id"])
+        np.testing.assert_array_equal(have["image"][0], want["image"])
+
+
+def test_strings_can_be_padded(evaluate):
+    (batch,) = evaluate("test[:2]", pp='keep("image")', batch_size=3)
+    assert batch["image"][2] == b""
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"name": "pebblez"}, ["'pebblez'", "digits", "jetformer.data.builders", "data_dir"]),
+        ({"name": "pebbles/large"}, ["pebbles/large"]),
+        ({"name": "no good"}, ["'no good'"]),
+        ({"name": "imagenet2012"}, ["imagenet2012", "elsewhere", "data_dir", "anual"]),
+        ({"name": "digits:9.9.9"}, ["9.9.9", "1.0.0"]),
+        ({"name": "mnist", "process_count": 2}, ["mnist", "prepare"]),
+        ({"split": "tran"}, ["'tran'", "train, test"]),
+        ({"split": "train[100:]"}, ["'train[100:]'", "41"]),
+        ({"split": "train[9:5]"}, ["'train[9:5]'"]),
+        ({"split": "test[:1]", "process_count": 2}, ["'test[:1]'", "1 example", "2 process"]),
+        ({"batch_size": 0}, ["batch_size 0"]),
+        ({"batch_size": 5, "process_count": 2}, ["batch_size 5", "2 process"]),
+        ({"shuffle_buffer_size": 0}, ["shuffle_buffer_size 0"]),
+        ({"pp": "decode|rezise(8)"}, ["rezise", "resize_small"]),
+        ({"pp": 'decode|keep("label")'}, ["keep", "'label'", "id, image"]),
+    ],
+)
+def test_errors_are_one_line(builder, data_dir, change, says):
+    kwargs = {"name": "pebbles", "split": "train", "pp": PLAIN, "data_dir": data_dir}
+    kwargs |= {"batch_size": 2, "seed": 0, "shuffle_buffer_size": 9} | change
+    with pytest.raises(ValueError, match=re.escape(says[0])) as e:
+        pipeline.train_batches(**kwargs)
+    assert "\n" not in str(e.value)
+    for part in says:
+        assert part in str(e.value)
+
+
+def test_no_random_ops_in_evaluation(builder, data_dir):
+    with pytest.raises(ValueError, match="'flip_lr' is random and only works in training") as e:
+        pipeline.eval_batches("pebbles", "test", "decode|flip_lr", batch_size=1, data_dir=data_dir)
+    assert "\n" not in str(e.value)
+
+
+def test_other_formats_say_so(builder, tmp_path):
+    copy = tmp_path / "pebbles" / "1.0.0"
+    shutil.copytree(builder.data_dir, copy)
+    info = copy / "dataset_info.json"
+    info.write_text(info.read_text().replace('"tfrecord"', '"array_record"'))
+    for f in copy.glob("*tfrecord*"):
+        f.rename(copy / f.name.replace("tfrecord", "array_record"))
+    with pytest.raises(ValueError, match="'pebbles' is stored as array_record, and only tfrecord"):
+        pipeline.eval_batches("pebbles", "test", PLAIN, batch_size=1, data_dir=tmp_path)
