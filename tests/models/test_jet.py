@@ -1,0 +1,145 @@
+"""Jet is invertible, and its log-determinant is that of its Jacobian."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jetformer.models import jet
+from jetformer.models.initializers import init_weights
+from jetformer.models.jet import Coupling, Jet, spatial_permutation
+
+SPATIAL = [f"{kind}{inv}" for kind in ("checkerboard", "vstripes", "hstripes") for inv in ("", "-inv")]
+
+
+def randomized(model, seed=0):
+    """In float64, with the weights that start at zero random too: else shift and scale are constants."""
+    generator = torch.Generator().manual_seed(seed)
+    init_weights(model, generator)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "final_proj" in name or name.endswith("out.weight"):
+                p.normal_(std=0.3, generator=generator)
+    return model.double()
+
+
+def assert_invertible(forward, inverse, x):
+    """inverse(forward(x)) = x, and both log-determinants agree with autograd's Jacobian."""
+    z, logdet = forward(x)
+    y, inverse_logdet = inverse(z)
+    torch.testing.assert_close(y, x)
+    torch.testing.assert_close(inverse_logdet, -logdet)
+    for i, example in enumerate(x):
+        jacobian = torch.autograd.functional.jacobian(lambda e: forward(e[None])[0][0], example)
+        jacobian = jacobian.reshape(example.numel(), example.numel())
+        torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, logdet[i].detach())
+
+
+@pytest.mark.parametrize(
+    ("kind", "projection"), [("channels", "random")] + [("spatial", kind) for kind in SPATIAL]
+)
+def test_coupling_is_invertible(kind, projection):
+    coupling = Coupling(
+        kind, projection, (2, 4), 6, 2.0, depth=1, emb_dim=8, num_heads=2, context_dim=None
+    )
+    randomized(coupling)
+    x = torch.randn(2, 8, 6, dtype=torch.float64)
+    assert_invertible(coupling, coupling.inverse, x)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    grid=st.tuples(st.sampled_from([2, 4]), st.sampled_from([2, 4])),
+    channels=st.sampled_from([1, 3]),
+    scale_factor=st.floats(0.5, 4.0),
+    kinds=st.lists(st.sampled_from(["channels", "spatial"]), min_size=1, max_size=3),
+    depth=st.integers(0, 4),
+    seed=st.integers(0, 2**32),
+)
+def test_jet_is_invertible(grid, channels, scale_factor, kinds, depth, seed):
+    shape = (2 * grid[0], 2 * grid[1], channels)
+    model = Jet(
+        shape,
+        depth=depth,
+        emb_dim=8,
+        num_heads=2,
+        ps=2,
+        kinds=kinds,
+        scale_factor=scale_factor,
+        spatial_coupling_projs=("checkerboard", "hstripes-inv"),
+    )
+    randomized(model, seed)
+    x = torch.randn(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    assert_invertible(model, model.inverse, x)
+
+
+def test_jet_is_invertible_given_a_context():
+    model = randomized(Jet((4, 4, 3), depth=2, emb_dim=8, num_heads=2, ps=2, context_dim=5))
+    x, context = torch.randn(1, 4, 4, 3).double(), torch.randn(1, 3, 5).double()
+    forward, inverse = (functools.partial(f, context=context) for f in (model, model.inverse))
+    assert_invertible(forward, inverse, x)
+    assert not torch.equal(forward(x)[0], model(x, torch.zeros_like(context))[0])
+
+
+def test_jet_starts_as_a_volume_preserving_permutation():
+    model = Jet((4, 4, 3), depth=3, emb_dim=8, num_heads=2, ps=2)
+    init_weights(model, torch.Generator().manual_seed(0))
+    x = torch.randn(2, 4, 4, 3)
+    z, logdet = model(x)
+    torch.testing.assert_close(z.flatten().sort().values, x.flatten().sort().values)
+    torch.testing.assert_close(logdet, torch.zeros(2), atol=1e-5, rtol=0)
+
+
+def test_activation_checkpointing_changes_nothing():
+    plain = randomized(Jet((4, 4, 3), depth=2, emb_dim=8, num_heads=2, ps=2))
+    checkpointed = Jet(
+        (4, 4, 3), depth=2, emb_dim=8, num_heads=2, ps=2, activation_checkpointing=True
+    ).double()
+    checkpointed.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 4, 4, 3, dtype=torch.float64)
+    for model in (plain, checkpointed):
+        z, logdet = model(x)
+        (z.square().sum() - logdet.sum()).backward()
+    for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_permutations_are_each_others_inverse_and_backward(dim):
+    x = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)
+    order = torch.randperm(5)
+    gather, scatter = (lambda y, f=f: f.apply(y, dim, order) for f in (jet._Gather, jet._Scatter))
+    torch.testing.assert_close(scatter(gather(x)), x)
+    for function in (gather, scatter):
+        assert torch.autograd.gradcheck(function, (x,))
+        assert torch.autograd.gradgradcheck(function, (x,))
+
+
+@pytest.mark.parametrize("kind", ["checkerboard", "vstripes", "hstripes"])
+def test_inv_swaps_the_halves(kind):
+    first, second = spatial_permutation(kind, (4, 6)).chunk(2)
+    swapped = spatial_permutation(f"{kind}-inv", (4, 6))
+    assert torch.equal(swapped, torch.cat((second, first)))
+    rows, columns = torch.div(first, 6, rounding_mode="floor"), first % 6
+    pattern = {"checkerboard": rows + columns, "vstripes": columns, "hstripes": rows}[kind]
+    assert (pattern % 2 == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"ps": 3}, "does not divide into patches of 3"),
+        ({"emb_dim": 9}, "width 9 does not divide by num_heads 2"),
+        ({"kinds": ("diagonal",)}, "unknown coupling kind 'diagonal'"),
+        ({"kinds": ("spatial",), "spatial_coupling_projs": ("dots",)}, "unknown spatial coupling"),
+        ({"channels_coupling_projs": ("learned",)}, "unknown channel coupling 'learned'"),
+        ({"kinds": ("spatial",), "ps": 4}, "unequal halves"),
+        ({"ps": 1, "input_shape": (4, 4, 3)}, "cannot halve tokens of 3 dimensions"),
+    ],
+)
+def test_impossible_sizes_are_named(kwargs, message):
+    arguments = {"input_shape": (4, 4, 3), "emb_dim": 8, "num_heads": 2, "ps": 2, "depth": 1}
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        Jet(**arguments | kwargs)

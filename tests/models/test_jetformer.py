@@ -1,0 +1,178 @@
+"""The model as a whole: what sees what, and the way from image to tokens and back."""
+
+import functools
+
+import pytest
+import torch
+
+from jetformer.models.decoder import Decoder
+from jetformer.models.initializers import init_weights
+from jetformer.models.jet import Jet
+from jetformer.models.jetformer import JetFormer
+from jetformer.models.patches import Patchify
+
+T, L = 3, 4
+
+
+def small_model(**kwargs):
+    defaults = {
+        "image_shape": (4, 4, 3),
+        "patches": functools.partial(Patchify, patch_size=2),
+        "flow": functools.partial(Jet, depth=2, emb_dim=8, num_heads=2, ps=1),
+        "decoder": functools.partial(
+            Decoder, width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8
+        ),
+        "vocab_size": 13,
+        "bos_id": 10,
+        "boi_id": 11,
+        "nolabel_id": 12,
+        "out_dim": 8,
+    }
+    model = JetFormer(**defaults | kwargs)
+    init_weights(model, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "final_proj" in name or "head" in name:
+                p.normal_(std=0.2, generator=torch.Generator().manual_seed(1))
+    return model.double()
+
+
+def inputs(model, batch=2):
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randint(0, 10, (batch, T), generator=generator)
+    return text, torch.randn(batch, L, model.out_dim, generator=generator).double()
+
+
+def test_an_image_survives_its_tokens():
+    model = small_model()
+    image = torch.rand(2, 4, 4, 3, dtype=torch.float64) * 2 - 1
+    tokens, factored, _ = model.encode_image(image)
+    assert tokens.shape == (2, L, 8)
+    assert factored.shape == (2, L, 4)
+    torch.testing.assert_close(model.decode_image(tokens, factored), image)
+
+
+@pytest.mark.parametrize("boi_id", [None, 11])
+@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_each_token_is_predicted_from_what_comes_before(boi_id, text_first, repeats):
+    model = small_model(boi_id=boi_id, num_vocab_repeats=repeats)
+    text, image = inputs(model)
+    image.requires_grad_()
+    text_hidden, image_hidden = model(text, image, text_first=text_first)
+    assert text_hidden.shape == (2, T, 16)
+    assert image_hidden.shape == (2, L, 16)
+    for i in range(L):
+        (gradient,) = torch.autograd.grad(image_hidden[:, i].sum(), image, retain_graph=True, allow_unused=True)
+        assert (gradient[:, :i] != 0).any(-1).all()
+        assert (gradient[:, i:] == 0).all()
+    (gradient,) = torch.autograd.grad(text_hidden.sum(), image, allow_unused=True)
+    sees_image = gradient is not None and (gradient != 0).any()
+    assert sees_image == (not text_first)
+
+
+def test_a_mixed_batch_is_its_examples():
+    """Both orders in one batch, with padding and a dropped prefix, give each example what it gets alone."""
+    model = small_model()
+    text, image = inputs(model, batch=4)
+    text_first = torch.tensor([True, False, True, False])
+    text_mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
+    drop_prefix = torch.tensor([False, False, True, False])
+    together = model(
+        text, image, text_first=text_first, text_mask=text_mask, drop_prefix=drop_prefix
+    )
+    for i in range(4):
+        one = slice(i, i + 1)
+        alone = model(
+            text[one],
+            image[one],
+            text_first=bool(text_first[i]),
+            text_mask=text_mask[one],
+            drop_prefix=drop_prefix[one],
+        )
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a[one], b)
+
+
+def test_padding_is_invisible():
+    """What stands under a false mask changes nothing for the image that follows."""
+    model = small_model()
+    text, image = inputs(model)
+    mask = torch.tensor([[True, True, False]] * 2)
+    other = text.clone()
+    other[:, 2] = (text[:, 2] + 1) % 10
+    hidden = [model(t, image, text_first=True, text_mask=mask)[1] for t in (text, other)]
+    torch.testing.assert_close(*hidden)
+    # Nor does it take up a position: the text without its padding gives the same.
+    torch.testing.assert_close(hidden[0], model(text[:, :2], image, text_first=True)[1])
+
+
+def test_a_dropped_prefix_says_nothing():
+    model = small_model(num_vocab_repeats=2)
+    text, image = inputs(model)
+    drop = torch.ones(2, dtype=torch.bool)
+    hidden = [
+        model(t, image, text_first=True, drop_prefix=drop)[1] for t in (text, (text + 1) % 10)
+    ]
+    torch.testing.assert_close(*hidden)
+    assert not torch.allclose(hidden[0], model(text, image, text_first=True)[1])
+
+
+def test_a_prefix_without_causal_mask_sees_itself():
+    model = small_model(causal_mask_on_prefix=False)
+    text, image = inputs(model)
+    x, mask, _ = model.embed(text, image, text_first=True)
+    assert x.shape[1] == mask.shape[1] == T + L + 1
+    assert mask[:, : T + 1, : T + 1].all()
+    assert torch.equal(mask[0, T + 1 :, T + 1 :], torch.ones(L, L, dtype=torch.bool).tril())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"boi_id": 13}, "boi_id 13 is not a token of a vocabulary of 13"),
+        ({"out_dim": 13}, "out_dim 13 is more than a patch's 12 dimensions"),
+        ({"multivariate": True}, "not num_mixtures = 4"),
+        ({"untie_output_vocab": True, "num_vocab_repeats": 2}, "needs num_vocab_repeats = 1"),
+        ({"head_dtype": "float16"}, "'float16' is neither float32 nor bfloat16"),
+    ],
+)
+def test_impossible_options_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        small_model(**kwargs)
+
+
+def test_an_image_of_another_size_is_named():
+    with pytest.raises(ValueError, match=r"images have shape \(8, 8, 3\)"):
+        small_model().encode_image(torch.zeros(1, 8, 8, 3))
+
+
+def test_initial_weights_are_a_function_of_the_seed():
+    states = []
+    for seed in (0, 0, 1):
+        with torch.device("meta"):
+            model = small_model_on_meta()
+        model.to_empty(device="cpu")
+        init_weights(model, torch.Generator().manual_seed(seed))
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert not torch.equal(states[0]["text_emb.weight"], states[2]["text_emb.weight"])
+    for name, value in states[0].items():
+        assert value.isfinite().all(), name
+
+
+def small_model_on_meta():
+    return JetFormer(
+        image_shape=(4, 4, 3),
+        patches=functools.partial(Patchify, patch_size=2),
+        flow=functools.partial(Jet, depth=2, emb_dim=8, num_heads=2, ps=1, context_dim=4),
+        decoder=functools.partial(
+            Decoder, width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8
+        ),
+        vocab_size=13,
+        bos_id=10,
+        boi_id=None,
+        nolabel_id=12,
+        untie_output_vocab=True,
+        per_modality_final_norm=True,
+    )

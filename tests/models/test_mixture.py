@@ -1,0 +1,188 @@
+"""The image head: blocked equals plain, gradients are right, samples follow the density."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch.nn import functional as F
+
+from jetformer.models.initializers import init_weights
+from jetformer.models.mixture import (
+    Mixture,
+    MixtureHead,
+    MultivariateGaussian,
+    MultivariateHead,
+    mixture_from_logits,
+    mixture_nll,
+)
+
+
+def head_inputs(tokens, width, k, d, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "hidden": (tokens, width),
+        "weight": (k + 2 * k * d, width),
+        "bias": (k + 2 * k * d,),
+        "target": (tokens, d),
+    }
+    tensors = {
+        name: torch.randn(shape, dtype=dtype, generator=generator) for name, shape in shapes.items()
+    }
+    tensors["weight"] /= width**0.5
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    return tensors, torch.rand(tokens, dtype=dtype, generator=generator)
+
+
+def plain_nll(hidden, weight, bias, target, num_mixtures, scale_tol):
+    logits = F.linear(hidden, weight, bias)
+    return -mixture_from_logits(logits, num_mixtures, scale_tol).log_prob(target)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    tokens=st.integers(1, 9),
+    k=st.integers(1, 5),
+    d=st.integers(1, 6),
+    block=st.integers(1, 12),
+    scale_tol=st.sampled_from([1e-6, 0.3]),  # the second clamps about a tenth of the scales
+    seed=st.integers(0, 2**32),
+)
+def test_blocked_equals_plain(tokens, k, d, block, scale_tol, seed):
+    inputs, token_weight = head_inputs(tokens, 7, k, d, torch.float64, seed)
+    total, nll = mixture_nll(
+        **inputs,
+        token_weight=token_weight,
+        num_mixtures=k,
+        scale_tol=scale_tol,
+        block=block,
+    )
+    expected = plain_nll(**inputs, num_mixtures=k, scale_tol=scale_tol)
+    torch.testing.assert_close(nll, expected)
+    torch.testing.assert_close(total, (expected * token_weight).sum())
+    # A factor after the sum, as gradient accumulation or a loss weight puts there.
+    gradients = torch.autograd.grad(3 * total, inputs.values())
+    expected = torch.autograd.grad(3 * (expected * token_weight).sum(), inputs.values())
+    for actual, value in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(actual, value)
+
+
+def test_blocked_equals_plain_in_float32():
+    inputs, token_weight = head_inputs(64, 32, 16, 12, torch.float32)
+    kwargs = {"num_mixtures": 16, "scale_tol": 1e-6}
+    total, nll = mixture_nll(**inputs, token_weight=token_weight, block=24, **kwargs)
+    expected = plain_nll(**inputs, **kwargs)
+    torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(total, inputs.values())
+    expected = torch.autograd.grad((expected * token_weight).sum(), inputs.values())
+    for actual, value in zip(gradients, expected, strict=True):
+        bound = 1e-4 * value.abs().max().item()
+        torch.testing.assert_close(actual, value, rtol=0, atol=bound)
+
+
+def test_gradcheck():
+    inputs, token_weight = head_inputs(5, 3, 2, 2, torch.float64)
+    function = lambda *tensors: mixture_nll(
+        *tensors, token_weight, num_mixtures=2, scale_tol=1e-6, block=2
+    )[0]
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()))
+
+
+def test_a_scale_below_the_smallest_has_no_gradient():
+    inputs, _ = head_inputs(1, 2, 1, 1, torch.float64)
+    with torch.no_grad():
+        inputs["weight"].zero_()
+        inputs["bias"].copy_(torch.tensor([0.0, 0.0, -50.0]))
+    total, _ = mixture_nll(
+        **inputs, token_weight=torch.ones(1).double(), num_mixtures=1, scale_tol=0.5, block=1
+    )
+    (gradient,) = torch.autograd.grad(total, inputs["bias"])
+    assert gradient[1] != 0
+    assert gradient[2] == 0
+
+
+def test_no_gradient_no_work():
+    """Under no_grad nothing is kept, and parameters that need no gradient get none."""
+    inputs, token_weight = head_inputs(4, 3, 2, 2, torch.float64)
+    kwargs = {"num_mixtures": 2, "scale_tol": 1e-6, "block": 2}
+    with torch.no_grad():
+        total, _ = mixture_nll(**inputs, token_weight=token_weight, **kwargs)
+    assert not total.requires_grad
+    inputs["weight"].requires_grad_(False)
+    total, _ = mixture_nll(**inputs, token_weight=token_weight, **kwargs)
+    total.backward()
+    assert inputs["weight"].grad is None
+    assert inputs["hidden"].grad is not None
+
+
+def test_bfloat16_head_is_close():
+    torch.manual_seed(0)
+    heads = {dtype: MixtureHead(16, 4, 8, dtype=dtype) for dtype in ("float32", "bfloat16")}
+    heads["bfloat16"].load_state_dict(heads["float32"].state_dict())
+    hidden, target = torch.randn(2, 3, 16), torch.randn(2, 3, 4)
+    results = {}
+    for dtype, head in heads.items():
+        total, nll = head(hidden, target, torch.full((2, 3), 1 / 6))
+        total.backward()
+        assert nll.dtype == torch.float32
+        results[dtype] = (total, head.linear.weight.grad)
+    for a, b in zip(*results.values(), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("head", [MixtureHead, MultivariateHead])
+def test_head_weighs_tokens(head):
+    kwargs = {"num_mixtures": 3} if head is MixtureHead else {}
+    model = head(8, 2, **kwargs)
+    torch.nn.init.normal_(model.linear.weight, generator=torch.Generator().manual_seed(0))
+    hidden, target, weight = torch.randn(2, 5, 8), torch.randn(2, 5, 2), torch.rand(2, 5)
+    total, nll = model(hidden, target, weight)
+    assert nll.shape == (2, 5)
+    torch.testing.assert_close(total, (nll * weight).sum())
+
+
+def test_a_new_head_is_one_broad_gaussian():
+    head = MixtureHead(4, 3, 5)
+    init_weights(head, torch.Generator())
+    mixture = head.distribution(head.logits(torch.randn(2, 4)))
+    x = torch.randn(2, 3)
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(-1)
+    torch.testing.assert_close(mixture.log_prob(x), expected)
+
+
+def assert_same_distribution(samples, cdf):
+    assert stats.kstest(samples.numpy(), cdf).pvalue > 1e-3
+
+
+def test_mixture_samples_follow_the_density():
+    logits, locs, scales = torch.tensor([0.0, 1.0]), torch.tensor([-2.0, 1.0]), torch.tensor([0.5, 1.0])
+    n = 4000
+    mixture = Mixture(logits.expand(n, 2), locs[:, None].expand(n, 2, 1), scales[:, None].expand(n, 2, 1))
+    samples = mixture.sample(torch.Generator().manual_seed(0))
+    weights = logits.softmax(0).numpy()
+    cdf = lambda x: sum(
+        w * stats.norm.cdf(x, m, s)
+        for w, m, s in zip(weights, locs.numpy(), scales.numpy(), strict=True)
+    )
+    assert_same_distribution(samples[:, 0], cdf)
+    again = mixture.sample(torch.Generator().manual_seed(0))
+    assert torch.equal(samples, again)
+
+
+def test_multivariate_gaussian_agrees_with_torch():
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.randn(3, 3, generator=generator).abs().tril() + torch.eye(3)
+    loc = torch.randn(3, generator=generator)
+    ours = MultivariateGaussian(loc.expand(5000, 3), scale.expand(5000, 3, 3))
+    reference = torch.distributions.MultivariateNormal(loc, scale_tril=scale)
+    x = torch.randn(5000, 3, generator=generator)
+    torch.testing.assert_close(ours.log_prob(x), reference.log_prob(x))
+    samples = ours.sample(generator)
+    covariance = scale @ scale.T
+    for i in range(3):
+        assert_same_distribution(
+            samples[:, i], stats.norm(loc[i].item(), covariance[i, i].sqrt().item()).cdf
+        )
+    torch.testing.assert_close(samples.T.cov(), covariance, rtol=0.1, atol=0.3)

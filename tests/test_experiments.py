@@ -1,0 +1,36 @@
+"""Every experiment file parses, is complete, and builds the model it says, on the meta device."""
+
+import pathlib
+
+import pytest
+import torch
+
+from jetformer import config, train
+from jetformer.data import preprocess
+
+DIRECTORY = pathlib.Path(__file__).parent.parent / "experiments"
+PARAMETERS = {
+    "digits": 1_408_576,
+    "cifar10": 77_102_976,
+    "imagenet64": 396_212_224,
+    "imagenet256": 1_068_477_440,
+    "imagenet256_1p3b": 2_657_488_896,
+}
+
+
+def test_every_experiment_is_here():
+    assert {path.stem for path in DIRECTORY.glob("*.gin")} == PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_experiment(name):
+    config.parse([str(DIRECTORY / f"{name}.gin")], [])
+    run = config.call(train.Run)
+    with torch.device("meta"):
+        model = run.model()
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    assert run.optimizer(model).param_groups[0]["params"]
+    for pp in (run.data.pp, run.data.pp_eval or run.data.pp):
+        preprocess.parse(pp)
+    text = (DIRECTORY / f"{name}.gin").read_text()
+    assert f"--gin_file=experiments/{name}.gin" in text  # it opens with its command

@@ -1,0 +1,160 @@
+"""The objectives: likelihoods that are likelihoods, parts that add up, draws that can be replayed."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from jetformer import objectives
+from jetformer.models.jet import Jet
+from jetformer.objectives import JetFormerObjective, JetObjective
+from models.test_jet import randomized
+from models.test_jetformer import small_model
+
+
+def batch_of(size, image_shape=(4, 4, 3), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "image": torch.randint(0, 256, (size, *image_shape), dtype=torch.uint8, generator=generator),
+        "text": torch.randint(0, 10, (size, 3), generator=generator),
+        "text_mask": torch.tensor([[True, True, False], [True, True, True]]).repeat(size // 2, 1),
+        "text_loss": torch.tensor([[True, True, False], [True, True, True]]).repeat(size // 2, 1),
+    }
+
+
+EVERYTHING = JetFormerObjective(
+    text_prefix_prob=0.5,
+    drop_labels_prob=0.5,
+    input_noise_std=0.3,
+    rgb_noise_on_image_prefix=False,
+    text_loss_weight=0.5,
+)
+OBJECTIVES = {
+    "everything": EVERYTHING,
+    "suffix": dataclasses.replace(EVERYTHING, loss_on_prefix=False),
+    "text_first": dataclasses.replace(EVERYTHING, loss_on_prefix=False, text_prefix_prob=1.0),
+}
+
+
+def slice_of(tensors, rows):
+    return {name: tensor[rows] for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+def test_parts_of_a_batch_add_up_to_the_batch(objective):
+    """With the whole batch's normalizers, losses, gradients and terms of its parts add up to its own."""
+    model = small_model()
+    batch = batch_of(8)
+    generator = torch.Generator().manual_seed(3)
+    draws = objective.draw(model, batch, generator, train=True)
+    normalizers = objective.normalizers(batch, draws, train=True)
+    loss, terms = objective(model, batch, draws, noise_scale=4.0)
+    expected = torch.autograd.grad(loss, model.parameters(), allow_unused=True)
+
+    total, sums = 0.0, None
+    for rows in (slice(0, 2), slice(2, 8)):
+        part_loss, part_terms = objective(
+            model,
+            slice_of(batch, rows),
+            slice_of(draws, rows),
+            noise_scale=4.0,
+            normalizers=normalizers,
+        )
+        total = total + part_loss
+        part = objectives.sum_terms(part_terms)
+        sums = part if sums is None else objectives.add_sums(sums, part)
+    torch.testing.assert_close(total, loss)
+    torch.testing.assert_close(sums, objectives.sum_terms(terms))
+    gradients = torch.autograd.grad(total, model.parameters(), allow_unused=True)
+    for actual, value in zip(gradients, expected, strict=True):
+        assert (actual is None) == (value is None)
+        if value is not None:
+            torch.testing.assert_close(actual, value)
+
+
+def test_draws_are_a_function_of_the_seed():
+    model, batch = small_model(), batch_of(4)
+    draw = lambda seed: EVERYTHING.draw(model, batch, torch.Generator().manual_seed(seed), True)
+    first, again, other = draw(0), draw(0), draw(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["rgb_noise"], other["rgb_noise"])
+    assert 0 <= first["dequant"].min()
+    assert first["dequant"].max() < 1
+    evaluation = EVERYTHING.draw(model, batch, torch.Generator(), train=False)
+    assert evaluation.keys() == {"text_first", "dequant"}
+
+
+def test_evaluation_has_no_noise():
+    model, batch = small_model(), batch_of(4)
+    draws = EVERYTHING.draw(model, batch, torch.Generator().manual_seed(0), True)
+    evaluate = lambda noise_scale: EVERYTHING(
+        model, batch, draws, noise_scale=noise_scale, train=False
+    )[0]
+    torch.testing.assert_close(evaluate(0.0), evaluate(64.0))
+    loss, _ = EVERYTHING(model, batch, draws, noise_scale=64.0)
+    assert not torch.allclose(loss, evaluate(0.0))
+
+
+def test_the_image_prefix_sends_no_gradient_to_the_flow():
+    objective = JetFormerObjective(
+        text_prefix_prob=0.0, loss_on_prefix=False, stop_grad_image_prefix=True
+    )
+    model, batch = small_model(), batch_of(4)
+    draws = objective.draw(model, batch, torch.Generator().manual_seed(0), True)
+    loss, _ = objective(model, batch, draws)
+    loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.flow.parameters())
+    assert model.image_emb.weight.grad.any()
+
+
+def test_bits_per_dim_are_of_a_distribution_over_pixels():
+    """For an image of two pixels: the probabilities of all pairs of 8-bit values sum to the mass of the density within
+    the range of pixels, with every volume change counted."""
+    flow = randomized(Jet((1, 1, 2), depth=2, emb_dim=4, num_heads=1, ps=1, kinds=("channels",)))
+    values = torch.arange(0, 256, 2)
+    pixels = torch.cartesian_prod(values, values).view(-1, 1, 1, 2).to(torch.uint8)
+    # Steps of two pixel values, at their middle, so that each pair stands for four.
+    bits = torch.cat(
+        [
+            JetObjective()(flow, {"image": part}, {"dequant": torch.ones(part.shape).double()})[1][
+                "bits_per_dim"
+            ][0]
+            for part in pixels.split(4096)
+        ]
+    )
+    mass = (4 * 2 ** (-2 * bits)).sum()
+    # The same mass, by sampling latents and looking which images lie within the range.
+    z = torch.randn(200_000, 1, 1, 2, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        x, _ = flow.inverse(z)
+    inside = ((x >= -1) & (x < 256 / 127.5 - 1)).flatten(1).all(1).double()
+    error = 4 * math.sqrt(inside.var() / len(inside))
+    assert abs(mass - inside.mean()) < error + 1e-3
+
+
+def test_jets_objective_is_that_of_a_normal():
+    """Without couplings, an image's likelihood is that of its pixels under a standard normal."""
+    flow = Jet((2, 2, 1), depth=0, ps=1)
+    flow.register_parameter("unused", torch.nn.Parameter(torch.zeros(()).double()))
+    image = torch.tensor([0, 100, 200, 255], dtype=torch.uint8).view(1, 2, 2, 1)
+    draws = {"dequant": torch.full((1, 2, 2, 1), 0.25).double()}
+    loss, _ = JetObjective()(flow, {"image": image}, draws)
+    x = (image.double() + 0.25) / 127.5 - 1
+    expected = -(stats.norm.logpdf(x) - math.log(127.5)).mean() / math.log(2)
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_jets_objective_has_no_curriculum():
+    flow = Jet((2, 2, 1), depth=0, ps=1)
+    with pytest.raises(ValueError, match="no noise curriculum"):
+        JetObjective()(flow, batch_of(2, (2, 2, 1)), {}, noise_scale=3.0)
+
+
+def test_what_does_not_count_is_not_summed():
+    value = torch.tensor([1.0, float("nan"), 3.0, 5.0])
+    counts = torch.tensor([True, False, True, True])
+    mask = torch.tensor([True, True, True, False])
+    sums = objectives.sum_terms({"a": (value, counts)}, mask)
+    assert objectives.means(sums)["a"] == 2.0

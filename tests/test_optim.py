@@ -1,0 +1,126 @@
+"""Optimizer and schedules: the reference's update, what is decayed, durations in every unit, the moving average."""
+
+import functools
+
+import pytest
+import torch
+from models.test_jetformer import small_model
+
+from jetformer import optim
+
+
+def test_an_update_is_adam_plus_decay_by_the_schedule():
+    """-schedule · (lr · adam + wd · p), with the weight decay not multiplied by the learning rate."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = optim.make_optimizer(model, lr=0.01, wd=0.1, b1=0.9, b2=0.95)
+    model(torch.randn(4, 3)).square().sum().backward()
+    optim.set_learning_rate(optimizer, 0.5)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        adam = p.grad / (p.grad.abs() + 1e-8)  # at the first step both moments are the gradient's
+        decay = 0.1 * before[name] if name == "weight" else 0.0
+        torch.testing.assert_close(p.detach(), before[name] - 0.5 * (0.01 * adam + decay))
+
+
+def test_decayed_are_matrices_and_nothing_else():
+    model = small_model(untie_output_vocab=True)
+    ids = {id(p) for p in optim.decayed_parameters(model)}
+    decayed = {name for name, p in model.named_parameters() if id(p) in ids}
+    rest = {name for name, _ in model.named_parameters()} - decayed
+    assert {n.rpartition(".")[0].rpartition(".")[2] for n in decayed} == {
+        *("qkv", "out", "gate_up", "linear"),  # decoder, and the image head's
+        *("fc1", "fc2", "init_proj", "final_proj"),  # flow
+        *("image_emb", "text_head"),
+    }
+    assert all(
+        name.endswith(("bias", "posemb")) or "norm" in name or name == "text_emb.weight"
+        for name in rest
+    )
+
+
+def test_optimizer_state_is_there_before_the_first_step():
+    """So a checkpoint can be restored into it, and a step does what it does without."""
+    models = [small_model(), small_model()]
+    optimizers = [optim.make_optimizer(m) for m in models]
+    optimizers[1].state.clear()
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(a, b)
+    states = [optim.state_tensors(o, m) for o, m in zip(optimizers, models, strict=True)]
+    torch.testing.assert_close(*states)
+
+
+@pytest.mark.parametrize(
+    ("amounts", "steps"),
+    [
+        ({"steps": 7}, 7),
+        ({"steps": 0}, 0),
+        ({"examples": 100}, 3),
+        ({"examples": 1}, 1),
+        ({"epochs": 2.0}, 62),
+        ({"percent": 0.1}, 12),
+        ({"percent": 0.0}, 0),
+        ({}, 5),
+    ],
+)
+def test_durations(amounts, steps):
+    sizes = {"total_steps": 120, "batch_size": 32, "data_size": 1000}
+    assert optim.to_steps("warmup", amounts, default=5, **sizes) == steps
+
+
+@pytest.mark.parametrize(
+    ("amounts", "message"),
+    [
+        ({"steps": 1, "epochs": 1}, "warmup is given in steps and in epochs: give one"),
+        ({"percent": 10}, "warmup_percent = 10 is a fraction"),
+        ({"steps": -1}, "is negative"),
+        ({"steps": None}, "warmup is missing: give warmup_steps"),
+    ],
+)
+def test_impossible_durations_are_named(amounts, message):
+    with pytest.raises(ValueError, match=message):
+        optim.to_steps("warmup", amounts, total_steps=10, batch_size=1, data_size=1)
+
+
+@pytest.mark.parametrize("decay_type", ["cosine", "rsqrt", "linear", "constant"])
+def test_schedule_warms_up_and_cools_down(decay_type):
+    schedule = optim.make_schedule(
+        100, 32, 1000, decay_type=decay_type, warmup_percent=0.1, cooldown_steps=20
+    )
+    values = [schedule(step) for step in range(101)]
+    assert values[0] == 0
+    assert values[10] == 1
+    assert values[100] == 0
+    assert values[:11] == sorted(values[:11])
+    assert values[80:] == sorted(values[80:], reverse=True)
+
+
+def test_impossible_schedules_are_named():
+    with pytest.raises(ValueError, match="unknown decay_type 'exponential'"):
+        optim.make_schedule(100, 32, 1000, decay_type="exponential")
+    with pytest.raises(ValueError, match="a warm-up of 100 steps does not fit"):
+        optim.make_schedule(100, 32, 1000, warmup_steps=100)
+
+
+def test_noise_falls_from_its_scale_to_its_minimum():
+    noise = functools.partial(
+        optim.noise_curriculum, total_steps=100, noise_scale=64.0, noise_min=3.0
+    )
+    values = [noise(step) for step in range(101)]
+    assert values[0] == 64
+    assert values[100] == 3
+    assert values == sorted(values, reverse=True)
+
+
+def test_moving_average():
+    model = torch.nn.Linear(2, 1)
+    ema = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for _ in range(3):
+        optim.update_ema(ema, model, 0.9)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(ema[name], (1 - 0.9**3) * p.detach())
