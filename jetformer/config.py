@@ -35,6 +35,10 @@ for _configurable in (
 ):
     gin.external_configurable(_configurable, module=_configurable.__module__.rpartition(".")[2])
 
+gin.add_config_file_search_path(str(pathlib.Path(__file__).parent.parent))
+# gin would also look for files inside Python packages, takes experiments/ for one, and then fails without naming the file.
+del gin.config._FILE_READERS[1:]
+
 
 def define_flags() -> None:
     """Defines the flags that name a configuration."""
@@ -66,7 +70,6 @@ def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
     if not gin_files:
         raise ConfigError("no experiment: give one with --gin_file=experiments/….gin")
     gin.clear_config()
-    gin.add_config_file_search_path(str(pathlib.Path(__file__).parent.parent))
     with gin_errors():
         gin.parse_config_files_and_bindings(list(gin_files), list(gin_bindings))
 

@@ -13,6 +13,7 @@ from etils import epath
 from jetformer import config, runtime, train
 
 config.define_flags()
+flags.adopt_module_key_flags(config)
 flags.DEFINE_string("workdir", None, "Where the run is written to and resumed from.", required=True)
 flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "What to train on.")
 FLAGS = flags.FLAGS

@@ -168,7 +168,15 @@ class JetFormerObjective:
         Returns:
           The loss, and what it consists of by example: bits_per_dim = bits_per_dim_tokens - bits_per_dim_logdet, and
           text_bits_per_token; with both orders of modalities also by whether a modality was prefix or suffix.
+
+        Raises:
+          ValueError: if the batch lacks something, or its images have another shape than the model's.
         """
+        for key in ("image", "text", "text_loss"):
+            if key not in batch:
+                raise ValueError(
+                    f"the batch has no {key!r}: the preprocessing must make it (label_as_text makes a text of a label)"
+                )
         text, batch_size = batch["text"], len(batch["image"])
         text_first, dropped, text_counts, image_counts = self._roles(batch, draws, train)
         normalizers = normalizers or self.normalizers(batch, draws, train)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,11 +112,28 @@ class Run:
     def build_model(self) -> nn.Module:
         """The model on the CPU, with initial weights that depend on the seed alone, not on the device."""
         with torch.device("meta"):
-            model = self.model()
+            model = config.call(self.model)
         model.to_empty(device="cpu")
         with torch.no_grad():
             init_weights(model, torch.Generator().manual_seed(derive_seed(self.seed, _INIT)))
         return model
+
+    def check_batch(self, batch: dict[str, np.ndarray]) -> None:
+        """Scores a batch on the meta device, where only shapes count and nothing is computed.
+
+        Raises:
+          ValueError: if the data do not fit the model.
+        """
+        with torch.device("meta"), torch.no_grad():
+            model = config.call(self.model)
+            tensors = {name: torch.tensor(array, device="meta") for name, array in batch.items()}
+            draws = self.objective.draw(model, tensors, None, train=True)
+            self.objective(model, tensors, draws)
+        if "text" in batch and (token := batch["text"].max()) >= model.vocab_size:
+            raise ValueError(
+                f"the data have a text token or label {token}, but JetFormer.vocab_size is {model.vocab_size}: "
+                "make the vocabulary larger than the number of classes, with room for bos, boi and nolabel"
+            )
 
     def build_schedule(self) -> Callable[[int], float]:
         """The learning-rate factor by step."""
@@ -210,6 +228,9 @@ def train(run: Run, workdir: epath.Path, runtime: Runtime) -> None:
     batches = run.data.train_batches(
         batch_size=run.batch_size, seed=run.seed, start_step=start_step, **processes
     )
+    first_batch = next(batches)
+    run.check_batch(first_batch)
+    batches = itertools.chain([first_batch], batches)
 
     workdir.mkdir(parents=True, exist_ok=True)
     config.save(workdir)

@@ -56,8 +56,10 @@ class Data:
     data_dir: str | None = None
 
     def prepare(self) -> None:
-        """See `prepare`."""
+        """Prepares the data set where that has not been done (see `prepare`), and looks that both splits exist."""
         prepare(self.name, self.data_dir)
+        for split in (self.train_split, self.eval_split):
+            num_examples(self.name, split, self.data_dir)
 
     def num_train_examples(self) -> int:
         """How many examples an epoch of training has; see `num_examples`."""

@@ -8,6 +8,7 @@ P is large: 1024 mixtures of 128 dimensions are 263,168 numbers a token. `mixtur
 likelihood and gradients together, a block of tokens at a time, and no path of training holds more.
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -244,7 +245,7 @@ class MixtureHead(nn.Module):
         Returns:
           The weighted sum of negative log-likelihoods in nats, and they themselves `[B, L]` without gradient.
         """
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _without_autocast(hidden.device):
             total, nll = mixture_nll(
                 self._cast(hidden.flatten(0, 1), target),
                 self._cast(self.linear.weight, target),
@@ -263,7 +264,7 @@ class MixtureHead(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., E]` to `[..., P]`, in float32 (or float64)."""
         linear = self.linear
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _without_autocast(hidden.device):
             y = F.linear(*(self._cast(x, linear.weight) for x in (hidden, linear.weight, linear.bias)))
         return y.to(linear.weight.dtype)
 
@@ -307,6 +308,13 @@ class MultivariateHead(nn.Module):
         smallest = self.scale_tol * torch.eye(self.dim, dtype=scales.dtype, device=scales.device)
         scales = torch.maximum(scales, smallest).tril() * temperature_scales
         return MultivariateGaussian(locs, scales)
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """The head chooses its own dtypes. (There is no autocast on the meta device, not even to turn off.)"""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _head_dtype(name: str) -> torch.dtype:

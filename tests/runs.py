@@ -1,0 +1,75 @@
+"""Small runs of the training program, for tests."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import torch
+from etils import epath
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+from jetformer import config, train
+from jetformer.runtime import Runtime
+
+# digits.gin, made small enough to train in seconds.
+SMALL = {
+    "train.total_steps": 12,
+    "train.batch_size": 16,
+    "train.log_steps": 1,
+    "train.eval_steps": 6,
+    "train.checkpoint_steps": 4,
+    "train.noise_scale": 8.0,
+    "Data.shuffle_buffer_size": 100,
+    "Data.eval_split": '"validation[:40]"',
+    "Jet.depth": 2,
+    "Jet.emb_dim": 16,
+    "Decoder.width": 16,
+    "Decoder.depth": 1,
+    "Decoder.mlp_dim": 32,
+    "Decoder.head_dim": 8,
+    "JetFormer.num_mixtures": 4,
+    "class_grid.per_class": 2,
+}
+
+
+def bindings(data_dir, **overrides) -> list[str]:
+    """gin bindings of a small run; an override `train__seed=1` is the binding `train.seed = 1`."""
+    values = SMALL | {"Data.data_dir": f'"{data_dir}"'}
+    values |= {name.replace("__", "."): value for name, value in overrides.items()}
+    return [f"{name} = {value}" for name, value in values.items()]
+
+
+def run(workdir, data_dir, **overrides) -> None:
+    """Trains in this process."""
+    config.parse(["experiments/digits.gin"], bindings(data_dir, **overrides))
+    experiment = config.call(train.Run)
+    train.train(experiment, epath.Path(workdir), Runtime(torch.device("cpu")))
+
+
+def command(workdir, gin_bindings, gin_file="experiments/digits.gin", *more) -> list[str]:
+    """The command line of a run."""
+    flags = [f"--gin_file={gin_file}", f"--workdir={workdir}", "--device=cpu", *more]
+    flags += [f"--gin_bindings={binding}" for binding in gin_bindings]
+    return [sys.executable, "-m", "jetformer.main", *flags]
+
+
+def start(args) -> subprocess.Popen:
+    """Starts a program, with its output in pipes."""
+    return subprocess.Popen(
+        args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+
+
+def scalars(workdir) -> dict[str, dict[int, float]]:
+    """All scalars that a run's writers wrote: by tag and step. A step written twice counts as last written."""
+    accumulator = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    values = {}
+    for tag in accumulator.Tags()["tensors"]:
+        events = accumulator.Tensors(tag)
+        arrays = {e.step: make_ndarray(e.tensor_proto) for e in events}
+        if all(array.dtype == np.float32 and array.ndim == 0 for array in arrays.values()):
+            values[tag] = {step: array.item() for step, array in arrays.items()}
+    return values

@@ -1,0 +1,192 @@
+"""The training program: resumed equals uninterrupted, parts equal the whole, mistakes end in one line."""
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from PIL import Image
+from runs import bindings, command, run, scalars, start
+
+from jetformer import checkpoint, config, train
+from jetformer.runtime import derive_seed
+
+
+def checkpoint_tensors(workdir, step):
+    """All tensors of a run's checkpoint by name."""
+    config.parse([str(workdir / config.CONFIG_FILE)], [])
+    state = config.call(train.Run).build_state(torch.device("cpu"))
+    tensors = state.tensors()
+    checkpoint.restore(workdir, step, tensors)
+    return {
+        f"{part}/{name}": value
+        for part in ("model", "ema")
+        for name, value in tensors[part].items()
+    } | {
+        f"optimizer/{name}/{key}": value
+        for name, values in tensors["optimizer"].items()
+        for key, value in values.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_dir):
+    """The workdir of a run of 12 steps that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("finished")
+    run(workdir, data_dir)
+    return workdir
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves_behind(finished):
+    written = scalars(finished)
+    for name in ("train/loss", "train/bits_per_dim", "grad_norm", "param_norm", "lr_factor",
+                 "noise_scale", "images_per_sec", "data_wait_fraction"):  # fmt: skip
+        assert sorted(written[name]) == list(range(1, 13)), name
+    for name in ("val/bits_per_dim", "val_ema/bits_per_dim", "val/bits_per_dim_logdet"):
+        assert sorted(written[name]) == [6, 12], name
+    assert written["noise_scale"][1] == 8.0
+    assert checkpoint.steps(finished) == [12]
+    with Image.open(finished / "samples" / "000000012.png") as image:
+        width, height = image.size
+    assert (width % 16, height % 80) == (0, 0)
+    assert "JetFormer.num_mixtures = 4" in (finished / config.CONFIG_FILE).read_text()
+    operative = (finished / config.OPERATIVE_CONFIG_FILE).read_text()
+    assert "Jet.scale_factor = 2.0" in operative  # a default
+    assert "class_grid.temperature_scales = 1.0" in operative  # used at the end only
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_bit_by_bit(finished, tmp_path, data_dir):
+    """SIGKILL in the middle, then the same command again: the same losses, the same weights."""
+    args = command(tmp_path, bindings(data_dir))
+    process = start(args)
+    deadline = time.monotonic() + 120
+    while not checkpoint.steps(tmp_path):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    first = checkpoint.latest(tmp_path)
+    assert first < 12, "the run was over before it was killed"
+
+    process = start(args)
+    _, log = process.communicate(timeout=240)
+    assert process.returncode == 0, log
+    assert f"from step {first}." in log
+    expected, resumed = scalars(finished), scalars(tmp_path)
+    for name in ("train/loss", "grad_norm", "param_norm", "val/bits_per_dim"):
+        steps = [step for step in expected[name] if step > first]
+        assert steps
+        for step in steps:
+            assert resumed[name][step] == expected[name][step], (name, step)
+    expected, resumed = (checkpoint_tensors(w, 12) for w in (finished, tmp_path))
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_gradient_accumulation_is_the_large_batch(tmp_path, data_dir):
+    losses = {}
+    for parts in (1, 4):
+        workdir = tmp_path / str(parts)
+        # Dropout draws differ with the shape of what it drops from, so it is off here.
+        run(workdir, data_dir, train__grad_accum_steps=parts, train__total_steps=4, Decoder__dropout=0.0)
+        losses[parts] = scalars(workdir)["train/loss"]
+    assert losses[1] == pytest.approx(losses[4], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_other_seed_other_run(finished, tmp_path, data_dir):
+    run(tmp_path, data_dir, train__seed=1, train__total_steps=1)
+    assert scalars(tmp_path)["train/loss"][1] != scalars(finished)["train/loss"][1]
+
+
+@pytest.mark.slow
+def test_another_architecture_in_the_workdir(finished, data_dir):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="another architecture") as error:
+        run(finished, data_dir, Decoder__mlp_dim=64)
+    assert "\n" not in str(error.value)
+    assert "mlp" in str(error.value)
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+def test_a_truncated_checkpoint(finished, tmp_path, data_dir):
+    run(tmp_path, data_dir, train__total_steps=8, train__keep_last=2)
+    assert checkpoint.steps(tmp_path) == [4, 8]
+    (file,) = (tmp_path / "checkpoints" / "000000008").glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"step 8 is damaged: {file.name}") as error:
+        run(tmp_path, data_dir, train__total_steps=8)
+    assert "resumes from step 4" in str(error.value)
+    assert checkpoint.steps(tmp_path) == [4, 8]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
+    overrides = {"train__checkpoint_steps": 1, "train__log_steps": 5, "train__keep_last": 9}
+    run(tmp_path, data_dir, train__total_steps=2, **overrides)
+    # From here on the noise is infinite, and the loss no number.
+    with pytest.raises(train.NonFiniteLoss, match=r"not finite at step 3: loss, bits_per_dim") as error:
+        run(tmp_path, data_dir, train__total_steps=8, train__noise_scale=1e39, **overrides)
+    assert "\n" not in str(error.value)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+    assert all(value.isfinite().all() for value in checkpoint_tensors(tmp_path, 2).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"Data__name": '"digitz"'}, "there is no data set 'digitz'"),
+        ({"Data__eval_split": '"val"'}, "validation"),
+        ({"Patchify__patch_size": 3}, "does not divide into patches of 3"),
+        ({"train__batch_size": 15, "train__grad_accum_steps": 2}, "15 does not divide"),
+        ({"train__total_epochs": 3}, "given in steps and in epochs"),
+        ({"train__checkpoint_steps": 0}, "train.checkpoint_steps = 0"),
+        ({"Data__pp": '"decode | flip_ud"'}, "flip_ud"),
+        ({"JetFormer__image_shape": "(4, 4, 1)"}, r"images have shape \(8, 8, 1\)"),
+        ({"Data__pp": '"decode(channels=1) | keep(\'image\')"'}, "the batch has no 'text'"),
+        ({"JetFormer__vocab_size": 8, "JetFormer__bos_id": 0, "JetFormer__boi_id": 0,
+          "JetFormer__nolabel_id": 0}, "label 9, but JetFormer.vocab_size is 8"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(tmp_path, data_dir, overrides, message):
+    with pytest.raises(ValueError, match=message) as error:
+        run(tmp_path / "run", data_dir, **overrides)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gin_bindings", "gin_file", "message"),
+    [
+        (["JetFormr.num_mixtures = 3"], "experiments/digits.gin", "JetFormr"),
+        (["Jet.deepth = 3"], "experiments/digits.gin", "deepth"),
+        (["Jet.depth = %DEPTH"], "experiments/digits.gin", "DEPTH"),
+        ([], "experiments/no_such.gin", "experiments/no_such.gin"),
+        (["Decoder.num_kv_heads = 3"], "experiments/digits.gin", "num_kv_heads 3"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(tmp_path, gin_bindings, gin_file, message):
+    workdir = tmp_path / "run"
+    process = start(command(workdir, gin_bindings, gin_file))
+    output, log = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "Traceback" not in output + log
+    lines = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, log
+    assert message in lines[0]
+    assert not workdir.exists()
+
+
+def test_seeds_differ_by_every_part():
+    seeds = {derive_seed(*parts) for parts in [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]}
+    assert len(seeds) == 6
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    json.dumps(list(seeds))  # plain integers
