@@ -2,8 +2,9 @@
 
     python experiments/check_digits.py --workdir=/tmp/digits
 
-Prints the bits per dim of the validation split beside those of a histogram of the 17 grey levels at each pixel, and how many
-of 500 class-conditional samples a logistic regression fitted to the real training digits takes for the class asked for.
+Prints the bits per dim of the validation split beside those of a histogram of the 17 grey levels at each pixel, and
+how many of 500 class-conditional samples a logistic regression fitted to the real training digits takes for the class
+asked for.
 Exits with 1 where the run is not better than the histogram, or fewer than 85% are recognised.
 """
 
@@ -15,8 +16,8 @@ import torch
 from absl import app, flags
 from etils import epath
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from jetformer import config, runtime, train
 from jetformer.data.builders.digits import histogram_bits_per_dim

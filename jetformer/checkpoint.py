@@ -125,8 +125,7 @@ def verify(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
     complete = steps(workdir)
     if step not in complete:
         raise ValueError(
-            f"{_name(fs, root)} has no complete checkpoint of step {step}; "
-            f"it has those of steps {complete}"
+            f"{_name(fs, root)} has no complete checkpoint of step {step}; it has those of steps {complete}"
         )
     rest = [s for s in complete if s != step]
     damaged = f"the checkpoint of step {step} is damaged"
@@ -289,9 +288,7 @@ def _commit(fs: AbstractFileSystem, directory: str, record: dict[str, Any], resu
     fs.mv(f"{marker}.tmp", marker)
 
 
-def _prune(
-    fs: AbstractFileSystem, root: str, saved: int, keep_last: int, keep_every: int | None
-) -> None:
+def _prune(fs: AbstractFileSystem, root: str, saved: int, keep_last: int, keep_every: int | None) -> None:
     """Deletes complete checkpoints that the rules do not keep, and older incomplete ones."""
     listed = _listed(fs, root)
     complete = _complete(fs, root, listed)

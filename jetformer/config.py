@@ -36,7 +36,8 @@ for _configurable in (
     gin.external_configurable(_configurable, module=_configurable.__module__.rpartition(".")[2])
 
 gin.add_config_file_search_path(str(pathlib.Path(__file__).parent.parent))
-# gin would also look for files inside Python packages, takes experiments/ for one, and then fails without naming the file.
+# gin would also look for files inside Python packages, takes experiments/ for one, and then fails without naming the
+# file.
 del gin.config._FILE_READERS[1:]
 
 

@@ -72,7 +72,8 @@ def _unstack(params: Mapping[str, np.ndarray], prefix: str) -> dict[tuple[int, s
 
 
 def _attention(state: dict, prefix: str, params: Mapping[str, np.ndarray], groups: Mapping[str, str]):
-    """flax's `MultiHeadDotProductAttention`: one matrix for each of `groups`' keys, stacked into those of its values."""
+    """flax's `MultiHeadDotProductAttention`: one matrix for each of `groups`' keys, stacked into those of its
+    values."""
     for kind, ours, to_rows, out in (
         ("kernel", "weight", "d n h -> (n h) d", "n h d -> d (n h)"),
         ("bias", "bias", "n h -> (n h)", "d -> d"),
@@ -177,7 +178,5 @@ def _jetformer(params: Mapping[str, np.ndarray], model: JetFormer) -> dict[str, 
             raise ValueError(f"big_vision parameter decoder/layers/{name} has no place in JetFormer")
     for prefix, matrices in qkv.items():
         ordered = ("attn/q_einsum/w", "attn/kv_einsum/w", "attn/qkv_einsum/w")
-        state[f"{prefix}.attn.qkv.weight"] = np.concatenate(
-            [matrices[name] for name in ordered if name in matrices]
-        )
+        state[f"{prefix}.attn.qkv.weight"] = np.concatenate([matrices[name] for name in ordered if name in matrices])
     return state

@@ -1,11 +1,11 @@
 """The two training objectives, JetFormer's and Jet's, and bits per dim.
 
-An objective is a pure function of a model, a batch and its random draws. `draw` makes the draws from a generator, so that
-any step can be replayed; a test feeds its own. (The decoder's dropout is the exception: see `Decoder`.)
+An objective is a pure function of a model, a batch and its random draws. `draw` makes the draws from a generator, so
+that any step can be replayed; a test feeds its own. (The decoder's dropout is the exception: see `Decoder`.)
 
-Image likelihoods are in bits per dim of 8-bit RGB: pixels x in 0..255 are dequantized to x + u with u uniform in [0, 1) and
-scaled to [-1, 1], and the volume changes of dequantization, scaling and flow are in the figure. Text is in bits per token;
-the loss has it in nats, as in the reference (big_vision `trainers/proj/jetformer/train.py`).
+Image likelihoods are in bits per dim of 8-bit RGB: pixels x in 0..255 are dequantized to x + u with u uniform in [0,
+1) and scaled to [-1, 1], and the volume changes of dequantization, scaling and flow are in the figure. Text is in bits
+per token; the loss has it in nats, as in the reference (big_vision `trainers/proj/jetformer/train.py`).
 Dimensions: B batch, H × W × C image, T text tokens, L image tokens, D token dimension.
 """
 
@@ -68,8 +68,8 @@ class JetFormerObjective:
       loss_on_prefix: score the first modality too, not only the second.
       text_loss_weight: factor of the text's loss.
       drop_labels_prob: probability that a text prefix is replaced by `nolabel_id` in training, for guidance.
-      input_noise_std: largest standard deviation of the noise on image tokens in training, drawn for each example and used
-        where the image comes second. The noisy tokens are also the target, as in the reference.
+      input_noise_std: largest standard deviation of the noise on image tokens in training, drawn for each example and
+        used where the image comes second. The noisy tokens are also the target, as in the reference.
       rgb_noise_on_image_prefix: put the noise of the curriculum also on images that come first.
       stop_grad_image_prefix: no gradient from an image that comes first to the flow.
       dequantize: add the dequantization noise.
@@ -84,9 +84,7 @@ class JetFormerObjective:
     stop_grad_image_prefix: bool = False
     dequantize: bool = True
 
-    def draw(
-        self, model: JetFormer, batch: Batch, generator: torch.Generator | None, train: bool
-    ) -> Draws:
+    def draw(self, model: JetFormer, batch: Batch, generator: torch.Generator | None, train: bool) -> Draws:
         """The random draws of one step.
 
         Args:
@@ -98,8 +96,8 @@ class JetFormerObjective:
         Returns:
           text_first: bool `[B]`, left out where text_prefix_prob is 0 or 1;
           dequant: `[B, H, W, C]`, uniform in [0, 1);
-          in training also rgb_noise `[B, H, W, C]` (normal), drop_prefix bool `[B]`, input_noise_std `[B, 1, 1]` (uniform
-          in [0, 1)), input_noise `[B, L, D]` (normal).
+          in training also rgb_noise `[B, H, W, C]` (normal), drop_prefix bool `[B]`, input_noise_std `[B, 1, 1]`
+          (uniform in [0, 1)), input_noise `[B, L, D]` (normal).
         """
         image = batch["image"]
         kwargs = {"generator": generator, "device": image.device}
@@ -134,9 +132,7 @@ class JetFormerObjective:
         """Bool `[B]`: is the text first; is it dropped; does the text count; does the image."""
         image = batch["image"]
         if (text_first := draws.get("text_first")) is None:
-            text_first = torch.full(
-                (len(image),), self.text_prefix_prob > 0.5, device=image.device
-            )
+            text_first = torch.full((len(image),), self.text_prefix_prob > 0.5, device=image.device)
         dropped = torch.zeros_like(text_first)
         if train and "drop_prefix" in draws:  # only text is dropped, and only where it comes first
             dropped = draws["drop_prefix"] & text_first
@@ -254,9 +250,7 @@ class JetObjective:
 
     dequantize: bool = True
 
-    def draw(
-        self, model: nn.Module, batch: Batch, generator: torch.Generator | None, train: bool
-    ) -> Draws:
+    def draw(self, model: nn.Module, batch: Batch, generator: torch.Generator | None, train: bool) -> Draws:
         """The random draws of one step: dequant `[B, H, W, C]`, uniform in [0, 1). See `JetFormerObjective.draw`."""
         del model, train
         image = batch["image"]

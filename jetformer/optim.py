@@ -1,7 +1,7 @@
 """Optimizer, schedules, noise curriculum, exponential moving average.
 
-As big_vision has them (`optax.py`, `utils.py`): a schedule is a factor of the learning rate and of the weight decay, and
-the weight decay is not multiplied by the learning rate.
+As big_vision has them (`optax.py`, `utils.py`): a schedule is a factor of the learning rate and of the weight decay,
+and the weight decay is not multiplied by the learning rate.
 """
 
 import math
@@ -91,9 +91,7 @@ def make_schedule(
     """
     units = {"total_steps": total_steps, "batch_size": batch_size, "data_size": data_size, "default": 0}
     amounts = lambda *values: dict(zip(("steps", "examples", "epochs", "percent"), values, strict=True))
-    warmup = to_steps(
-        "warmup", amounts(warmup_steps, warmup_examples, warmup_epochs, warmup_percent), **units
-    )
+    warmup = to_steps("warmup", amounts(warmup_steps, warmup_examples, warmup_epochs, warmup_percent), **units)
     cooldown = to_steps(
         "cooldown", amounts(cooldown_steps, cooldown_examples, cooldown_epochs, cooldown_percent), **units
     )
@@ -127,7 +125,8 @@ def noise_curriculum(step: int, total_steps: int, noise_scale: float, noise_min:
 
 
 def decayed_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What weight decay applies to: the matrices of linear layers (attention, MLPs, projections, heads). Not embeddings,
+    """What weight decay applies to: the matrices of linear layers (attention, MLPs, projections, heads). Not
+    embeddings,
     position embeddings, norms or biases."""
     return [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
 
@@ -171,7 +170,8 @@ def make_optimizer(
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's state by parameter name, to save and to restore in place. Its settings are the configuration's."""
+    """The optimizer's state by parameter name, to save and to restore in place. Its settings are the
+    configuration's."""
     return {name: optimizer.state[p] for name, p in model.named_parameters()}
 
 

@@ -36,8 +36,8 @@ class NonFiniteLoss(FloatingPointError):
 class Run:
     """An experiment: what is trained on what, for how long, and what is written down.
 
-    The length is given in one of three units. Constructors come uncalled (`@JetFormer`, not `@JetFormer()`): the run calls
-    them where they belong, the model on the meta device first.
+    The length is given in one of three units. Constructors come uncalled (`@JetFormer`, not `@JetFormer()`): the run
+    calls them where they belong, the model on the meta device first.
 
     Attributes:
       model: constructor of the model.
@@ -51,8 +51,8 @@ class Run:
       grad_clip_norm: largest global norm of the gradients; None for no clipping.
       grad_accum_steps: into how many parts a batch is cut.
       ema_decay: of the moving average of the parameters; 0 for none.
-      noise_scale, noise_min: standard deviation of the RGB noise at the beginning and at the end, in 8-bit pixel values.
-      log_steps: write training metrics every so many steps.
+      noise_scale, noise_min: standard deviation of the RGB noise at the beginning and at the end, in 8-bit pixel
+      values. log_steps: write training metrics every so many steps.
       eval_steps: evaluate on the evaluation split every so many steps, and at the end; None: at the end only.
       eval_batch_size: examples a step of evaluation; None: batch_size.
       checkpoint_steps: save every so many steps, and at the end.
@@ -105,9 +105,7 @@ class Run:
             "epochs": self.total_epochs,
         }
         data_size = None if self.total_epochs is None else self.data.num_train_examples()
-        return optim.to_steps(
-            "train.total", amounts, batch_size=self.batch_size, data_size=data_size
-        )
+        return optim.to_steps("train.total", amounts, batch_size=self.batch_size, data_size=data_size)
 
     def build_model(self) -> nn.Module:
         """The model on the CPU, with initial weights that depend on the seed alone, not on the device."""
@@ -151,7 +149,8 @@ class Run:
 
 @dataclasses.dataclass
 class State:
-    """What training changes: the model, its optimizer, and the moving average of its parameters (None: there is none)."""
+    """What training changes: the model, its optimizer, and the moving average of its parameters (None: there is
+    none)."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -225,9 +224,7 @@ def train(run: Run, workdir: epath.Path, runtime: Runtime) -> None:
         "process_index": runtime.process_index,
         "process_count": runtime.process_count,
     }
-    batches = run.data.train_batches(
-        batch_size=run.batch_size, seed=run.seed, start_step=start_step, **processes
-    )
+    batches = run.data.train_batches(batch_size=run.batch_size, seed=run.seed, start_step=start_step, **processes)
     first_batch = next(batches)
     run.check_batch(first_batch)
     batches = itertools.chain([first_batch], batches)
@@ -246,9 +243,7 @@ def train(run: Run, workdir: epath.Path, runtime: Runtime) -> None:
         start_step,
     )
 
-    checkpointer = checkpoint.Checkpointer(
-        workdir, keep_last=run.keep_last, keep_every=run.keep_every
-    )
+    checkpointer = checkpoint.Checkpointer(workdir, keep_last=run.keep_last, keep_every=run.keep_every)
     progress = metrics.create_progress(writer, total_steps)
     meter = _Meter(run, state.model, runtime.device)
     for step in torch_loop.train_steps(
@@ -356,11 +351,7 @@ class _Meter:
 
     def check(self) -> None:
         """Raises `NonFiniteLoss` if a term of the loss was not finite at some step."""
-        bad = {
-            term: step
-            for term, step in zip(self._terms, self._bad_step.tolist(), strict=True)
-            if step
-        }
+        bad = {term: step for term, step in zip(self._terms, self._bad_step.tolist(), strict=True) if step}
         if bad:
             first = min(bad.values())
             terms = ", ".join(term for term, step in bad.items() if step == first)
@@ -391,5 +382,3 @@ class _Meter:
 def _markdown(text: str) -> str:
     """Preformatted, for TensorBoard."""
     return "\n".join(f"    {line}" for line in text.splitlines())
-
-

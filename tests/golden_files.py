@@ -7,9 +7,7 @@ import pathlib
 import numpy as np
 import torch
 
-DIRECTORY = pathlib.Path(
-    os.environ.get("JETFORMER_GOLDEN_DIR", pathlib.Path(__file__).parent / "golden")
-)
+DIRECTORY = pathlib.Path(os.environ.get("JETFORMER_GOLDEN_DIR", pathlib.Path(__file__).parent / "golden"))
 
 
 def paths(pattern: str) -> list:

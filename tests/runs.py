@@ -57,9 +57,7 @@ def command(workdir, gin_bindings, gin_file="experiments/digits.gin", *more) -> 
 
 def start(args) -> subprocess.Popen:
     """Starts a program, with its output in pipes."""
-    return subprocess.Popen(
-        args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
+    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
 
 
 def scalars(workdir) -> dict[str, dict[int, float]]:

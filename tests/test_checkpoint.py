@@ -380,9 +380,7 @@ def test_a_killed_save_leaves_the_previous_checkpoint(tmp_path):
 
 
 def two_processes(rank, workdir):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{workdir}/rendezvous", rank=rank, world_size=2
-    )
+    dist.init_process_group("gloo", init_method=f"file://{workdir}/rendezvous", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
 
     def sharded(tensor, placement):

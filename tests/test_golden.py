@@ -159,9 +159,7 @@ def test_objective(file):
         assert_output(terms[ours][0], expected[f"{theirs}_per_example"])
     nats = terms["text_bits_per_token"][0] * math.log(2)
     assert_output(nats, expected["nll_text_per_example"])
-    loss, _ = objective_from_config(config)(
-        model, batch, draws, noise_scale=config["noise_scale"]
-    )
+    loss, _ = objective_from_config(config)(model, batch, draws, noise_scale=config["noise_scale"])
     assert_output(loss, expected["loss"])
     if gradients := file.numpy("out/grad"):  # a file of evaluation has none
         loss.backward()
@@ -191,9 +189,7 @@ def test_trajectory(file):
     config = file.config["optimizer"]
     model, batch, draws = objective_inputs(file)
     objective = objective_from_config(file.config)
-    optimizer = optim.make_optimizer(
-        model, **{k: config[k] for k in ("lr", "wd", "b1", "b2", "eps")}
-    )
+    optimizer = optim.make_optimizer(model, **{k: config[k] for k in ("lr", "wd", "b1", "b2", "eps")})
     schedule = optim.make_schedule(
         config["total_steps"],
         len(batch["image"]),
@@ -233,9 +229,7 @@ def test_mixture(file):
     plain = (config["num_mixtures"], config["scale_tol"])
     log_prob = mixture_from_logits(logits, *plain).log_prob(x)
     assert_log(log_prob, expected["log_prob"])
-    tempered = mixture_from_logits(
-        logits, *plain, config["temperature_scales"], config["temperature_probs"]
-    )
+    tempered = mixture_from_logits(logits, *plain, config["temperature_scales"], config["temperature_probs"])
     assert_log(tempered.log_prob(x), expected["log_prob_t"])
     log_prob.sum().backward()
     gradients = file.tensors("out/grad")

@@ -34,10 +34,7 @@ def test_decayed_are_matrices_and_nothing_else():
         *("fc1", "fc2", "init_proj", "final_proj"),  # flow
         *("image_emb", "text_head"),
     }
-    assert all(
-        name.endswith(("bias", "posemb")) or "norm" in name or name == "text_emb.weight"
-        for name in rest
-    )
+    assert all(name.endswith(("bias", "posemb")) or "norm" in name or name == "text_emb.weight" for name in rest)
 
 
 def test_optimizer_state_is_there_before_the_first_step():
@@ -89,9 +86,7 @@ def test_impossible_durations_are_named(amounts, message):
 
 @pytest.mark.parametrize("decay_type", ["cosine", "rsqrt", "linear", "constant"])
 def test_schedule_warms_up_and_cools_down(decay_type):
-    schedule = optim.make_schedule(
-        100, 32, 1000, decay_type=decay_type, warmup_percent=0.1, cooldown_steps=20
-    )
+    schedule = optim.make_schedule(100, 32, 1000, decay_type=decay_type, warmup_percent=0.1, cooldown_steps=20)
     values = [schedule(step) for step in range(101)]
     assert values[0] == 0
     assert values[10] == 1
@@ -108,9 +103,7 @@ def test_impossible_schedules_are_named():
 
 
 def test_noise_falls_from_its_scale_to_its_minimum():
-    noise = functools.partial(
-        optim.noise_curriculum, total_steps=100, noise_scale=64.0, noise_min=3.0
-    )
+    noise = functools.partial(optim.noise_curriculum, total_steps=100, noise_scale=64.0, noise_min=3.0)
     values = [noise(step) for step in range(101)]
     assert values[0] == 64
     assert values[100] == 3

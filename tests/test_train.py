@@ -19,11 +19,7 @@ def checkpoint_tensors(workdir, step):
     state = config.call(train.Run).build_state(torch.device("cpu"))
     tensors = state.tensors()
     checkpoint.restore(workdir, step, tensors)
-    return {
-        f"{part}/{name}": value
-        for part in ("model", "ema")
-        for name, value in tensors[part].items()
-    } | {
+    return {f"{part}/{name}": value for part in ("model", "ema") for name, value in tensors[part].items()} | {
         f"optimizer/{name}/{key}": value
         for name, values in tensors["optimizer"].items()
         for key, value in values.items()
@@ -150,9 +146,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
         ({"train__checkpoint_steps": 0}, "train.checkpoint_steps = 0"),
         ({"Data__pp": '"decode | flip_ud"'}, "flip_ud"),
         ({"JetFormer__image_shape": "(4, 4, 1)"}, r"images have shape \(8, 8, 1\)"),
-        ({"Data__pp": '"decode(channels=1) | keep(\'image\')"'}, "the batch has no 'text'"),
-        ({"JetFormer__vocab_size": 8, "JetFormer__bos_id": 0, "JetFormer__boi_id": 0,
-          "JetFormer__nolabel_id": 0}, "label 9, but JetFormer.vocab_size is 8"),
+        ({"Data__pp": "\"decode(channels=1) | keep('image')\""}, "the batch has no 'text'"),
+        (
+            {"JetFormer__vocab_size": 8, "JetFormer__bos_id": 0, "JetFormer__boi_id": 0, "JetFormer__nolabel_id": 0},
+            "label 9, but JetFormer.vocab_size is 8",
+        ),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(tmp_path, data_dir, overrides, message):

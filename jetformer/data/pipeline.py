@@ -126,9 +126,7 @@ def train_batches(
     """
     local_batch_size = _local_batch_size(batch_size, process_count)
     if shuffle_buffer_size < 1:
-        raise ValueError(
-            f"shuffle_buffer_size {shuffle_buffer_size} is not positive: 1 is no shuffle"
-        )
+        raise ValueError(f"shuffle_buffer_size {shuffle_buffer_size} is not positive: 1 is no shuffle")
     builder = _prepared_builder(name, data_dir, process_count)
     num_total = _num_examples(_file_instructions(builder, split))
     if num_total < process_count:
@@ -146,9 +144,7 @@ def train_batches(
     def epoch_records(epoch: tf.Tensor) -> tf.data.Dataset:
         epoch_seed = fold_in(process_seed, epoch)
         records = _read(shards, shuffle_seed=epoch_seed)
-        records = records.shuffle(
-            shuffle_buffer_size, seed=epoch_seed[0], reshuffle_each_iteration=False
-        )
+        records = records.shuffle(shuffle_buffer_size, seed=epoch_seed[0], reshuffle_each_iteration=False)
         return records.enumerate().map(lambda i, record: (epoch_seed, i, record))
 
     run = _deserialize_and_preprocess(builder, pp)
@@ -302,9 +298,7 @@ def _num_examples(shards: list[FileInstruction]) -> int:
 
 def _local_batch_size(batch_size: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size {batch_size} is not a positive multiple of {process_count} process(es)"
-        )
+        raise ValueError(f"batch_size {batch_size} is not a positive multiple of {process_count} process(es)")
     return batch_size // process_count
 
 
@@ -334,9 +328,7 @@ def _deserialize_and_preprocess(builder: tfds.core.DatasetBuilder, pp: str):
     """Returns run(serialized record, more tensors to add) -> preprocessed example."""
     features = builder.info.features
     encoded = {
-        key: tfds.decode.SkipDecoding()
-        for key, feature in features.items()
-        if isinstance(feature, tfds.features.Image)
+        key: tfds.decode.SkipDecoding() for key, feature in features.items() if isinstance(feature, tfds.features.Image)
     }
     apply = preprocess.parse(pp)
 

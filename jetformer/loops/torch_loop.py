@@ -96,12 +96,8 @@ def train_steps(
 
         optimizer.zero_grad(set_to_none=True)
         loss, sums = 0.0, None
-        for part, part_draws in zip(
-            _split(batch, grad_accum_steps), _split(draws, grad_accum_steps), strict=True
-        ):
-            part_loss, terms = objective(
-                model, part, part_draws, noise_scale=noise_scale, normalizers=normalizers
-            )
+        for part, part_draws in zip(_split(batch, grad_accum_steps), _split(draws, grad_accum_steps), strict=True):
+            part_loss, terms = objective(model, part, part_draws, noise_scale=noise_scale, normalizers=normalizers)
             part_loss.backward()
             loss = loss + part_loss.detach()
             part_sums = objectives.sum_terms(terms)
@@ -151,8 +147,6 @@ def evaluate(
         generator.manual_seed(derive_seed(seed, i))
         draws = objective.draw(model, batch, generator, train=False)
         _, terms = objective(model, batch, draws, train=False)
-        sums = objectives.sum_terms(
-            {name: (value.double(), counts) for name, (value, counts) in terms.items()}, mask
-        )
+        sums = objectives.sum_terms({name: (value.double(), counts) for name, (value, counts) in terms.items()}, mask)
         total = sums if total is None else objectives.add_sums(total, sums)
     return total

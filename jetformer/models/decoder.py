@@ -1,8 +1,8 @@
 """The decoder-only transformer: Gemma blocks (big_vision `models/ppp/gemma.py`).
 
 RMSNorm scaled by 1 + weight, rotary position embeddings that rotate halves, multi-query / grouped-query / multi-head
-attention, a gated tanh GELU. No biases. Dimensions: B batch, T query length, S key length, E width, N heads, K key/value
-heads, H head dimension.
+attention, a gated tanh GELU. No biases. Dimensions: B batch, T query length, S key length, E width, N heads, K
+key/value heads, H head dimension.
 
 The key/value cache belongs to whoever decodes (`sampling/decode.py`): the decoder only writes and reads the tensors it
 is handed.
@@ -78,9 +78,7 @@ class Attention(nn.Module):
         initializers.lecun_normal_(self.qkv.weight, generator)
         initializers.lecun_normal_(self.out.weight, generator)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None, angles: tuple[Tensor, Tensor], cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, angles: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         q, k = apply_rope(q, angles), apply_rope(k, angles)
@@ -184,8 +182,7 @@ class Decoder(nn.Module):
         self.width, self.num_kv_heads, self.head_dim = width, num_kv_heads, head_dim
         self.activation_checkpointing = activation_checkpointing
         self.blocks = nn.ModuleList(
-            DecoderBlock(width, mlp_dim, num_heads, num_kv_heads, head_dim, dropout)
-            for _ in range(depth)
+            DecoderBlock(width, mlp_dim, num_heads, num_kv_heads, head_dim, dropout) for _ in range(depth)
         )
 
     def forward(

@@ -1,8 +1,9 @@
-"""Jet: a normalizing flow of affine couplings predicted by ViTs (arXiv 2412.15129; big_vision `models/proj/jet/jet.py`).
+"""Jet: a normalizing flow of affine couplings predicted by ViTs (arXiv 2412.15129; big_vision
+`models/proj/jet/jet.py`).
 
 An image is cut into patches; each coupling splits the tokens' channels, or the tokens themselves, into two halves,
-leaves the first as it is and maps the second by an elementwise affine function whose shift and scale a ViT reads off the
-first. Dimensions: B batch, H × W × C image, N tokens, D token dimension, M context tokens.
+leaves the first as it is and maps the second by an elementwise affine function whose shift and scale a ViT reads off
+the first. Dimensions: B batch, H × W × C image, N tokens, D token dimension, M context tokens.
 
 What a reader may want to know:
   - permutations are index gathers, each other's backward (the reference multiplies by one-hot matrices);

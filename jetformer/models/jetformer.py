@@ -1,12 +1,13 @@
 """JetFormer: one decoder over text tokens and the soft tokens of a normalizing flow (arXiv 2411.19722).
 
 Numerics as in big_vision `models/proj/jetformer/jetformer.py`. Dimensions: B batch, H × W × C image, T text tokens, L
-image tokens, D dimensions of an image token that the decoder models, F dimensions factored out as Gaussian noise, E width,
+image tokens, D dimensions of an image token that the decoder models, F dimensions factored out as Gaussian noise, E
+width,
 R vocabulary repeats.
 
-A sequence is `[bos, text, boi, image]` or `[boi, image, bos, text]`; without begin-of-image token `[bos, text, image]` or
-`[bos, image, text]`. The first modality is the prefix. The last token is cut off, and what stands at position i predicts
-token i + 1.
+A sequence is `[bos, text, boi, image]` or `[boi, image, bos, text]`; without begin-of-image token `[bos, text, image]`
+or `[bos, image, text]`. The first modality is the prefix. The last token is cut off, and what stands at position i
+predicts token i + 1.
 """
 
 from collections.abc import Callable
@@ -102,9 +103,7 @@ class JetFormer(nn.Module):
         if multivariate:
             self.image_head = MultivariateHead(width, self.out_dim, scale_tol, head_dtype)
         else:
-            self.image_head = MixtureHead(
-                width, self.out_dim, num_mixtures, scale_tol, head_dtype, head_block
-            )
+            self.image_head = MixtureHead(width, self.out_dim, num_mixtures, scale_tol, head_dtype, head_block)
         self.text_head = nn.Linear(width, vocab_size) if untie_output_vocab else None
         self.final_norm = None if per_modality_final_norm else RMSNorm(width)
         self.text_norm = RMSNorm(width) if per_modality_final_norm else nn.Identity()
@@ -142,7 +141,8 @@ class JetFormer(nn.Module):
         return tokens, factored, logdet
 
     def decode_image(self, tokens: Tensor, factored: Tensor) -> Tensor:
-        """Tokens `[B, L, D]` and factored-out dimensions `[B, L, F]` to the image `[B, H, W, C]`, clipped to [-1, 1]."""
+        """Tokens `[B, L, D]` and factored-out dimensions `[B, L, F]` to the image `[B, H, W, C]`, clipped to [-1,
+        1]."""
         latents = torch.cat((tokens, factored), dim=-1)
         if self.flow is not None:
             latents, _ = self.flow.inverse(latents.unflatten(1, self.patches.grid))

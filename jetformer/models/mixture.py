@@ -103,9 +103,9 @@ def mixture_from_logits(
 class _MixtureNLL(torch.autograd.Function):
     """Weighted sum of the tokens' negative log-likelihoods, with all gradients computed in the forward pass.
 
-    The backward pass would need the logits again; as the sum's gradient for each token is known beforehand (its weight),
-    a block's logits are turned into their gradients in place and multiplied into the gradients of hidden states, weight
-    and bias before the next block begins.
+    The backward pass would need the logits again; as the sum's gradient for each token is known beforehand (its
+    weight), a block's logits are turned into their gradients in place and multiplied into the gradients of hidden
+    states, weight and bias before the next block begins.
     """
 
     @staticmethod
@@ -180,8 +180,8 @@ def mixture_nll(
 ) -> tuple[Tensor, Tensor]:
     """Projects hidden states to mixtures and scores tokens under them, `block` tokens at a time.
 
-    Equal to `mixture_from_logits(F.linear(hidden, weight, bias), ...).log_prob(target)`, for one pass over the tokens in
-    training instead of two, and memory for `block` tokens' logits.
+    Equal to `mixture_from_logits(F.linear(hidden, weight, bias), ...).log_prob(target)`, for one pass over the tokens
+    in training instead of two, and memory for `block` tokens' logits.
 
     Args:
       hidden: `[T, E]`.
@@ -194,8 +194,8 @@ def mixture_nll(
       block: how many tokens at a time.
 
     Returns:
-      The weighted sum of negative log-likelihoods in nats, to differentiate; and they themselves `[T]`, which no gradient
-      flows through.
+      The weighted sum of negative log-likelihoods in nats, to differentiate; and they themselves `[T]`, which no
+      gradient flows through.
     """
     tensors = (hidden, weight, bias, target)
     if not torch.is_grad_enabled():

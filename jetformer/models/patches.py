@@ -46,9 +46,7 @@ class Patchify(nn.Module):
     def inverse(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, L, D]` to the image `[B, H, W, C]` and log-determinants `[B]`."""
         p = self.patch_size
-        x = rearrange(
-            tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=self.grid[0], w=self.grid[1], p=p, q=p
-        )
+        x = rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=self.grid[0], w=self.grid[1], p=p, q=p)
         return x, tokens.new_zeros(len(tokens))
 
 
@@ -82,9 +80,7 @@ class PatchPCA(nn.Module):
         self.patchify = Patchify(image_shape, patch_size)
         num_components = num_components or self.patchify.dim
         if num_components % depth_to_seq:
-            raise ValueError(
-                f"{num_components} PCA components do not divide by depth_to_seq {depth_to_seq}"
-            )
+            raise ValueError(f"{num_components} PCA components do not divide by depth_to_seq {depth_to_seq}")
         self.path, self.whiten, self.depth_to_seq = path, whiten, depth_to_seq
         self.grid = (depth_to_seq * self.patchify.grid[0], self.patchify.grid[1])
         self.num_tokens = depth_to_seq * self.patchify.num_tokens

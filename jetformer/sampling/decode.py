@@ -71,9 +71,7 @@ class ImageDecoder:
             decoder.head_dim,
         )
         self._end = 0
-        self._layers = [
-            tuple(self._prefix.new_zeros(shape) for _ in range(2)) for _ in decoder.blocks
-        ]
+        self._layers = [tuple(self._prefix.new_zeros(shape) for _ in range(2)) for _ in decoder.blocks]
 
     def _run(self, x: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         caches = [KVCache(k, v, self._end) for k, v in self._layers]

@@ -40,8 +40,7 @@ def test_levels_are_the_original_digits(splits):
 
     original = load_digits()
     want = sorted(
-        (int(label), *pixels.astype(int))
-        for label, pixels in zip(original.target, original.data, strict=True)
+        (int(label), *pixels.astype(int)) for label, pixels in zip(original.target, original.data, strict=True)
     )
     have = sorted(
         (int(label), *digits.level(image).ravel().tolist())
@@ -73,10 +72,7 @@ def test_histogram_baseline(splits):
     # It is a density over byte values: of every pixel, the probabilities of 0..255 sum to one.
     every = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None, None], (256, 8, 8, 1))
     pixel = slice(3, 4)
-    p = [
-        2 ** -digits.histogram_bits_per_dim(train[:, pixel, pixel], x[None])
-        for x in every[:, pixel, pixel]
-    ]
+    p = [2 ** -digits.histogram_bits_per_dim(train[:, pixel, pixel], x[None]) for x in every[:, pixel, pixel]]
     assert sum(p) == pytest.approx(1)
 
 

@@ -26,9 +26,7 @@ with tfds.core.registered.skip_registration():
                 "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
                 "id": np.int64,
             }
-            return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict(features)
-            )
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, dl_manager):
             return {
@@ -107,10 +105,7 @@ def test_epochs_are_differently_augmented(train):
 
 
 def test_processes_share_the_split(train):
-    parts = [
-        train(10, batch_size=6, process_index=i, process_count=3, shuffle_buffer_size=99)
-        for i in range(3)
-    ]
+    parts = [train(10, batch_size=6, process_index=i, process_count=3, shuffle_buffer_size=99) for i in range(3)]
     assert all(b["image"].shape == (2, 8, 8, 3) for part in parts for b in part)
     # 41 examples: 13 each, 2 left over.
     epoch = [set(ids(part)[:13]) for part in parts]
@@ -131,9 +126,7 @@ def test_splits_of_splits(train, evaluate):
 
 def test_what_a_batch_is(data_dir):
     pp = 'decode(channels=1)|label_as_text|keep("image", "text", "text_mask", "text_loss")'
-    it = pipeline.train_batches(
-        "digits", "train", pp, batch_size=4, seed=0, shuffle_buffer_size=10, data_dir=data_dir
-    )
+    it = pipeline.train_batches("digits", "train", pp, batch_size=4, seed=0, shuffle_buffer_size=10, data_dir=data_dir)
     assert {k: (v.dtype, v.shape) for k, v in next(it).items()} == {
         "image": (np.uint8, (4, 8, 8, 1)),
         "text": (np.int32, (4, 1)),
@@ -169,10 +162,7 @@ def test_skipped_examples_are_not_decoded(data_dir, monkeypatch):
 
 @pytest.mark.parametrize("process_count", [1, 2, 3])
 def test_evaluation_sees_every_example_once(evaluate, process_count):
-    parts = [
-        evaluate(batch_size=6, process_index=i, process_count=process_count)
-        for i in range(process_count)
-    ]
+    parts = [evaluate(batch_size=6, process_index=i, process_count=process_count) for i in range(process_count)]
     assert len({len(part) for part in parts}) == 1
     seen = np.concatenate([ids(part) for part in parts])
     assert sorted(seen) == list(range(NUM_TRAIN))
@@ -192,9 +182,7 @@ def test_evaluation_pads_whole_batches(evaluate):
 
 
 def test_evaluation_is_tfds_in_file_order(builder, evaluate):
-    ds = builder.as_dataset(
-        split="train", read_config=tfds.ReadConfig(interleave_cycle_length=1), shuffle_files=False
-    )
+    ds = builder.as_dataset(split="train", read_config=tfds.ReadConfig(interleave_cycle_length=1), shuffle_files=False)
     batches = evaluate(pp="decode", batch_size=1)
     for have, want in zip(batches, tfds.as_numpy(ds), strict=True):
         np.testing.assert_array_equal(have["id"][0], want["id"])

@@ -56,9 +56,7 @@ def test_keys():
     assert set(out) == {"x"}
     np.testing.assert_array_equal(out["x"], IMAGE[2:4, 3:7])
     assert set(run('keep("a|b")', **{"a|b": 1, "c": 2})) == {"a|b"}
-    out = run(
-        'setdefault("a", 5)|setdefault("b", 6)|reshape([2, -1], key="c")', a=1, c=[1, 2, 3, 4]
-    )
+    out = run('setdefault("a", 5)|setdefault("b", 6)|reshape([2, -1], key="c")', a=1, c=[1, 2, 3, 4])
     assert (out["a"], out["b"], out["c"].tolist()) == (1, 6, [[1, 2], [3, 4]])
     assert set(run("", image=IMAGE)) == {"image"}
 

@@ -32,9 +32,7 @@ def test_causal_without_a_mask_is_a_causal_mask(num_kv_heads):
     model = decoder(num_kv_heads)
     x, positions = sequence()
     mask = torch.ones(7, 7, dtype=torch.bool).tril().expand(3, 7, 7)
-    torch.testing.assert_close(
-        model(x, mask=None, positions=positions), model(x, mask=mask, positions=positions)
-    )
+    torch.testing.assert_close(model(x, mask=None, positions=positions), model(x, mask=mask, positions=positions))
 
 
 def test_no_token_sees_the_future():

@@ -37,13 +37,9 @@ def assert_invertible(forward, inverse, x):
         torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, logdet[i].detach())
 
 
-@pytest.mark.parametrize(
-    ("kind", "projection"), [("channels", "random")] + [("spatial", kind) for kind in SPATIAL]
-)
+@pytest.mark.parametrize(("kind", "projection"), [("channels", "random")] + [("spatial", kind) for kind in SPATIAL])
 def test_coupling_is_invertible(kind, projection):
-    coupling = Coupling(
-        kind, projection, (2, 4), 6, 2.0, depth=1, emb_dim=8, num_heads=2, context_dim=None
-    )
+    coupling = Coupling(kind, projection, (2, 4), 6, 2.0, depth=1, emb_dim=8, num_heads=2, context_dim=None)
     randomized(coupling)
     x = torch.randn(2, 8, 6, dtype=torch.float64)
     assert_invertible(coupling, coupling.inverse, x)
@@ -94,9 +90,7 @@ def test_jet_starts_as_a_volume_preserving_permutation():
 
 def test_activation_checkpointing_changes_nothing():
     plain = randomized(Jet((4, 4, 3), depth=2, emb_dim=8, num_heads=2, ps=2))
-    checkpointed = Jet(
-        (4, 4, 3), depth=2, emb_dim=8, num_heads=2, ps=2, activation_checkpointing=True
-    ).double()
+    checkpointed = Jet((4, 4, 3), depth=2, emb_dim=8, num_heads=2, ps=2, activation_checkpointing=True).double()
     checkpointed.load_state_dict(plain.state_dict())
     x = torch.randn(2, 4, 4, 3, dtype=torch.float64)
     for model in (plain, checkpointed):

@@ -19,9 +19,7 @@ def small_model(**kwargs):
         "image_shape": (4, 4, 3),
         "patches": functools.partial(Patchify, patch_size=2),
         "flow": functools.partial(Jet, depth=2, emb_dim=8, num_heads=2, ps=1),
-        "decoder": functools.partial(
-            Decoder, width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8
-        ),
+        "decoder": functools.partial(Decoder, width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8),
         "vocab_size": 13,
         "bos_id": 10,
         "boi_id": 11,
@@ -78,9 +76,7 @@ def test_a_mixed_batch_is_its_examples():
     text_first = torch.tensor([True, False, True, False])
     text_mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
     drop_prefix = torch.tensor([False, False, True, False])
-    together = model(
-        text, image, text_first=text_first, text_mask=text_mask, drop_prefix=drop_prefix
-    )
+    together = model(text, image, text_first=text_first, text_mask=text_mask, drop_prefix=drop_prefix)
     for i in range(4):
         one = slice(i, i + 1)
         alone = model(
@@ -111,9 +107,7 @@ def test_a_dropped_prefix_says_nothing():
     model = small_model(num_vocab_repeats=2)
     text, image = inputs(model)
     drop = torch.ones(2, dtype=torch.bool)
-    hidden = [
-        model(t, image, text_first=True, drop_prefix=drop)[1] for t in (text, (text + 1) % 10)
-    ]
+    hidden = [model(t, image, text_first=True, drop_prefix=drop)[1] for t in (text, (text + 1) % 10)]
     torch.testing.assert_close(*hidden)
     assert not torch.allclose(hidden[0], model(text, image, text_first=True)[1])
 
@@ -166,9 +160,7 @@ def small_model_on_meta():
         image_shape=(4, 4, 3),
         patches=functools.partial(Patchify, patch_size=2),
         flow=functools.partial(Jet, depth=2, emb_dim=8, num_heads=2, ps=1, context_dim=4),
-        decoder=functools.partial(
-            Decoder, width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8
-        ),
+        decoder=functools.partial(Decoder, width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8),
         vocab_size=13,
         bos_id=10,
         boi_id=None,

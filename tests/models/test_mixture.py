@@ -26,9 +26,7 @@ def head_inputs(tokens, width, k, d, dtype, seed=0):
         "bias": (k + 2 * k * d,),
         "target": (tokens, d),
     }
-    tensors = {
-        name: torch.randn(shape, dtype=dtype, generator=generator) for name, shape in shapes.items()
-    }
+    tensors = {name: torch.randn(shape, dtype=dtype, generator=generator) for name, shape in shapes.items()}
     tensors["weight"] /= width**0.5
     for tensor in tensors.values():
         tensor.requires_grad_()
@@ -83,9 +81,7 @@ def test_blocked_equals_plain_in_float32():
 
 def test_gradcheck():
     inputs, token_weight = head_inputs(5, 3, 2, 2, torch.float64)
-    function = lambda *tensors: mixture_nll(
-        *tensors, token_weight, num_mixtures=2, scale_tol=1e-6, block=2
-    )[0]
+    function = lambda *tensors: mixture_nll(*tensors, token_weight, num_mixtures=2, scale_tol=1e-6, block=2)[0]
     assert torch.autograd.gradcheck(function, tuple(inputs.values()))
 
 
@@ -94,9 +90,7 @@ def test_a_scale_below_the_smallest_has_no_gradient():
     with torch.no_grad():
         inputs["weight"].zero_()
         inputs["bias"].copy_(torch.tensor([0.0, 0.0, -50.0]))
-    total, _ = mixture_nll(
-        **inputs, token_weight=torch.ones(1).double(), num_mixtures=1, scale_tol=0.5, block=1
-    )
+    total, _ = mixture_nll(**inputs, token_weight=torch.ones(1).double(), num_mixtures=1, scale_tol=0.5, block=1)
     (gradient,) = torch.autograd.grad(total, inputs["bias"])
     assert gradient[1] != 0
     assert gradient[2] == 0
@@ -163,8 +157,7 @@ def test_mixture_samples_follow_the_density():
     samples = mixture.sample(torch.Generator().manual_seed(0))
     weights = logits.softmax(0).numpy()
     cdf = lambda x: sum(
-        w * stats.norm.cdf(x, m, s)
-        for w, m, s in zip(weights, locs.numpy(), scales.numpy(), strict=True)
+        w * stats.norm.cdf(x, m, s) for w, m, s in zip(weights, locs.numpy(), scales.numpy(), strict=True)
     )
     assert_same_distribution(samples[:, 0], cdf)
     again = mixture.sample(torch.Generator().manual_seed(0))
@@ -182,7 +175,5 @@ def test_multivariate_gaussian_agrees_with_torch():
     samples = ours.sample(generator)
     covariance = scale @ scale.T
     for i in range(3):
-        assert_same_distribution(
-            samples[:, i], stats.norm(loc[i].item(), covariance[i, i].sqrt().item()).cdf
-        )
+        assert_same_distribution(samples[:, i], stats.norm(loc[i].item(), covariance[i, i].sqrt().item()).cdf)
     torch.testing.assert_close(samples.T.cov(), covariance, rtol=0.1, atol=0.3)

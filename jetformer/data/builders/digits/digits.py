@@ -98,10 +98,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             "validation": order[eighth == 0],
             "test": order[eighth == 4],
         }
-        return {
-            name: self._generate_examples(indices, images, digits.target)
-            for name, indices in splits.items()
-        }
+        return {name: self._generate_examples(indices, images, digits.target) for name, indices in splits.items()}
 
     def _generate_examples(self, indices, images, labels):
         for i in indices:

@@ -1,0 +1,87 @@
+"""Decoding with a cache: equal to the model without one, prompts of any length together, samples of the right
+distribution."""
+
+import pytest
+import torch
+from models.test_jetformer import L, inputs, small_model
+from scipy import stats
+
+from jetformer.sampling.decode import ImageDecoder, right_align, sample_images, to_uint8
+from jetformer.sampling.grid import class_grid
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"boi_id": None}, {"num_vocab_repeats": 2},
+                                    {"causal_mask_on_prefix": False}, {"per_modality_final_norm": True}])  # fmt: skip
+@torch.no_grad()
+def test_cached_equals_uncached(kwargs):
+    model = small_model(**kwargs).eval()
+    text, image = inputs(model, batch=3)
+    text_mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+    drop = torch.tensor([False, False, True])
+    _, expected = model(text, image, text_first=True, text_mask=text_mask, drop_prefix=drop)
+    decoder = ImageDecoder(model, text, text_mask, L, drop)
+    hidden = [decoder.prefill(), *(decoder.step(token) for token in image[:, :-1].unbind(1))]
+    torch.testing.assert_close(torch.stack(hidden, dim=1), expected)
+
+
+def test_right_align_keeps_the_order():
+    valid = torch.tensor([[True, False, True, False], [False, True, True, True]])
+    x = torch.arange(8).view(2, 4)
+    aligned = right_align(x, valid)
+    assert aligned[0, 2:].tolist() == [0, 2]
+    assert aligned[1, 1:].tolist() == [5, 6, 7]
+    assert right_align(valid, valid).tolist() == [[False, False, True, True], [False, True, True, True]]
+
+
+def test_samples_follow_the_models_density():
+    """One token of one dimension: what is sampled is distributed as the head's mixture says."""
+    model = small_model(flow=None, out_dim=1, image_shape=(2, 2, 3), num_mixtures=3).float().eval()
+    text = torch.full((4000, 1), 4)
+    with torch.no_grad():
+        hidden = ImageDecoder(model, text[:1], None, 1).prefill()
+        mixture = model.image_head.distribution(model.image_head.logits(hidden))
+    generator = torch.Generator().manual_seed(0)
+    images = sample_images(model, text, generator)
+    assert images.shape == (4000, 2, 2, 3)
+    # The first pixel value, between the ends that clipping fills up.
+    values = images[:, 0, 0, 0]
+    weights, locs, scales = (
+        y[0].squeeze(-1).numpy() for y in (mixture.logits.softmax(-1)[..., None], mixture.locs, mixture.scales)
+    )
+    cdf = lambda x: sum(w * stats.norm.cdf(x, m, s) for w, m, s in zip(weights, locs, scales, strict=True))
+    for level in (32, 96, 128, 200):
+        share = (values < level).float().mean().item()
+        assert share == pytest.approx(cdf(level / 127.5 - 1), abs=0.03)
+
+
+def test_samples_are_a_function_of_the_generator():
+    model = small_model().float().eval()
+    text = torch.arange(4)[:, None]
+    first, again, other = (sample_images(model, text, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert first.dtype == torch.uint8
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_low_temperature_is_the_mode():
+    model = small_model(num_mixtures=1, out_dim=None).float().eval()
+    text = torch.zeros(2, 1, dtype=torch.int64)
+    kwargs = {"temperature_scales": 1e-6}
+    a, b = (sample_images(model, text, torch.Generator().manual_seed(s), **kwargs) for s in (0, 1))
+    assert (a.int() - b.int()).abs().max() <= 1
+
+
+def test_8_bits_survive_dequantization():
+    pixels = torch.arange(256, dtype=torch.float64)
+    for u in (0.01, 0.5, 0.99):
+        assert torch.equal(to_uint8((pixels + u) / 127.5 - 1), pixels.to(torch.uint8))
+    assert to_uint8(torch.tensor([-2.0, 2.0])).tolist() == [0, 255]
+
+
+def test_grid_has_a_row_for_each_class():
+    model = small_model().float().eval()
+    picture = class_grid(model, torch.Generator().manual_seed(0), num_classes=5, per_class=3)
+    assert picture.shape == (5 * 4, 3 * 4, 3)
+    labels = torch.arange(5).repeat_interleave(3)[:, None]
+    images = sample_images(model, labels, torch.Generator().manual_seed(0))
+    assert (picture[4:8, 8:12] == images[5].numpy()).all()
