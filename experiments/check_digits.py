@@ -36,7 +36,7 @@ def main(_):
     state = run.build_state(machine.device)
     step = train.restore(run, workdir, state)
 
-    load = lambda split: tfds.as_numpy(tfds.load("digits", split=split, batch_size=-1))
+    load = lambda split: tfds.as_numpy(tfds.load(run.data.name, split=split, batch_size=-1, data_dir=run.data.data_dir))
     real, validation = load(run.data.train_split), load(run.data.eval_split)
     histogram = histogram_bits_per_dim(real["image"], validation["image"])
     scores = train.evaluate(run, state, machine)

@@ -10,8 +10,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from golden_files import Golden, assert_gradients, assert_log, assert_output, paths
 
+from golden_files import Golden, assert_gradients, assert_log, assert_output, paths
 from jetformer import optim
 from jetformer.convert import from_big_vision, image_head_order
 from jetformer.models.decoder import Decoder

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from models.test_jet import randomized
-from models.test_jetformer import small_model
 from scipy import stats
 
+from flows import randomized
 from jetformer import objectives
 from jetformer.models.jet import Jet
 from jetformer.objectives import JetFormerObjective, JetObjective
+from small_models import small_model
 
 
 def batch_of(size, image_shape=(4, 4, 3), seed=0):

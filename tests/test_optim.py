@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
-from models.test_jetformer import small_model
 
 from jetformer import optim
+from small_models import small_model
 
 
 def test_an_update_is_adam_plus_decay_by_the_schedule():

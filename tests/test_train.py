@@ -1,16 +1,14 @@
 """The training program: resumed equals uninterrupted, parts equal the whole, mistakes end in one line."""
 
-import json
 import signal
 import time
 
 import pytest
 import torch
 from PIL import Image
-from runs import bindings, command, run, scalars, start
 
 from jetformer import checkpoint, config, train
-from jetformer.runtime import derive_seed
+from runs import bindings, command, run, scalars, start
 
 
 def checkpoint_tensors(workdir, step):
@@ -181,10 +179,3 @@ def test_a_mistake_ends_in_one_line(tmp_path, gin_bindings, gin_file, message):
     assert len(lines) == 1, log
     assert message in lines[0]
     assert not workdir.exists()
-
-
-def test_seeds_differ_by_every_part():
-    seeds = {derive_seed(*parts) for parts in [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]}
-    assert len(seeds) == 6
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    json.dumps(list(seeds))  # plain integers

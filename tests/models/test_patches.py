@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
-from test_jet import assert_invertible
 
+from flows import assert_invertible
 from jetformer.models.initializers import init_weights
 from jetformer.models.patches import Patchify, PatchPCA, fit_pca, save_pca
 

@@ -3,20 +3,26 @@ distribution."""
 
 import pytest
 import torch
-from models.test_jetformer import L, inputs, small_model
 from scipy import stats
 
 from jetformer.sampling.decode import ImageDecoder, right_align, sample_images, to_uint8
 from jetformer.sampling.grid import class_grid
+from small_models import L, inputs, small_model
+
+OPTIONS = [{}, {"num_vocab_repeats": 2}, {"causal_mask_on_prefix": False}, {"per_modality_final_norm": True}]
+PADDED = [[True, True, True], [True, False, False], [True, True, False]]
+# Without begin-of-image token the last place of the text predicts the image, so it has to be filled.
+FULL = [[True] * 3] * 3
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"boi_id": None}, {"num_vocab_repeats": 2},
-                                    {"causal_mask_on_prefix": False}, {"per_modality_final_norm": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kwargs", "text_mask"), [(options, PADDED) for options in OPTIONS] + [({"boi_id": None}, FULL)]
+)
 @torch.no_grad()
-def test_cached_equals_uncached(kwargs):
+def test_cached_equals_uncached(kwargs, text_mask):
     model = small_model(**kwargs).eval()
     text, image = inputs(model, batch=3)
-    text_mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+    text_mask = torch.tensor(text_mask)
     drop = torch.tensor([False, False, True])
     _, expected = model(text, image, text_first=True, text_mask=text_mask, drop_prefix=drop)
     decoder = ImageDecoder(model, text, text_mask, L, drop)

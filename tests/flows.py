@@ -1,0 +1,28 @@
+"""What is true of every invertible module."""
+
+import torch
+
+from jetformer.models.initializers import init_weights
+
+
+def randomized(model, seed=0):
+    """In float64, with the weights that start at zero random too: else shift and scale are constants."""
+    generator = torch.Generator().manual_seed(seed)
+    init_weights(model, generator)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "final_proj" in name or name.endswith("out.weight"):
+                p.normal_(std=0.3, generator=generator)
+    return model.double()
+
+
+def assert_invertible(forward, inverse, x):
+    """inverse(forward(x)) = x, and both log-determinants agree with autograd's Jacobian."""
+    z, logdet = forward(x)
+    y, inverse_logdet = inverse(z)
+    torch.testing.assert_close(y, x)
+    torch.testing.assert_close(inverse_logdet, -logdet)
+    for i, example in enumerate(x):
+        jacobian = torch.autograd.functional.jacobian(lambda e: forward(e[None])[0][0], example)
+        jacobian = jacobian.reshape(example.numel(), example.numel())
+        torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, logdet[i].detach())
