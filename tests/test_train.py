@@ -44,7 +44,7 @@ def test_what_a_run_leaves_behind(finished):
     assert checkpoint.steps(finished) == [12]
     with Image.open(finished / "samples" / "000000012.png") as image:
         width, height = image.size
-    assert (width % 16, height % 80) == (0, 0)
+    assert (width % 19, height % 91) == (0, 0)  # two columns and ten rows of 8 pixels and a line
     assert "JetFormer.num_mixtures = 4" in (finished / config.CONFIG_FILE).read_text()
     operative = (finished / config.OPERATIVE_CONFIG_FILE).read_text()
     assert "Jet.scale_factor = 2.0" in operative  # a default

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from jetformer.models import initializers
+from jetformer.models.attention import attend
 
 RMS_NORM_EPS = 1e-6
 
@@ -87,14 +88,7 @@ class Attention(nn.Module):
             cache.k[:, :, cache.start : end] = k
             cache.v[:, :, cache.start : end] = v
             k, v = cache.k[:, :, : mask.shape[-1]], cache.v[:, :, : mask.shape[-1]]
-        y = F.scaled_dot_product_attention(
-            q,
-            k.to(q.dtype),
-            v.to(q.dtype),
-            attn_mask=None if mask is None else mask[:, None],
-            is_causal=mask is None,
-            enable_gqa=self.num_kv_heads != self.num_heads,
-        )
+        y = attend(q, k.to(q.dtype), v.to(q.dtype), mask, is_causal=mask is None)
         return self.out(y.transpose(1, 2).flatten(2))
 
 

@@ -122,40 +122,41 @@ class _MixtureNLL(torch.autograd.Function):
         for start in range(0, len(target), block):
             rows = slice(start, start + block)
             h, x, w = hidden[rows], target[rows], token_weight[rows]
-            logits = torch.addmm(bias, h, weight.t()).to(target.dtype)
-            weights, m, r = logits.split((k, k * d, k * d), dim=-1)
-            m, r = m.unflatten(-1, (k, d)), r.unflatten(-1, (k, d))
+            # Tokens come last: the products are faster so, and the sums over D and K run along them.
+            logits = torch.addmm(bias[:, None], weight, h.t()).to(target.dtype)
+            weights, m, r = logits.split((k, k * d, k * d))
+            m, r = m.unflatten(0, (k, d)), r.unflatten(0, (k, d))
             # In the comments, s is the scale and z = (x - mean) / s. With q = sqrt(r² + 4): 1 / s = (q - r) / 2 and
             # ds / dr = s / q. The halves wait for the sums over D.
             clamped = r < raw_min
             r.clamp_(min=raw_min)
             q = torch.addcmul(r.new_full((), 4.0), r, r).sqrt_()
             torch.sub(q, r, out=r)  # r = 2 / s
-            torch.sub(x.unsqueeze(1), m, out=m).mul_(r)  # m = 2 z
+            torch.sub(x.t(), m, out=m).mul_(r)  # m = 2 z
             t = torch.addcmul(r.log(), m, m, value=-0.125)
-            log_weights = weights.log_softmax(-1)
-            joint = log_weights + t.sum(-1).sub_(d * (math.log(2) + 0.5 * _LOG_2PI))
-            log_prob = torch.logsumexp(joint, dim=-1)
+            log_weights = weights.log_softmax(0)
+            joint = log_weights + t.sum(1).sub_(d * (math.log(2) + 0.5 * _LOG_2PI))
+            log_prob = torch.logsumexp(joint, dim=0)
             nll[rows] = -log_prob
             if not any(needs):
                 continue
-            posterior = (joint - log_prob.unsqueeze(-1)).exp_().mul_(w.unsqueeze(-1))
-            torch.sub(log_weights.exp_().mul_(w.unsqueeze(-1)), posterior, out=weights)
+            posterior = (joint - log_prob).exp_().mul_(w)
+            torch.sub(log_weights.exp_().mul_(w), posterior, out=weights)
             # d nll / d mean = -posterior · z / s and d nll / d raw scale = -posterior · (z² - 1) / q
-            posterior = posterior.unsqueeze(-1)
+            posterior = posterior.unsqueeze(1)
             torch.addcmul(r.new_full((), -1.0), m, m, value=0.25, out=t).div_(q)
             m.mul_(r).mul_(posterior * -0.25)
             torch.mul(t, -posterior, out=r)
             r.masked_fill_(clamped, 0.0)
             if needs[3]:
-                torch.sum(m, 1, out=grad_target[rows]).neg_()
+                grad_target[rows] = -m.sum(0).t()
             logits = logits.to(weight.dtype)
             if needs[0]:
-                grad_hidden[rows] = logits @ weight
+                grad_hidden[rows] = logits.t() @ weight
             if needs[1]:
-                grad_weight.addmm_(logits.t(), h)
+                grad_weight.addmm_(logits, h)
             if needs[2]:
-                grad_bias.add_(logits.sum(0))
+                grad_bias.add_(logits.sum(1))
         ctx.grads = (grad_hidden, grad_weight, grad_bias, grad_target)
         ctx.mark_non_differentiable(nll)
         return (nll * token_weight).sum(), nll

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jetformer.models import initializers
+from jetformer.models.attention import attend
 
 LAYER_NORM_EPS = 1e-6  # flax's; PyTorch's is 1e-5
 
@@ -38,7 +39,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (_heads(y, self.num_heads) for y in self.qkv(x).chunk(3, dim=-1))
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = attend(q, k, v)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -62,7 +63,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q = _heads(self.query(x), self.num_heads)
         k, v = (_heads(y, self.num_heads) for y in self.key_value(context).chunk(2, dim=-1))
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = attend(q, k, v)
         return self.out(y.transpose(1, 2).flatten(2))
 
 

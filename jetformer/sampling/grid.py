@@ -8,6 +8,8 @@ from PIL import Image
 from jetformer.models.jetformer import JetFormer
 from jetformer.sampling.decode import sample_images
 
+_GREY = 96
+
 
 def class_grid(
     model: JetFormer,
@@ -28,7 +30,7 @@ def class_grid(
       temperature_probs: multiplies the log-weights of the tokens' mixtures.
 
     Returns:
-      uint8 `[num_classes · H, per_class · W, C]`.
+      uint8 `[num_classes · (H + 1) + 1, per_class · (W + 1) + 1, C]`: a grey line of a pixel around every image.
     """
     labels = torch.arange(num_classes, device=generator.device).repeat_interleave(per_class)
     images = sample_images(
@@ -38,7 +40,9 @@ def class_grid(
         temperature_scales=temperature_scales,
         temperature_probs=temperature_probs,
     )
-    return rearrange(images.cpu().numpy(), "(r c) h w k -> (r h) (c w) k", c=per_class)
+    framed = np.pad(images.cpu().numpy(), ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=_GREY)
+    picture = rearrange(framed, "(r c) h w k -> (r h) (c w) k", c=per_class)
+    return np.pad(picture, ((0, 1), (0, 1), (0, 0)), constant_values=_GREY)
 
 
 def save_png(picture: np.ndarray, path) -> None:

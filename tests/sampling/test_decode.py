@@ -87,7 +87,9 @@ def test_8_bits_survive_dequantization():
 def test_grid_has_a_row_for_each_class():
     model = small_model().float().eval()
     picture = class_grid(model, torch.Generator().manual_seed(0), num_classes=5, per_class=3)
-    assert picture.shape == (5 * 4, 3 * 4, 3)
+    assert picture.shape == (5 * 5 + 1, 3 * 5 + 1, 3)
     labels = torch.arange(5).repeat_interleave(3)[:, None]
     images = sample_images(model, labels, torch.Generator().manual_seed(0))
-    assert (picture[4:8, 8:12] == images[5].numpy()).all()
+    assert (picture[6:10, 11:15] == images[5].numpy()).all()
+    assert (picture[::5] == picture[0, 0]).all()
+    assert (picture[:, ::5] == picture[0, 0]).all()

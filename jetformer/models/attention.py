@@ -1,0 +1,40 @@
+"""Attention proper, by whichever of two ways is faster."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Up to this many keys, on a CPU, two matrix products and a softmax take a third less time than PyTorch's fused kernel,
+# which is ahead from 256 on (forward and backward, float32, 64 tokens: 4.1 ms to 6.0 ms on 2 cores).
+_SHORT = 128
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """softmax(q kᵀ / sqrt(H)) v, where N query heads may share K key/value heads.
+
+    Args:
+      q: `[B, N, T, H]`.
+      k, v: `[B, K, S, H]`, where N divides by K; query head n uses key head n // (N / K).
+      mask: bool `[B, T, S]`, true where a query attends to a key; None: all do. Each row needs one true entry.
+      is_causal: query t attends to keys up to t; T is S then, and there is no mask.
+
+    Returns:
+      `[B, N, T, H]`.
+    """
+    if q.device.type != "cpu" or k.shape[2] > _SHORT:
+        if mask is not None:
+            mask = mask[:, None]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    batch, num_heads, length, head_dim = q.shape
+    num_kv_heads, num_keys = k.shape[1:3]
+    # Query heads that share a key head are as good as more queries.
+    shared = (batch, num_kv_heads, num_heads // num_kv_heads * length)
+    scores = (q * head_dim**-0.5).reshape(*shared, head_dim) @ k.transpose(2, 3)
+    if is_causal:
+        mask = torch.ones(1, length, num_keys, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        per_head = scores.view(batch, num_kv_heads, -1, length, num_keys)
+        scores = per_head.masked_fill(~mask[:, None, None], float("-inf")).view(*shared, num_keys)
+    return (scores.softmax(-1) @ v).view(batch, num_heads, length, head_dim)
