@@ -149,7 +149,12 @@ def make_optimizer(
       lr: learning rate at a factor of 1.
       wd: weight decay a step at a factor of 1.
       b1, b2, eps: of Adam.
+
+    Raises:
+      ValueError: for a learning rate that is not positive.
     """
+    if lr <= 0:
+        raise ValueError(f"make_optimizer.lr = {lr}: give a positive learning rate")
     decayed = decayed_parameters(model)
     ids = {id(p) for p in decayed}
     rest = [p for p in model.parameters() if id(p) not in ids]

@@ -43,16 +43,17 @@ class Run:
       model: constructor of the model.
       objective: the objective.
       data: the dataset.
-      batch_size: examples a step, over all processes.
-      total_steps, total_examples, total_epochs: how long to train.
       optimizer: called with the model.
       schedule: called with total_steps, batch_size, data_size; gives the learning-rate factor by step.
+      batch_size: examples a step, over all processes.
+      total_steps, total_examples, total_epochs: how long to train.
       seed: of everything random.
       grad_clip_norm: largest global norm of the gradients; None for no clipping.
       grad_accum_steps: into how many parts a batch is cut.
       ema_decay: of the moving average of the parameters; 0 for none.
       noise_scale, noise_min: standard deviation of the RGB noise at the beginning and at the end, in 8-bit pixel
-      values. log_steps: write training metrics every so many steps.
+        values.
+      log_steps: write training metrics every so many steps.
       eval_steps: evaluate on the evaluation split every so many steps, and at the end; None: at the end only.
       eval_batch_size: examples a step of evaluation; None: batch_size.
       checkpoint_steps: save every so many steps, and at the end.
@@ -64,12 +65,12 @@ class Run:
     model: Callable[[], nn.Module]
     objective: Any
     data: Data
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    schedule: Callable[..., Callable[[int], float]]
     batch_size: int
     total_steps: int | None = None
     total_examples: int | None = None
     total_epochs: float | None = None
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = optim.make_optimizer
-    schedule: Callable[..., Callable[[int], float]] = optim.make_schedule
     seed: int = 0
     grad_clip_norm: float | None = 1.0
     grad_accum_steps: int = 1

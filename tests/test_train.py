@@ -41,6 +41,7 @@ def test_what_a_run_leaves_behind(finished):
     for name in ("val/bits_per_dim", "val_ema/bits_per_dim", "val/bits_per_dim_logdet"):
         assert sorted(written[name]) == [6, 12], name
     assert written["noise_scale"][1] == 8.0
+    assert written["lr_factor"][1] == 0.0  # what gin binds arrives: the experiment begins with a warm-up
     assert checkpoint.steps(finished) == [12]
     with Image.open(finished / "samples" / "000000012.png") as image:
         width, height = image.size
@@ -96,6 +97,18 @@ def test_gradient_accumulation_is_the_large_batch(tmp_path, data_dir):
 def test_other_seed_other_run(finished, tmp_path, data_dir):
     run(tmp_path, data_dir, train__seed=1, train__total_steps=1)
     assert scalars(tmp_path)["train/loss"][1] != scalars(finished)["train/loss"][1]
+
+
+@pytest.mark.slow
+def test_what_gin_binds_arrives(finished, tmp_path, data_dir):
+    """Without a learning rate nothing but the draws changes the loss; with weight decay the parameters shrink."""
+    norms = {}
+    for wd in (0.0, 0.1):
+        workdir = tmp_path / str(wd)
+        run(workdir, data_dir, make_optimizer__lr=1e-12, make_optimizer__wd=wd, train__total_steps=3)
+        norms[wd] = scalars(workdir)["param_norm"]
+    assert norms[0.0][1] == norms[0.0][3] == norms[0.1][1]
+    assert norms[0.1][3] < 0.9 * norms[0.1][1]
 
 
 @pytest.mark.slow
