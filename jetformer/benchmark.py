@@ -20,9 +20,7 @@ from torch import nn
 from jetformer import config, runtime, train
 from jetformer.loops import torch_loop
 
-config.define_flags()
 flags.adopt_module_key_flags(config)
-flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "What to measure on.")
 flags.DEFINE_integer("steps", 20, "How many steps to measure.", lower_bound=1)
 flags.DEFINE_integer("warmup", 3, "How many steps to run before.", lower_bound=1)
 FLAGS = flags.FLAGS

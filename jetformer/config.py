@@ -17,6 +17,11 @@ from jetformer.data import pipeline
 from jetformer.models import decoder, jet, jetformer, patches
 from jetformer.sampling import grid
 
+# The flags of every program.
+flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times, later ones win.")
+flags.DEFINE_multi_string("gin_bindings", [], "A gin binding such as 'train.total_steps = 100'.")
+flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "What to run on; auto is a GPU where there is one.")
+
 CONFIG_FILE = "config.gin"  # in the workdir: all that was parsed, includes resolved
 OPERATIVE_CONFIG_FILE = "operative_config.gin"  # in the workdir: all that was used, defaults included
 
@@ -39,12 +44,6 @@ gin.add_config_file_search_path(str(pathlib.Path(__file__).parent.parent))
 # gin would also look for files inside Python packages, takes experiments/ for one, and then fails without naming the
 # file.
 del gin.config._FILE_READERS[1:]
-
-
-def define_flags() -> None:
-    """Defines the flags that name a configuration."""
-    flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times, later ones win.")
-    flags.DEFINE_multi_string("gin_bindings", [], "A gin binding such as 'train.total_steps = 100'.")
 
 
 class ConfigError(ValueError):

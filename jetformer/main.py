@@ -12,11 +12,20 @@ from etils import epath
 
 from jetformer import config, runtime, train
 
-config.define_flags()
 flags.adopt_module_key_flags(config)
 flags.DEFINE_string("workdir", None, "Where the run is written to and resumed from.", required=True)
-flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "What to train on.")
 FLAGS = flags.FLAGS
+
+
+def open_workdir(path: str) -> epath.Path:
+    """The path of a workdir, local or at a URL.
+
+    Raises:
+      ValueError: for a URL of a kind that epath does not know; it would take it for a local path.
+    """
+    if "://" in path and not path.startswith(("gs://", "s3://", "az://")):
+        raise ValueError(f"--workdir={path}: neither a local path nor a URL of gs://, s3:// or az://")
+    return epath.Path(path)
 
 
 def main(argv: list[str]) -> None:
@@ -27,7 +36,7 @@ def main(argv: list[str]) -> None:
     try:
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
         run = config.call(train.Run)
-        train.train(run, epath.Path(FLAGS.workdir), runtime.initialize(FLAGS.device))
+        train.train(run, open_workdir(FLAGS.workdir), runtime.initialize(FLAGS.device))
     except (ValueError, train.NonFiniteLoss) as error:
         # A user's mistake, or a run that diverged, ends in one line. --verbosity=1 shows where it came from.
         logging.debug("", exc_info=True)

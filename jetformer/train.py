@@ -371,7 +371,7 @@ class _Meter:
         scalars |= {
             "grad_norm": step.grad_norm.item(),
             "param_norm": norm.item(),
-            "lr_factor": step.lr_factor,
+            "learning_rate": step.learning_rate,
             "noise_scale": step.noise_scale,
             "images_per_sec": self._steps * self._run.batch_size / seconds,
             "data_wait_fraction": self._data_wait / seconds,

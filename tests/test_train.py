@@ -1,5 +1,6 @@
 """The training program: resumed equals uninterrupted, parts equal the whole, mistakes end in one line."""
 
+import os
 import signal
 import time
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from jetformer import checkpoint, config, train
+from jetformer import checkpoint, config, main, train
 from runs import bindings, command, run, scalars, start
 
 
@@ -35,13 +36,13 @@ def finished(tmp_path_factory, data_dir):
 @pytest.mark.slow
 def test_what_a_run_leaves_behind(finished):
     written = scalars(finished)
-    for name in ("train/loss", "train/bits_per_dim", "grad_norm", "param_norm", "lr_factor",
+    for name in ("train/loss", "train/bits_per_dim", "grad_norm", "param_norm", "learning_rate",
                  "noise_scale", "images_per_sec", "data_wait_fraction"):  # fmt: skip
         assert sorted(written[name]) == list(range(1, 13)), name
     for name in ("val/bits_per_dim", "val_ema/bits_per_dim", "val/bits_per_dim_logdet"):
         assert sorted(written[name]) == [6, 12], name
     assert written["noise_scale"][1] == 8.0
-    assert written["lr_factor"][1] == 0.0  # what gin binds arrives: the experiment begins with a warm-up
+    assert written["learning_rate"][1] == 0.0  # what gin binds arrives: the experiment begins with a warm-up
     assert checkpoint.steps(finished) == [12]
     with Image.open(finished / "samples" / "000000012.png") as image:
         width, height = image.size
@@ -192,3 +193,11 @@ def test_a_mistake_ends_in_one_line(tmp_path, gin_bindings, gin_file, message):
     assert len(lines) == 1, log
     assert message in lines[0]
     assert not workdir.exists()
+
+
+def test_a_workdir_of_an_unknown_kind():
+    """It is not to be taken for a local directory of a strange name."""
+    with pytest.raises(ValueError, match="--workdir=memory://run: neither a local path"):
+        main.open_workdir("memory://run")
+    assert os.fspath(main.open_workdir("gs://bucket/run")) == "gs://bucket/run"
+    assert os.fspath(main.open_workdir("runs/1")) == "runs/1"

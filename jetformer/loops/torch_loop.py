@@ -21,7 +21,7 @@ class Step:
       sums: the objective's terms summed over the batch, on the device.
       loss: on the device.
       grad_norm: global norm of the gradients before clipping, on the device.
-      lr_factor: of the schedule at this step.
+      learning_rate: at this step.
       noise_scale: of the curriculum at this step.
       data_wait: seconds for which the step waited for its batch.
     """
@@ -30,7 +30,7 @@ class Step:
     sums: objectives.Sums
     loss: Tensor
     grad_norm: Tensor
-    lr_factor: float
+    learning_rate: float
     noise_scale: float
     data_wait: float
 
@@ -103,14 +103,14 @@ def train_steps(
             part_sums = objectives.sum_terms(terms)
             sums = part_sums if sums is None else objectives.add_sums(sums, part_sums)
 
-        lr_factor = schedule(step)
-        optim.set_learning_rate(optimizer, lr_factor)
+        optim.set_learning_rate(optimizer, schedule(step))
         max_norm = float("inf") if grad_clip_norm is None else grad_clip_norm
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
         if ema is not None:
             optim.update_ema(ema, model, ema_decay)
-        yield Step(step + 1, sums, loss, grad_norm, lr_factor, noise_scale, data_wait)
+        learning_rate = optimizer.param_groups[0]["lr"]
+        yield Step(step + 1, sums, loss, grad_norm, learning_rate, noise_scale, data_wait)
 
 
 def _split(tensors: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
