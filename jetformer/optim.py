@@ -4,7 +4,9 @@ As big_vision has them (`optax.py`, `utils.py`): a schedule is a factor of the l
 and the weight decay is not multiplied by the learning rate.
 """
 
+import bisect
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,20 +73,25 @@ def make_schedule(
     cooldown_epochs: float | None = None,
     cooldown_percent: float | None = None,
     timescale: float = 10_000,
+    timescale_examples: float | None = None,
     shift: float = 0,
     power: float = 1,
     linear_end: float = 0,
-):
+    steps: Sequence[int] = (),
+    mults: Sequence[float] = (),
+) -> Callable[[int], float]:
     """A learning-rate schedule: `step -> factor`.
 
     Args:
       total_steps: length of training.
       batch_size: examples a step.
       data_size: examples an epoch.
-      decay_type: "cosine", "rsqrt", "linear" (of `power`, to `linear_end`) or "constant".
+      decay_type: "cosine", "rsqrt", "linear" (of `power`, to `linear_end`), "stair" or "constant".
       warmup_*: length of the linear warm-up from 0, in steps, examples, epochs or as a fraction of total_steps.
       cooldown_*: length of the linear cool-down to 0, likewise.
-      timescale, shift: of rsqrt, 1 / sqrt(1 + (step - warmup + shift) / timescale).
+      timescale, shift: of rsqrt, 1 / sqrt(1 + (step - warmup + shift) / timescale); it warms up to where that begins.
+      timescale_examples: the timescale in examples, in the place of `timescale`.
+      steps, mults: of stair, whose factor is `mults[i]` from `steps[i]` on, and 1 before.
 
     Raises:
       ValueError: if durations do not fit or the decay type is unknown.
@@ -95,8 +102,12 @@ def make_schedule(
     cooldown = to_steps(
         "cooldown", amounts(cooldown_steps, cooldown_examples, cooldown_epochs, cooldown_percent), **units
     )
-    if decay_type not in ("cosine", "rsqrt", "linear", "constant"):
-        raise ValueError(f"unknown decay_type {decay_type!r}: one of cosine, rsqrt, linear, constant")
+    if decay_type not in ("cosine", "rsqrt", "linear", "stair", "constant"):
+        raise ValueError(f"unknown decay_type {decay_type!r}: one of cosine, rsqrt, linear, stair, constant")
+    if len(steps) != len(mults):
+        raise ValueError(f"a stair of {len(steps)} steps has {len(mults)} mults: give as many")
+    if timescale_examples is not None:
+        timescale = timescale_examples / batch_size
     if total_steps > 1 and warmup >= total_steps:
         raise ValueError(f"a warm-up of {warmup} steps does not fit into {total_steps} steps of training")
 
@@ -107,8 +118,10 @@ def make_schedule(
             factor = linear_end + (1 - linear_end) * (1 - progress) ** power
         elif decay_type == "cosine":
             factor = 0.5 * (1 + math.cos(math.pi * progress))
-        elif decay_type == "rsqrt" and step >= warmup:
-            factor = 1 / math.sqrt(1 + (step - warmup + shift) / timescale)
+        elif decay_type == "rsqrt":
+            factor = 1 / math.sqrt(1 + (max(step - warmup, 0) + shift) / timescale)
+        elif decay_type == "stair":
+            factor = (1.0, *mults)[bisect.bisect_right(steps, step)]
         if warmup:
             factor *= min(1.0, step / warmup)
         if cooldown:

@@ -42,7 +42,10 @@ def jetformer_from_config(config, image_shape=None, patch_size=1, flow=None):
     """A JetFormer of a big_vision model configuration; without an image shape, one whose tokens are its pixels."""
     backbone = ("width", "depth", "mlp_dim", "num_heads", "num_kv_heads", "head_dim", "dropout")
     # Not of the model: how big_vision runs its layers, and what our objective draws.
-    elsewhere = ("scan", "remat_policy", "drop_labels_probability", "norm_eps")
+    elsewhere = (
+        *("scan", "remat_policy", "cache_dtype", "embed_dtype", "dropout_bdims", "norm_eps"),
+        "drop_labels_probability",
+    )
     rest = {k: v for k, v in config.items() if k not in backbone + elsewhere}
     return JetFormer(
         image_shape=image_shape or (1, 1, config["out_dim"]),
@@ -108,7 +111,8 @@ def test_decode_cached(file):
     inputs, expected = file.tensors("in"), file.tensors("out")
     model = load(jetformer_from_config(file.config), file.numpy("params"))
     tokens = inputs["forced_image_tokens"]
-    decoder = ImageDecoder(model, inputs["text"], inputs["text_mask"], num_tokens=tokens.shape[1])
+    text, text_mask, drop = (inputs.get(name) for name in ("text", "text_mask", "drop_prefix"))
+    decoder = ImageDecoder(model, text, text_mask, tokens.shape[1], drop)
     with torch.no_grad():
         logits = [model.image_head.logits(decoder.prefill())]
         logits += [model.image_head.logits(decoder.step(token)) for token in tokens[:, :-1].unbind(1)]

@@ -95,7 +95,21 @@ def test_schedule_warms_up_and_cools_down(decay_type):
     assert values[80:] == sorted(values[80:], reverse=True)
 
 
+def test_stair():
+    schedule = optim.make_schedule(9, 32, 1000, decay_type="stair", steps=(3, 6), mults=(0.5, 0.1))
+    assert [schedule(step) for step in range(9)] == [1, 1, 1, 0.5, 0.5, 0.5, 0.1, 0.1, 0.1]
+
+
+def test_rsqrt_begins_where_it_warms_up_to():
+    schedule = optim.make_schedule(100, 32, 1000, decay_type="rsqrt", warmup_steps=10, timescale_examples=320, shift=30)
+    assert schedule(10) == pytest.approx(0.5)  # 1 / sqrt(1 + 30 / 10)
+    assert schedule(5) == pytest.approx(0.25)
+    assert schedule(60) == pytest.approx(1 / 3)
+
+
 def test_impossible_schedules_are_named():
+    with pytest.raises(ValueError, match="a stair of 1 steps has 0 mults"):
+        optim.make_schedule(100, 32, 1000, decay_type="stair", steps=(10,))
     with pytest.raises(ValueError, match="unknown decay_type 'exponential'"):
         optim.make_schedule(100, 32, 1000, decay_type="exponential")
     with pytest.raises(ValueError, match="a warm-up of 100 steps does not fit"):
