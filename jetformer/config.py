@@ -27,7 +27,7 @@ OPERATIVE_CONFIG_FILE = "operative_config.gin"  # in the workdir: all that was u
 
 for _configurable in (
     decoder.Decoder,
-    grid.class_grid,
+    grid.ClassGrid,
     jet.Jet,
     jetformer.JetFormer,
     objectives.JetFormerObjective,

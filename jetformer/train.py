@@ -138,6 +138,14 @@ class Run:
         """The learning-rate factor by step."""
         return self.schedule(self.steps(), self.batch_size, self.data.num_train_examples())
 
+    def eval_batches(self, runtime: Runtime) -> Iterator[dict[str, np.ndarray]]:
+        """Every example of the evaluation split once, this process's part of them."""
+        return self.data.eval_batches(
+            batch_size=self.eval_batch_size or self.batch_size,
+            process_index=runtime.process_index,
+            process_count=runtime.process_count,
+        )
+
     def build_state(self, device: torch.device) -> "State":
         """Model, optimizer and moving average at step 0."""
         model = self.build_model().to(device)
@@ -228,6 +236,7 @@ def train(run: Run, workdir: epath.Path, runtime: Runtime) -> None:
     batches = run.data.train_batches(batch_size=run.batch_size, seed=run.seed, start_step=start_step, **processes)
     first_batch = next(batches)
     run.check_batch(first_batch)
+    run.check_batch(next(run.eval_batches(runtime)))
     batches = itertools.chain([first_batch], batches)
 
     workdir.mkdir(parents=True, exist_ok=True)
@@ -290,11 +299,7 @@ def evaluate(run: Run, state: State, runtime: Runtime) -> dict[str, float]:
     score = lambda: torch_loop.evaluate(
         model=state.model,
         objective=run.objective,
-        batches=run.data.eval_batches(
-            batch_size=run.eval_batch_size or run.batch_size,
-            process_index=runtime.process_index,
-            process_count=runtime.process_count,
-        ),
+        batches=run.eval_batches(runtime),
         device=runtime.device,
         seed=derive_seed(run.seed, _EVALUATION),
     )

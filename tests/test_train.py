@@ -50,7 +50,7 @@ def test_what_a_run_leaves_behind(finished):
     assert "JetFormer.num_mixtures = 4" in (finished / config.CONFIG_FILE).read_text()
     operative = (finished / config.OPERATIVE_CONFIG_FILE).read_text()
     assert "Jet.scale_factor = 2.0" in operative  # a default
-    assert "class_grid.temperature_scales = 1.0" in operative  # used at the end only
+    assert "ClassGrid.temperature_scales = 1.0" in operative  # used at the end only
 
 
 @pytest.mark.slow
@@ -102,14 +102,14 @@ def test_other_seed_other_run(finished, tmp_path, data_dir):
 
 @pytest.mark.slow
 def test_what_gin_binds_arrives(finished, tmp_path, data_dir):
-    """Without a learning rate nothing but the draws changes the loss; with weight decay the parameters shrink."""
+    """With next to no learning rate the parameters stay, and with weight decay they shrink."""
     norms = {}
     for wd in (0.0, 0.1):
         workdir = tmp_path / str(wd)
         run(workdir, data_dir, make_optimizer__lr=1e-12, make_optimizer__wd=wd, train__total_steps=3)
         norms[wd] = scalars(workdir)["param_norm"]
     assert norms[0.0][1] == norms[0.0][3] == norms[0.1][1]
-    assert norms[0.1][3] < 0.9 * norms[0.1][1]
+    assert norms[0.1][3] < 0.97 * norms[0.1][1]
 
 
 @pytest.mark.slow
@@ -157,6 +157,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
         ({"train__total_epochs": 3}, "given in steps and in epochs"),
         ({"train__checkpoint_steps": 0}, "train.checkpoint_steps = 0"),
         ({"Data__pp": '"decode | flip_ud"'}, "flip_ud"),
+        ({"Data__pp": '"decode(channels=1) | label_as_text | flip_lr"'}, "'flip_lr' is random"),
         ({"JetFormer__image_shape": "(4, 4, 1)"}, r"images have shape \(8, 8, 1\)"),
         ({"Data__pp": "\"decode(channels=1) | keep('image')\""}, "the batch has no 'text'"),
         (

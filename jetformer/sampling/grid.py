@@ -1,5 +1,7 @@
 """Grids of sampled images."""
 
+import dataclasses
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -11,38 +13,43 @@ from jetformer.sampling.decode import sample_images
 _GREY = 96
 
 
-def class_grid(
-    model: JetFormer,
-    generator: torch.Generator,
-    num_classes: int,
-    per_class: int = 8,
-    temperature_scales: float = 1.0,
-    temperature_probs: float = 1.0,
-) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class ClassGrid:
     """Samples some images of every class, as a picture with a row for each class.
 
-    Args:
-      model: the model, in evaluation mode; the text of class c is the token c.
-      generator: of the model's device.
-      num_classes: how many classes, from 0 on.
+    Attributes:
+      num_classes: how many classes, from 0 on; the text of class c is the token c.
       per_class: how many images of each.
       temperature_scales: multiplies the standard deviations of the tokens' mixtures.
       temperature_probs: multiplies the log-weights of the tokens' mixtures.
-
-    Returns:
-      uint8 `[num_classes · (H + 1) + 1, per_class · (W + 1) + 1, C]`: a grey line of a pixel around every image.
     """
-    labels = torch.arange(num_classes, device=generator.device).repeat_interleave(per_class)
-    images = sample_images(
-        model,
-        labels[:, None],
-        generator,
-        temperature_scales=temperature_scales,
-        temperature_probs=temperature_probs,
-    )
-    framed = np.pad(images.cpu().numpy(), ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=_GREY)
-    picture = rearrange(framed, "(r c) h w k -> (r h) (c w) k", c=per_class)
-    return np.pad(picture, ((0, 1), (0, 1), (0, 0)), constant_values=_GREY)
+
+    num_classes: int
+    per_class: int = 8
+    temperature_scales: float = 1.0
+    temperature_probs: float = 1.0
+
+    def __call__(self, model: JetFormer, generator: torch.Generator) -> np.ndarray:
+        """Samples the picture.
+
+        Args:
+          model: the model, in evaluation mode.
+          generator: of the model's device.
+
+        Returns:
+          uint8 `[num_classes · (H + 1) + 1, per_class · (W + 1) + 1, C]`: a grey line of a pixel around every image.
+        """
+        labels = torch.arange(self.num_classes, device=generator.device).repeat_interleave(self.per_class)
+        images = sample_images(
+            model,
+            labels[:, None],
+            generator,
+            temperature_scales=self.temperature_scales,
+            temperature_probs=self.temperature_probs,
+        )
+        framed = np.pad(images.cpu().numpy(), ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=_GREY)
+        picture = rearrange(framed, "(r c) h w k -> (r h) (c w) k", c=self.per_class)
+        return np.pad(picture, ((0, 1), (0, 1), (0, 0)), constant_values=_GREY)
 
 
 def save_png(picture: np.ndarray, path) -> None:

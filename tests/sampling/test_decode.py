@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 from jetformer.sampling.decode import ImageDecoder, right_align, sample_images, to_uint8
-from jetformer.sampling.grid import class_grid
+from jetformer.sampling.grid import ClassGrid
 from small_models import L, inputs, small_model
 
 OPTIONS = [{}, {"num_vocab_repeats": 2}, {"causal_mask_on_prefix": False}, {"per_modality_final_norm": True}]
@@ -86,7 +86,7 @@ def test_8_bits_survive_dequantization():
 
 def test_grid_has_a_row_for_each_class():
     model = small_model().float().eval()
-    picture = class_grid(model, torch.Generator().manual_seed(0), num_classes=5, per_class=3)
+    picture = ClassGrid(num_classes=5, per_class=3)(model, torch.Generator().manual_seed(0))
     assert picture.shape == (5 * 5 + 1, 3 * 5 + 1, 3)
     labels = torch.arange(5).repeat_interleave(3)[:, None]
     images = sample_images(model, labels, torch.Generator().manual_seed(0))
