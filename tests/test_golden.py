@@ -194,13 +194,10 @@ def test_trajectory(file):
     model, batch, draws = objective_inputs(file)
     objective = objective_from_config(file.config)
     optimizer = optim.make_optimizer(model, **{k: config[k] for k in ("lr", "wd", "b1", "b2", "eps")})
-    schedule = optim.make_schedule(
-        config["total_steps"],
-        len(batch["image"]),
-        len(batch["image"]),
-        decay_type=config["decay_type"],
-        warmup_percent=config["warmup_percent"],
-    )
+    elsewhere = ("lr", "wd", "b1", "b2", "eps", "grad_clip_norm", "total_steps")
+    durations = {k: v for k, v in config.items() if k not in elsewhere}
+    batch_size = len(batch["image"])
+    schedule = optim.make_schedule(config["total_steps"], batch_size, batch_size, **durations)
     losses, norms = [], []
     for step in range(config["total_steps"]):
         loss, _ = objective(model, batch, draws, noise_scale=file.config["noise_scale"])

@@ -257,7 +257,7 @@ class JetFormer(nn.Module):
         }
         return self._select(text_first, orders)
 
-    def decode(self, x: Tensor, **kwargs) -> Tensor:
+    def run_decoder(self, x: Tensor, **kwargs) -> Tensor:
         """The decoder and the final norm, unless each modality has its own; arguments as in `Decoder.forward`."""
         x = self.decoder(x, **kwargs)
         return x if self.final_norm is None else self.final_norm(x)
@@ -283,7 +283,7 @@ class JetFormer(nn.Module):
             text_mask=text_mask,
             drop_prefix=drop_prefix,
         )
-        x = self.decode(x, mask=mask, positions=positions)
+        x = self.run_decoder(x, mask=mask, positions=positions)
         text_length, image_length = text.shape[1], image_tokens.shape[1]
         # What stands before a token predicts it, so a begin-of-image token shifts what follows it by one.
         boi = 0 if self.boi_id is None else 1

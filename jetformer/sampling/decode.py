@@ -75,7 +75,7 @@ class ImageDecoder:
 
     def _run(self, x: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         caches = [KVCache(k, v, self._end) for k, v in self._layers]
-        x = self.model.decode(x, mask=mask, positions=positions, caches=caches)
+        x = self.model.run_decoder(x, mask=mask, positions=positions, caches=caches)
         self._end += x.shape[1]
         return self.model.image_norm(x[:, -1])
 
