@@ -3,7 +3,9 @@
 Models, objectives and the rest know nothing of gin; they are made configurable here, from outside.
 """
 
+import inspect
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,7 +59,7 @@ def gin_errors() -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (ValueError, TypeError, SyntaxError, RuntimeError, OSError, NameError) as error:
+    except Exception as error:  # whatever a constructor raises, it is about what it was given
         raise ConfigError(" ".join(str(error).split())) from error
 
 
@@ -65,13 +67,22 @@ def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
     """Parses gin files, then bindings. Files are looked for from here and from the project's root.
 
     Raises:
-      ConfigError: for a file that is not there, a syntax error, an unknown name, a macro without a value.
+      ConfigError: for a file that is not there, a syntax error, an unknown name, a macro without a value or use.
     """
     if not gin_files:
         raise ConfigError("no experiment: give one with --gin_file=experiments/….gin")
     gin.clear_config()
     with gin_errors():
-        gin.parse_config_files_and_bindings(list(gin_files), list(gin_bindings))
+        gin.parse_config_files_and_bindings(list(gin_files), [], finalize_config=False)
+        defined = set(re.findall(r"^(\w+) = ", gin.config_str(), flags=re.MULTILINE))
+        gin.parse_config(list(gin_bindings))
+        gin.finalize()
+    # gin takes a misspelt macro for a new one.
+    known = defined | set(re.findall(r"%(\w+)", gin.config_str()))
+    for binding in gin_bindings:
+        macro = re.match(r"\s*(\w+)\s*=", binding)
+        if macro and macro[1] not in known:
+            raise ConfigError(f"nothing uses the macro {macro[1]}; there are {', '.join(sorted(known)) or 'none'}")
 
 
 def call(function: Callable) -> Any:
@@ -82,6 +93,23 @@ def call(function: Callable) -> Any:
     """
     with gin_errors():
         return function()
+
+
+# What of a model's arguments may change between two parts of a run: it changes no function of the parameters.
+_NOT_ARCHITECTURE = ("activation_checkpointing", "dropout", "head_block", "head_dtype")
+
+
+def architecture() -> dict[str, str]:
+    """What the models are built with, by `Model.argument`, defaults included; not all of it shows in a checkpoint."""
+    arguments = {}
+    for model in (jetformer.JetFormer, jet.Jet, decoder.Decoder, patches.Patchify, patches.PatchPCA):
+        parameters = inspect.signature(model).parameters.values()
+        values = {p.name: p.default for p in parameters if p.default is not p.empty}
+        values |= gin.get_bindings(model.__name__)
+        for name, value in values.items():
+            if name not in _NOT_ARCHITECTURE:
+                arguments[f"{model.__name__}.{name}"] = getattr(value, "__name__", None) or repr(value)
+    return arguments
 
 
 def save(workdir: epath.Path) -> None:

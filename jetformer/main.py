@@ -37,8 +37,9 @@ def main(argv: list[str]) -> None:
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
         run = config.call(train.Run)
         train.train(run, open_workdir(FLAGS.workdir), runtime.initialize(FLAGS.device))
-    except (ValueError, train.NonFiniteLoss) as error:
-        # A user's mistake, or a run that diverged, ends in one line. --verbosity=1 shows where it came from.
+    except (ValueError, OSError, ImportError, train.NonFiniteLoss) as error:
+        # A user's mistake, a place that cannot be read or written, or a run that diverged ends in one line.
+        # --verbosity=1 shows where it came from.
         logging.debug("", exc_info=True)
         sys.exit(f"error: {' '.join(str(error).split())}")
 

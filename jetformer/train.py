@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import itertools
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from etils import epath
 from torch import Tensor, nn
 
 from jetformer import checkpoint, config, metrics, objectives, optim
-from jetformer.data.pipeline import Data
+from jetformer.data.pipeline import Data, peek
 from jetformer.loops import torch_loop
 from jetformer.models.initializers import init_weights
 from jetformer.runtime import Runtime, derive_seed
@@ -28,7 +28,7 @@ _INIT, _EVALUATION, _SAMPLES = 1, 2, 3
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss is not a number, or infinite. The message is one line."""
+    """The loss or its gradient is not a number, or infinite. The message is one line."""
 
 
 @gin.configurable("train")
@@ -86,13 +86,16 @@ class Run:
     samples: Callable[[nn.Module, torch.Generator], np.ndarray] | None = None
 
     def __post_init__(self):
+        for name in ("objective", "data", "samples"):
+            if inspect.isclass(getattr(self, name)):
+                raise ValueError(f"train.{name} is a class: write @{getattr(self, name).__name__}(), with parentheses")
+        for name in ("batch_size", "grad_accum_steps", "log_steps", "eval_steps", "checkpoint_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"train.{name} = {value}: give 1 or more")
         if self.batch_size % self.grad_accum_steps:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide by grad_accum_steps {self.grad_accum_steps}"
             )
-        for name in ("log_steps", "eval_steps", "checkpoint_steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"train.{name} = {value}: give 1 or more steps")
 
     def steps(self) -> int:
         """How many steps the run has.
@@ -117,22 +120,47 @@ class Run:
             init_weights(model, torch.Generator().manual_seed(derive_seed(self.seed, _INIT)))
         return model
 
+    def check_model(self) -> nn.Module:
+        """The model on the meta device, where it takes no memory and no time.
+
+        Raises:
+          ValueError: if it cannot be built, or not sampled from as asked.
+        """
+        with torch.device("meta"):
+            model = config.call(self.model)
+        if self.samples is not None:
+            self.samples.check(model)
+        return model
+
     def check_batch(self, batch: dict[str, np.ndarray]) -> None:
         """Scores a batch on the meta device, where only shapes count and nothing is computed.
 
         Raises:
           ValueError: if the data do not fit the model.
         """
+        model = self.check_model()
+        self.check_text(batch, model)
         with torch.device("meta"), torch.no_grad():
-            model = config.call(self.model)
             tensors = {name: torch.tensor(array, device="meta") for name, array in batch.items()}
             draws = self.objective.draw(model, tensors, None, train=True)
-            self.objective(model, tensors, draws)
-        if "text" in batch and (token := batch["text"].max()) >= model.vocab_size:
-            raise ValueError(
-                f"the data have a text token or label {token}, but JetFormer.vocab_size is {model.vocab_size}: "
-                "make the vocabulary larger than the number of classes, with room for bos, boi and nolabel"
-            )
+            self.objective(model, tensors, draws, noise_scale=self.noise_scale)
+
+    @staticmethod
+    def check_text(batch: dict[str, np.ndarray], model: nn.Module) -> None:
+        """Looks for text tokens that the vocabulary does not have; on the host, where it costs nothing.
+
+        Raises:
+          ValueError: if there is one. (The embedding of another one would be taken, or the device would stop.)
+        """
+        vocab_size = getattr(model, "vocab_size", None)  # a flow alone reads no text
+        if vocab_size is None or "text" not in batch:
+            return
+        for token in (batch["text"].min(), batch["text"].max()):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"the data have a text token or label {token}, but JetFormer.vocab_size is {vocab_size}: the "
+                    "vocabulary has to be larger than the number of classes, with room for bos, boi and nolabel"
+                )
 
     def build_schedule(self) -> Callable[[int], float]:
         """The learning-rate factor by step."""
@@ -194,7 +222,7 @@ class State:
                     p.copy_(kept[name])
 
 
-def restore(run: Run, workdir: epath.Path, state: State) -> int:
+def restore(workdir: epath.Path, state: State) -> int:
     """Restores the newest complete checkpoint of the workdir into `state`; returns its step, 0 if there is none.
 
     Raises:
@@ -205,6 +233,13 @@ def restore(run: Run, workdir: epath.Path, state: State) -> int:
         return 0
     tensors = state.tensors()
     checkpoint.check_compatible(workdir, step, tensors)
+    theirs = checkpoint.verify(workdir, step)["info"]["architecture"]
+    for name, ours in config.architecture().items():
+        if theirs.get(name) != ours:
+            raise ValueError(
+                f"{workdir} holds a run with another architecture: its {name} is {theirs.get(name)}, this one's "
+                f"{ours}; use another --workdir, or that run's configuration"
+            )
     checkpoint.restore(workdir, step, tensors)
     return step
 
@@ -218,6 +253,7 @@ def train(run: Run, workdir: epath.Path, runtime: Runtime) -> None:
       ValueError: for a configuration, a dataset or a workdir that cannot be used.
       NonFiniteLoss: if the loss stops being finite; the last checkpoint is from before.
     """
+    run.check_model()
     run.data.prepare()
     total_steps = run.steps()
     schedule = run.build_schedule()
@@ -228,16 +264,21 @@ def train(run: Run, workdir: epath.Path, runtime: Runtime) -> None:
         noise_min=run.noise_min,
     )
     state = run.build_state(runtime.device)
-    start_step = restore(run, workdir, state)
+    start_step = restore(workdir, state)
+    if start_step > total_steps:
+        raise ValueError(
+            f"{workdir} holds a run that is at step {start_step} already, and this one ends at {total_steps}: "
+            "train for longer, or use another --workdir"
+        )
     processes = {
         "process_index": runtime.process_index,
         "process_count": runtime.process_count,
     }
     batches = run.data.train_batches(batch_size=run.batch_size, seed=run.seed, start_step=start_step, **processes)
-    first_batch = next(batches)
+    first_batch, batches = peek(batches, "the training split")
     run.check_batch(first_batch)
-    run.check_batch(next(run.eval_batches(runtime)))
-    batches = itertools.chain([first_batch], batches)
+    eval_batch, _ = peek(run.eval_batches(runtime), "the evaluation split")
+    run.check_batch(eval_batch)
 
     workdir.mkdir(parents=True, exist_ok=True)
     config.save(workdir)
@@ -256,42 +297,44 @@ def train(run: Run, workdir: epath.Path, runtime: Runtime) -> None:
     checkpointer = checkpoint.Checkpointer(workdir, keep_last=run.keep_last, keep_every=run.keep_every)
     progress = metrics.create_progress(writer, total_steps)
     meter = _Meter(run, state.model, runtime.device)
-    for step in torch_loop.train_steps(
-        model=state.model,
-        objective=run.objective,
-        optimizer=state.optimizer,
-        ema=state.ema,
-        batches=batches,
-        start_step=start_step,
-        total_steps=total_steps,
-        schedule=schedule,
-        noise_curriculum=curriculum,
-        device=runtime.device,
-        seed=run.seed,
-        process_index=runtime.process_index,
-        grad_clip_norm=run.grad_clip_norm,
-        grad_accum_steps=run.grad_accum_steps,
-        ema_decay=run.ema_decay,
-    ):
-        meter.update(step)
-        due = lambda period, n=step.number: n == total_steps or (period and n % period == 0)
-        if due(run.log_steps):
-            writer.write_scalars(step.number, meter.summary(step))
-        if due(run.eval_steps):
-            meter.check()
-            with progress.timed("eval", wait_jax_async_dispatch=False):
-                writer.write_scalars(step.number, evaluate(run, state, runtime))
-        if due(run.checkpoint_steps):
-            meter.check()  # what is not finite is not saved
-            with progress.timed("checkpoint", wait_jax_async_dispatch=False):
-                checkpointer.save(step.number, state.tensors())
-        progress(step.number)
+    try:
+        for step in torch_loop.train_steps(
+            model=state.model,
+            objective=run.objective,
+            optimizer=state.optimizer,
+            ema=state.ema,
+            batches=_checked(run, state.model, batches),
+            start_step=start_step,
+            total_steps=total_steps,
+            schedule=schedule,
+            noise_curriculum=curriculum,
+            device=runtime.device,
+            seed=run.seed,
+            process_index=runtime.process_index,
+            grad_clip_norm=run.grad_clip_norm,
+            grad_accum_steps=run.grad_accum_steps,
+            ema_decay=run.ema_decay,
+        ):
+            meter.update(step)
+            due = lambda period, n=step.number: n == total_steps or (period and n % period == 0)
+            if due(run.log_steps):
+                writer.write_scalars(step.number, meter.summary(step))
+            if due(run.eval_steps):
+                meter.check()
+                with meter.paused(), progress.timed("eval", wait_jax_async_dispatch=False):
+                    writer.write_scalars(step.number, evaluate(run, state, runtime))
+            if due(run.checkpoint_steps):
+                meter.check()  # what is not finite is not saved
+                with meter.paused(), progress.timed("checkpoint", wait_jax_async_dispatch=False):
+                    checkpointer.save(step.number, state.tensors(), info={"architecture": config.architecture()})
+            progress(step.number)
 
-    if run.samples is not None:
-        write_samples(run, state, workdir, total_steps, writer, runtime)
-    config.save(workdir)  # once more, now that all that is configurable was used
-    checkpointer.wait()
-    writer.close()
+        if run.samples is not None:
+            write_samples(run, state, workdir, total_steps, writer, runtime)
+        config.save(workdir)  # once more, now that all that is configurable was used
+    finally:  # a run that stops halfway keeps what it has written
+        checkpointer.wait()
+        writer.close()
 
 
 def evaluate(run: Run, state: State, runtime: Runtime) -> dict[str, float]:
@@ -330,6 +373,13 @@ def write_samples(
     logging.info("Samples written to %s", path)
 
 
+def _checked(run: Run, model: nn.Module, batches: Iterator[dict[str, np.ndarray]]):
+    """Batches whose text was looked at."""
+    for batch in batches:
+        run.check_text(batch, model)
+        yield batch
+
+
 class _Meter:
     """Collects what the steps between two logs leave behind, and watches that the loss is finite."""
 
@@ -344,11 +394,20 @@ class _Meter:
         self._since = time.perf_counter()
         self._steps, self._data_wait, self._sums = 0, 0.0, None
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out of the throughput what is done while the context lasts."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
     def update(self, step: torch_loop.Step) -> None:
         """Takes in a step, without waiting for the device."""
         self._steps += 1
         self._data_wait += step.data_wait
-        sums = {"loss": (step.loss, torch.ones_like(step.loss)), **step.sums}
+        one = torch.ones_like(step.loss)
+        # A gradient may be infinite where the loss is not; the parameters are no numbers then.
+        sums = {"loss": (step.loss, one), "grad_norm": (step.grad_norm, one), **step.sums}
         self._sums = sums if self._sums is None else objectives.add_sums(self._sums, sums)
         # The first step at which each term was not finite; 0 is none yet.
         self._terms = list(sums)
@@ -370,11 +429,12 @@ class _Meter:
         """Training metrics since the last call, as numbers; waits for the device."""
         self.check()
         means = objectives.means(self._sums)
+        grad_norm = means.pop("grad_norm")
         scalars = {f"train/{name}": value.item() for name, value in means.items()}
         norm = optim.global_norm([p.detach() for p in self._model.parameters()])
         seconds = time.perf_counter() - self._since
         scalars |= {
-            "grad_norm": step.grad_norm.item(),
+            "grad_norm": grad_norm.item(),
             "param_norm": norm.item(),
             "learning_rate": step.learning_rate,
             "noise_scale": step.noise_scale,

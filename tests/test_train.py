@@ -123,6 +123,66 @@ def test_another_architecture_in_the_workdir(finished, data_dir):
 
 
 @pytest.mark.slow
+def test_an_architecture_that_shows_in_no_shape(finished, data_dir):
+    before = (finished / config.CONFIG_FILE).read_text()
+    with pytest.raises(ValueError, match=r"its Jet\.scale_factor is 2\.0, this one's 4\.0"):
+        run(finished, data_dir, Jet__scale_factor=4.0)
+    assert (finished / config.CONFIG_FILE).read_text() == before
+    # What changes no function of the parameters may change, and a default may be spelt out.
+    run(finished, data_dir, Decoder__activation_checkpointing=True, Jet__scale_factor=2.0)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_further_already(finished, data_dir):
+    with pytest.raises(ValueError, match="at step 12 already, and this one ends at 6"):
+        run(finished, data_dir, train__total_steps=6)
+
+
+@pytest.mark.slow
+def test_an_infinite_gradient_stops_the_run(tmp_path, data_dir, monkeypatch):
+    """The loss is finite at that step; what it would make of the parameters is not saved."""
+    clip = torch.nn.utils.clip_grad_norm_
+    calls = []
+
+    def clip_with_one_infinite_entry(parameters, max_norm):
+        parameters = list(parameters)
+        calls.append(len(calls))
+        if len(calls) == 3:
+            parameters[0].grad[0] = float("inf")
+        return clip(parameters, max_norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_with_one_infinite_entry)
+    with pytest.raises(train.NonFiniteLoss, match="not finite at step 3: grad_norm"):
+        run(tmp_path, data_dir, train__checkpoint_steps=1, train__total_steps=3, train__log_steps=3)
+    assert checkpoint.steps(tmp_path) == [2]
+
+
+@pytest.mark.slow
+def test_jet_alone(tmp_path, data_dir):
+    overrides = {
+        "train__model": "@Jet",
+        "train__objective": "@JetObjective()",
+        "train__samples": None,
+        "train__noise_scale": 0.0,
+        "Jet__input_shape": "(8, 8, 1)",
+        "Jet__ps": 2,
+    }
+    run(tmp_path / "run", data_dir, **overrides)
+    losses = scalars(tmp_path / "run")
+    assert losses["val/bits_per_dim"][12] == pytest.approx(
+        losses["val/bits_per_dim_latents"][12] - losses["val/bits_per_dim_logdet"][12], rel=1e-5
+    )
+    for wrong, message in (
+        ({"train__noise_scale": 8.0}, "no noise curriculum"),
+        ({"train__samples": "@ClassGrid()"}, "not from a Jet"),
+        ({"Jet__input_shape": "(4, 4, 1)"}, "built for"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "other", data_dir, **overrides | wrong)
+        assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
 def test_a_truncated_checkpoint(finished, tmp_path, data_dir):
     run(tmp_path, data_dir, train__total_steps=8, train__keep_last=2)
     assert checkpoint.steps(tmp_path) == [4, 8]
@@ -139,7 +199,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
     overrides = {"train__checkpoint_steps": 1, "train__log_steps": 5, "train__keep_last": 9}
     run(tmp_path, data_dir, train__total_steps=2, **overrides)
     # From here on the noise is infinite, and the loss no number.
-    with pytest.raises(train.NonFiniteLoss, match=r"not finite at step 3: loss, bits_per_dim") as error:
+    with pytest.raises(train.NonFiniteLoss, match=r"not finite at step 3: loss, grad_norm, bits_per_dim") as error:
         run(tmp_path, data_dir, train__total_steps=8, train__noise_scale=1e39, **overrides)
     assert "\n" not in str(error.value)
     assert checkpoint.steps(tmp_path) == [1, 2]
@@ -156,12 +216,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
         ({"train__batch_size": 15, "train__grad_accum_steps": 2}, "15 does not divide"),
         ({"train__total_epochs": 3}, "given in steps and in epochs"),
         ({"train__checkpoint_steps": 0}, "train.checkpoint_steps = 0"),
+        ({"train__grad_accum_steps": 0}, "train.grad_accum_steps = 0"),
+        ({"train__data": "@Data"}, r"train.data is a class: write @Data\(\)"),
+        ({"ClassGrid__num_classes": 11}, "ClassGrid of 11 classes"),
+        ({"Data__eval_split": '"validation[:0]"'}, "the evaluation split has no examples"),
+        ({"Data__pp": '"label_as_text"'}, "has a 'image' that is no number"),
+        ({"Data__pp": '"decode(channels=1) | central_crop(9) | label_as_text"'}, "cannot be preprocessed"),
         ({"Data__pp": '"decode | flip_ud"'}, "flip_ud"),
         ({"Data__pp": '"decode(channels=1) | label_as_text | flip_lr"'}, "'flip_lr' is random"),
         ({"JetFormer__image_shape": "(4, 4, 1)"}, r"images have shape \(8, 8, 1\)"),
         ({"Data__pp": "\"decode(channels=1) | keep('image')\""}, "the batch has no 'text'"),
         (
-            {"JetFormer__vocab_size": 8, "JetFormer__bos_id": 0, "JetFormer__boi_id": 0, "JetFormer__nolabel_id": 0},
+            {
+                "JetFormer__vocab_size": 8,
+                "JetFormer__bos_id": 0,
+                "JetFormer__boi_id": 0,
+                "JetFormer__nolabel_id": 0,
+                "train__samples": None,
+            },
             "label 9, but JetFormer.vocab_size is 8",
         ),
     ],
@@ -180,6 +252,7 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path, data_dir, overr
         (["JetFormr.num_mixtures = 3"], "experiments/digits.gin", "JetFormr"),
         (["Jet.deepth = 3"], "experiments/digits.gin", "deepth"),
         (["Jet.depth = %DEPTH"], "experiments/digits.gin", "DEPTH"),
+        (["TOTAL_STEP = 3"], "experiments/digits.gin", "nothing uses the macro TOTAL_STEP"),
         ([], "experiments/no_such.gin", "experiments/no_such.gin"),
         (["Decoder.num_kv_heads = 3"], "experiments/digits.gin", "num_kv_heads 3"),
     ],

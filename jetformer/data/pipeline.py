@@ -14,6 +14,7 @@ signatures, and never takes a GPU.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -216,6 +217,28 @@ def _pad(array: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([array, padding]) if len(padding) else array
 
 
+def peek(batches: Iterator[Batch], what: str) -> tuple[Batch, Iterator[Batch]]:
+    """The first batch, and all batches with it.
+
+    Args:
+      batches: of `train_batches` or `eval_batches`.
+      what: what they are batches of, for messages.
+
+    Raises:
+      ValueError: if there is none, or it cannot be made into numbers of one shape.
+    """
+    try:
+        first = next(batches, None)
+    except tf.errors.OpError as e:
+        raise ValueError(f"{what} cannot be preprocessed: {_one_line(e)}") from e
+    if first is None:
+        raise ValueError(f"{what} has no examples: choose another split")
+    for key, array in first.items():
+        if array.dtype == object:
+            raise ValueError(f"{what} has a {key!r} that is no number: end the preprocessing with keep(…) without it")
+    return first, itertools.chain([first], batches)
+
+
 def num_examples(name: str, split: str, data_dir: str | None = None) -> int:
     """How many examples a split of a prepared data set has.
 
@@ -239,9 +262,8 @@ def prepare(name: str, data_dir: str | None = None) -> None:
         return
     try:
         builder.download_and_prepare()
-    # TFDS asserts that files to be downloaded by hand are there; no network is an OSError; some
-    # data sets need a package to be prepared.
-    except (AssertionError, OSError, ImportError) as e:
+    # Downloads, checksums, archives, packages, files to be put there by hand: each fails in its own way.
+    except Exception as e:
         raise ValueError(
             f"data set {name!r} is not in {builder.data_dir} and cannot be prepared here: prepare "
             f"it elsewhere and copy it there, or set data_dir to where it is ({_one_line(e)})"

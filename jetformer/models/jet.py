@@ -235,6 +235,7 @@ class Jet(nn.Module):
         activation_checkpointing: bool = False,
     ):
         super().__init__()
+        self.image_shape = tuple(input_shape)
         self.patchify = Patchify(input_shape, ps)
         self.activation_checkpointing = activation_checkpointing
         projections = {
@@ -267,7 +268,12 @@ class Jet(nn.Module):
 
         Returns:
           The latent `[B, H, W, C]` and the log-determinants `[B]` in nats.
+
+        Raises:
+          ValueError: if `x` has another shape than the flow was built for.
         """
+        if x.shape[1:] != self.image_shape:
+            raise ValueError(f"images have shape {tuple(x.shape[1:])}, the flow is built for {self.image_shape}")
         x, logdet = self.patchify(x)
         for coupling in self.couplings:
             if self.activation_checkpointing and torch.is_grad_enabled():

@@ -114,8 +114,9 @@ class _MixtureNLL(torch.autograd.Function):
         k, d = num_mixtures, target.shape[-1]
         nll = target.new_empty(len(target))
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
-        grad_weight = torch.zeros_like(weight) if needs[1] else None
-        grad_bias = torch.zeros_like(bias) if needs[2] else None
+        # Sums over many blocks are kept in the likelihood's precision, whatever the products are computed in.
+        grad_weight = torch.zeros_like(weight, dtype=target.dtype) if needs[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=target.dtype) if needs[2] else None
         grad_target = torch.empty_like(target) if needs[3] else None
         # A scale of at least scale_tol is a raw scale of at least this.
         raw_min = scale_tol - 1 / scale_tol
@@ -150,13 +151,16 @@ class _MixtureNLL(torch.autograd.Function):
             r.masked_fill_(clamped, 0.0)
             if needs[3]:
                 grad_target[rows] = -m.sum(0).t()
+            if needs[2]:
+                grad_bias.add_(logits.sum(1))
             logits = logits.to(weight.dtype)
             if needs[0]:
                 grad_hidden[rows] = logits.t() @ weight
-            if needs[1]:
+            if needs[1] and grad_weight.dtype == weight.dtype:
                 grad_weight.addmm_(logits, h)
-            if needs[2]:
-                grad_bias.add_(logits.sum(1))
+            elif needs[1]:
+                grad_weight.add_(logits @ h)
+        ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype, target.dtype)
         ctx.grads = (grad_hidden, grad_weight, grad_bias, grad_target)
         ctx.mark_non_differentiable(nll)
         return (nll * token_weight).sum(), nll
@@ -164,7 +168,8 @@ class _MixtureNLL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_sum, _):
-        grads = (g if g is None else g.mul_(grad_sum) for g in ctx.grads)
+        pairs = zip(ctx.grads, ctx.dtypes, strict=True)
+        grads = (g if g is None else g.mul_(grad_sum).to(dtype) for g, dtype in pairs)
         return *grads, None, None, None, None
 
 

@@ -57,7 +57,7 @@ class PatchPCA(nn.Module):
       image_shape: (H, W, C) of one image.
       patch_size: side of a patch in pixels.
       path: the `.npz` that `save` writes (scikit-learn's names: `components_`, `explained_variance_`, `mean_`), read
-        by `init_weights`. None where the buffers come from a checkpoint.
+        by `init_weights`; `python -m jetformer.fit_pca` makes one. None if only a state dict is loaded.
       whiten: divide each component by its standard deviation.
       depth_to_seq: cut each patch's vector into this many tokens, which makes the sequence as many times longer.
       num_components: how many components to keep; None keeps all. With fewer the map is not invertible, and a
@@ -92,9 +92,11 @@ class PatchPCA(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         del generator
         if self.path is None:
-            raise ValueError("PatchPCA has no path: fit one with patches.fit_pca and patches.save_pca")
+            raise ValueError("PatchPCA has no path: fit a PCA with python -m jetformer.fit_pca")
         with np.load(self.path, allow_pickle=False) as pca:
             for name, buffer in self.named_buffers(recurse=False):
+                if f"{name}_" not in pca:
+                    raise ValueError(f"{self.path} has no {name}_: fit a PCA with python -m jetformer.fit_pca")
                 value = torch.from_numpy(pca[f"{name}_"])
                 if value.shape != buffer.shape:
                     raise ValueError(

@@ -29,6 +29,23 @@ class ClassGrid:
     temperature_scales: float = 1.0
     temperature_probs: float = 1.0
 
+    def check(self, model: torch.nn.Module) -> None:
+        """Looks, before anything is trained, whether `model` can be sampled from like this.
+
+        Raises:
+          ValueError: if it is no JetFormer, or a class would be a special token.
+        """
+        if not isinstance(model, JetFormer):
+            raise ValueError(
+                f"ClassGrid samples from a JetFormer, not from a {type(model).__name__}: unset train.samples"
+            )
+        first_special = min(t for t in (model.bos_id, model.boi_id, model.nolabel_id) if t is not None)
+        if not 1 <= self.num_classes <= first_special or self.per_class < 1:
+            raise ValueError(
+                f"ClassGrid of {self.num_classes} classes and {self.per_class} images of each: give at least one of "
+                f"both, and at most as many classes as there are tokens before the special ones, {first_special}"
+            )
+
     def __call__(self, model: JetFormer, generator: torch.Generator) -> np.ndarray:
         """Samples the picture.
 

@@ -126,6 +126,24 @@ def test_bfloat16_head_is_close():
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
+def test_bfloat16_gradients_do_not_depend_on_the_number_of_blocks():
+    """Sums over hundreds of blocks would stand still in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = 1 + torch.randn(1, 2048, 8, generator=generator)
+    target = torch.randn(1, 2048, 2, generator=generator)
+    gradients = {}
+    for dtype, block in (("float32", 2048), ("bfloat16", 2048), ("bfloat16", 4)):
+        head = MixtureHead(8, 2, 3, dtype=dtype, block=block)
+        torch.nn.init.normal_(head.linear.weight, std=0.1, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.zeros_(head.linear.bias)
+        head(hidden, target, torch.full((1, 2048), 1 / 2048))[0].backward()
+        gradients[dtype, block] = [p.grad for p in head.parameters()]
+    for value in (gradients["bfloat16", 2048], gradients["bfloat16", 4]):
+        for actual, expected in zip(value, gradients["float32", 2048], strict=True):
+            error = (actual - expected).norm() / expected.norm()
+            assert error < 0.02
+
+
 @pytest.mark.parametrize("head", [MixtureHead, MultivariateHead])
 def test_head_weighs_tokens(head):
     kwargs = {"num_mixtures": 3} if head is MixtureHead else {}

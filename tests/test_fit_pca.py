@@ -1,0 +1,30 @@
+"""A PCA fitted by the program is one that an experiment trains with."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from runs import bindings, run, scalars, start
+
+
+@pytest.mark.slow
+def test_fit_and_train(tmp_path, data_dir):
+    output = tmp_path / "pca.npz"
+    args = [sys.executable, "-m", "jetformer.fit_pca", "--gin_file=experiments/digits.gin", "--patch_size=2"]
+    args += [f"--output={output}", *(f"--gin_bindings={b}" for b in bindings(data_dir))]
+    process = start(args)
+    _, log = process.communicate(timeout=240)
+    assert process.returncode == 0, log
+    with np.load(output) as pca:
+        assert pca["components_"].shape == (4, 4)
+        np.testing.assert_allclose(pca["components_"] @ pca["components_"].T, np.eye(4), atol=1e-5)
+    run(
+        tmp_path / "run",
+        data_dir,
+        JetFormer__patches="@PatchPCA",
+        PatchPCA__patch_size=2,
+        PatchPCA__path=f'"{output}"',
+        train__total_steps=2,
+    )
+    assert 0 < scalars(tmp_path / "run")["train/bits_per_dim"][1] < 12
