@@ -231,8 +231,6 @@ def restore(workdir: epath.Path, state: State) -> int:
     step = checkpoint.latest(workdir)
     if step is None:
         return 0
-    tensors = state.tensors()
-    checkpoint.check_compatible(workdir, step, tensors)
     theirs = checkpoint.verify(workdir, step)["info"]["architecture"]
     for name, ours in config.architecture().items():
         if theirs.get(name) != ours:
@@ -240,7 +238,7 @@ def restore(workdir: epath.Path, state: State) -> int:
                 f"{workdir} holds a run with another architecture: its {name} is {theirs.get(name)}, this one's "
                 f"{ours}; use another --workdir, or that run's configuration"
             )
-    checkpoint.restore(workdir, step, tensors)
+    checkpoint.restore(workdir, step, state.tensors())
     return step
 
 
@@ -279,6 +277,7 @@ def train(run: Run, workdir: epath.Path, runtime: Runtime) -> None:
     run.check_batch(first_batch)
     eval_batch, _ = peek(run.eval_batches(runtime), "the evaluation split")
     run.check_batch(eval_batch)
+    checkpointer = checkpoint.Checkpointer(workdir, keep_last=run.keep_last, keep_every=run.keep_every)
 
     workdir.mkdir(parents=True, exist_ok=True)
     config.save(workdir)
@@ -294,7 +293,6 @@ def train(run: Run, workdir: epath.Path, runtime: Runtime) -> None:
         start_step,
     )
 
-    checkpointer = checkpoint.Checkpointer(workdir, keep_last=run.keep_last, keep_every=run.keep_every)
     progress = metrics.create_progress(writer, total_steps)
     meter = _Meter(run, state.model, runtime.device)
     try:

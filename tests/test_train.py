@@ -216,6 +216,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
         ({"train__batch_size": 15, "train__grad_accum_steps": 2}, "15 does not divide"),
         ({"train__total_epochs": 3}, "given in steps and in epochs"),
         ({"train__checkpoint_steps": 0}, "train.checkpoint_steps = 0"),
+        ({"train__keep_last": 0}, "keep_last is 0"),
         ({"train__grad_accum_steps": 0}, "train.grad_accum_steps = 0"),
         ({"train__data": "@Data"}, r"train.data is a class: write @Data\(\)"),
         ({"ClassGrid__num_classes": 11}, "ClassGrid of 11 classes"),
