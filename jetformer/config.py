@@ -72,17 +72,19 @@ def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
     if not gin_files:
         raise ConfigError("no experiment: give one with --gin_file=experiments/….gin")
     gin.clear_config()
+    # gin takes a misspelt macro for a new one. Those of the first file are the experiment's own; what comes on top has
+    # to set one of them, or one that is used.
+    defined = lambda: set(re.findall(r"^(\w+) = ", gin.config_str(), flags=re.MULTILINE))
     with gin_errors():
-        gin.parse_config_files_and_bindings(list(gin_files), [], finalize_config=False)
-        defined = set(re.findall(r"^(\w+) = ", gin.config_str(), flags=re.MULTILINE))
+        gin.parse_config_file(gin_files[0])
+        known = defined()
+        for file in gin_files[1:]:
+            gin.parse_config_file(file)
         gin.parse_config(list(gin_bindings))
         gin.finalize()
-    # gin takes a misspelt macro for a new one.
-    known = defined | set(re.findall(r"%(\w+)", gin.config_str()))
-    for binding in gin_bindings:
-        macro = re.match(r"\s*(\w+)\s*=", binding)
-        if macro and macro[1] not in known:
-            raise ConfigError(f"nothing uses the macro {macro[1]}; there are {', '.join(sorted(known)) or 'none'}")
+    known |= set(re.findall(r"%(\w+)", gin.config_str()))
+    if unknown := sorted(defined() - known):
+        raise ConfigError(f"nothing uses the macro {unknown[0]}; there are {', '.join(sorted(known)) or 'none'}")
 
 
 def call(function: Callable) -> Any:
@@ -96,7 +98,7 @@ def call(function: Callable) -> Any:
 
 
 # What of a model's arguments may change between two parts of a run: it changes no function of the parameters.
-_NOT_ARCHITECTURE = ("activation_checkpointing", "dropout", "head_block", "head_dtype")
+_NOT_ARCHITECTURE = ("activation_checkpointing", "dropout", "head_block", "head_dtype", "path")
 
 
 def architecture() -> dict[str, str]:
@@ -108,6 +110,7 @@ def architecture() -> dict[str, str]:
         values |= gin.get_bindings(model.__name__)
         for name, value in values.items():
             if name not in _NOT_ARCHITECTURE:
+                value = tuple(value) if isinstance(value, list) else value
                 arguments[f"{model.__name__}.{name}"] = getattr(value, "__name__", None) or repr(value)
     return arguments
 

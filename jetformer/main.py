@@ -21,10 +21,10 @@ def open_workdir(path: str) -> epath.Path:
     """The path of a workdir, local or at a URL.
 
     Raises:
-      ValueError: for a URL of a kind that epath does not know; it would take it for a local path.
+      ValueError: for a URL of a kind that cannot be written to.
     """
-    if "://" in path and not path.startswith(("gs://", "s3://", "az://")):
-        raise ValueError(f"--workdir={path}: neither a local path nor a URL of gs://, s3:// or az://")
+    if "://" in path and not path.startswith("gs://"):
+        raise ValueError(f"--workdir={path}: neither a local path nor gs://, where metrics can be written")
     return epath.Path(path)
 
 

@@ -53,7 +53,7 @@ class Run:
       ema_decay: of the moving average of the parameters; 0 for none.
       noise_scale, noise_min: standard deviation of the RGB noise at the beginning and at the end, in 8-bit pixel
         values.
-      log_steps: write training metrics every so many steps.
+      log_steps: write training metrics every so many steps: means over the steps since, or since the run was resumed.
       eval_steps: evaluate on the evaluation split every so many steps, and at the end; None: at the end only.
       eval_batch_size: examples a step of evaluation; None: batch_size.
       checkpoint_steps: save every so many steps, and at the end.
@@ -231,12 +231,12 @@ def restore(workdir: epath.Path, state: State) -> int:
     step = checkpoint.latest(workdir)
     if step is None:
         return 0
-    theirs = checkpoint.verify(workdir, step)["info"]["architecture"]
-    for name, ours in config.architecture().items():
-        if theirs.get(name) != ours:
+    ours = config.architecture()
+    for name, value in checkpoint.verify(workdir, step)["info"].get("architecture", {}).items():
+        if ours.get(name) != value:
             raise ValueError(
-                f"{workdir} holds a run with another architecture: its {name} is {theirs.get(name)}, this one's "
-                f"{ours}; use another --workdir, or that run's configuration"
+                f"{workdir} holds a run with another architecture: its {name} is {value}, this one's "
+                f"{ours.get(name)}; use another --workdir, or that run's configuration"
             )
     checkpoint.restore(workdir, step, state.tensors())
     return step
@@ -329,10 +329,11 @@ def train(run: Run, workdir: epath.Path, runtime: Runtime) -> None:
 
         if run.samples is not None:
             write_samples(run, state, workdir, total_steps, writer, runtime)
-        config.save(workdir)  # once more, now that all that is configurable was used
     finally:  # a run that stops halfway keeps what it has written
-        checkpointer.wait()
-        writer.close()
+        try:
+            checkpointer.wait()
+        finally:
+            writer.close()
 
 
 def evaluate(run: Run, state: State, runtime: Runtime) -> dict[str, float]:

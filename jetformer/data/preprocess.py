@@ -219,11 +219,12 @@ def resize_small(smaller_size, method="area", antialias=False):
 
 
 @register_keyed
-def central_crop(size):
-    """[H, W, C] -> the [h, w, C] in the middle (up and left of it where there are two)."""
-    h, w = _height_width(size)
+def central_crop(crop_size=None):
+    """[H, W, C] -> the [h, w, C] in the middle (up and left of it where there are two); None: the largest square."""
 
     def apply(image):
+        side = tf.reduce_min(tf.shape(image)[:2])
+        h, w = (side, side) if crop_size is None else _height_width(crop_size)
         top_left = (tf.shape(image)[:2] - (h, w)) // 2
         return tf.image.crop_to_bounding_box(image, top_left[0], top_left[1], h, w)
 
@@ -231,9 +232,9 @@ def central_crop(size):
 
 
 @register_keyed
-def random_crop(size):
+def random_crop(crop_size):
     """[H, W, C] -> [h, w, C] at a uniformly drawn place. Random."""
-    h, w = _height_width(size)
+    h, w = _height_width(crop_size)
 
     def apply(image, seed):
         cropped = tf.image.stateless_random_crop(image, (h, w, tf.shape(image)[2]), seed)

@@ -8,7 +8,8 @@ the first. Dimensions: B batch, H × W × C image, N tokens, D token dimension, 
 What a reader may want to know:
   - permutations are index gathers, each other's backward (the reference multiplies by one-hot matrices);
   - a spatial coupling cuts each token of its half in two, so that every ViT sees `[B, N, D / 2]`;
-  - the last layer of each ViT starts at zero, so at initialization the flow permutes and scales by `scale_factor / 2`.
+  - the last layer of each ViT starts at zero, so at initialization a coupling scales its half by
+    `scale_factor / 2`, and the flow is the identity by default.
 """
 
 import itertools

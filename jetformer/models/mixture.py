@@ -127,12 +127,14 @@ class _MixtureNLL(torch.autograd.Function):
             logits = torch.addmm(bias[:, None], weight, h.t()).to(target.dtype)
             weights, m, r = logits.split((k, k * d, k * d))
             m, r = m.unflatten(0, (k, d)), r.unflatten(0, (k, d))
-            # In the comments, s is the scale and z = (x - mean) / s. With q = sqrt(r² + 4): 1 / s = (q - r) / 2 and
+            # In the comments, s is the scale and z = (x - mean) / s. With q = sqrt(r² + 4): s = (r + q) / 2 and
             # ds / dr = s / q. The halves wait for the sums over D.
             clamped = r < raw_min
             r.clamp_(min=raw_min)
             q = torch.addcmul(r.new_full((), 4.0), r, r).sqrt_()
-            torch.sub(q, r, out=r)  # r = 2 / s
+            # r becomes 2 / s = q - r = 4 / (q + r), by the form that adds two numbers of one sign.
+            total = r.abs().add_(q)
+            torch.where(r > 0, 4 / total, total, out=r)
             torch.sub(x.t(), m, out=m).mul_(r)  # m = 2 z
             t = torch.addcmul(r.log(), m, m, value=-0.125)
             log_weights = weights.log_softmax(0)
@@ -231,7 +233,8 @@ class MixtureHead(nn.Module):
         block: int = 256,
     ):
         super().__init__()
-        self.num_mixtures, self.scale_tol, self.block = num_mixtures, scale_tol, block
+        self.num_mixtures, self.block = num_mixtures, block
+        self.scale_tol = _check_scale_tol(scale_tol)
         self.dtype = _head_dtype(dtype)
         self.linear = nn.Linear(width, num_mixtures * (1 + 2 * dim))
 
@@ -291,7 +294,7 @@ class MultivariateHead(nn.Module):
 
     def __init__(self, width: int, dim: int, scale_tol: float = 1e-6, dtype: str = "float32"):
         super().__init__()
-        self.dim, self.scale_tol = dim, scale_tol
+        self.dim, self.scale_tol = dim, _check_scale_tol(scale_tol)
         self.dtype = _head_dtype(dtype)
         self.linear = nn.Linear(width, dim * dim + dim)
 
@@ -321,6 +324,12 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
     if device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def _check_scale_tol(scale_tol: float) -> float:
+    if scale_tol <= 0:
+        raise ValueError(f"scale_tol = {scale_tol}: the smallest scale has to be positive")
+    return scale_tol
 
 
 def _head_dtype(name: str) -> torch.dtype:

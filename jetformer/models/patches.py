@@ -4,8 +4,6 @@ Dimensions: B batch, H × W × C image, L tokens, D token dimension. Both classe
 `forward(x) -> (tokens, logdet)` and `inverse(tokens) -> (x, logdet)`, side by side.
 """
 
-import math
-
 import numpy as np
 import torch
 from einops import rearrange
@@ -141,24 +139,21 @@ def fit_pca(images, patch_size: int, num_components: int | None = None):
     from sklearn.decomposition import IncrementalPCA
 
     pca = IncrementalPCA(n_components=num_components)
-    rows, count = [], 0
+    waiting = []  # whole chunks of patches; partial_fit needs at least as many as there are components
     for batch in images:
         x = torch.from_numpy(np.asarray(batch)).double() / 127.5 - 1
         patches, _ = Patchify(tuple(x.shape[1:]), patch_size)(x)
-        rows.append(patches.flatten(0, 1).numpy())
-        count += len(rows[-1])
-        # partial_fit needs at least as many rows as components; what is left joins the last call.
-        if count >= 8 * math.prod(x.shape[3:]) * patch_size**2:
-            pca.partial_fit(np.concatenate(rows))
-            rows, count = [], 0
-    if rows:
-        rest = np.concatenate(rows)
-        if len(rest) < rest.shape[1]:
-            raise ValueError(
-                f"{len(rest)} patches left over are too few to fit a PCA of {rest.shape[1]} dimensions: "
-                "give more images, or batches that divide their number"
-            )
-        pca.partial_fit(rest)
+        waiting.append(patches.flatten(0, 1).numpy())
+        # All but the newest batch is fitted, so that the last call has enough, whatever the last batch's size.
+        if sum(map(len, waiting[:-1])) >= 8 * patches.shape[-1] and len(waiting[-1]) >= patches.shape[-1]:
+            pca.partial_fit(np.concatenate(waiting[:-1]))
+            waiting = waiting[-1:]
+    rest = np.concatenate(waiting)
+    if len(rest) < rest.shape[1]:
+        raise ValueError(
+            f"{len(rest)} patches are too few to fit a PCA of {rest.shape[1]} dimensions: give more images"
+        )
+    pca.partial_fit(rest)
     return pca
 
 

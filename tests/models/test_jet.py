@@ -57,12 +57,12 @@ def test_jet_is_invertible_given_a_context():
     assert not torch.equal(forward(x)[0], model(x, torch.zeros_like(context))[0])
 
 
-def test_jet_starts_as_a_volume_preserving_permutation():
+def test_jet_starts_as_the_identity():
     model = Jet((4, 4, 3), depth=3, emb_dim=8, num_heads=2, ps=2)
     init_weights(model, torch.Generator().manual_seed(0))
     x = torch.randn(2, 4, 4, 3)
     z, logdet = model(x)
-    torch.testing.assert_close(z.flatten().sort().values, x.flatten().sort().values)
+    torch.testing.assert_close(z, x)
     torch.testing.assert_close(logdet, torch.zeros(2), atol=1e-5, rtol=0)
 
 
