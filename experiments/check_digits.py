@@ -14,10 +14,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 import torch
 from absl import app, flags
-from etils import epath
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from upath import UPath
 
 from jetformer import config, runtime, train
 from jetformer.data.builders.digits import histogram_bits_per_dim
@@ -29,7 +29,7 @@ SAMPLES_PER_CLASS = 50
 
 
 def main(_):
-    workdir = epath.Path(FLAGS.workdir)
+    workdir = UPath(FLAGS.workdir)
     config.parse([str(workdir / config.CONFIG_FILE)], [])
     run = config.call(train.Run)
     machine = runtime.initialize("cpu")

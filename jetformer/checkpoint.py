@@ -188,7 +188,7 @@ def restore(workdir: str | os.PathLike, step: int, state: dict[str, Any]) -> dic
 
 
 def _open(workdir: str | os.PathLike) -> tuple[AbstractFileSystem, str]:
-    fs, path = url_to_fs(os.fspath(workdir))
+    fs, path = url_to_fs(str(workdir))
     fs.invalidate_cache()  # other processes write here too, and fsspec remembers listings
     return fs, f"{path.rstrip('/')}/checkpoints"
 

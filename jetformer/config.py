@@ -12,7 +12,7 @@ from typing import Any
 
 import gin
 from absl import flags
-from etils import epath
+from upath import UPath
 
 from jetformer import objectives, optim
 from jetformer.data import pipeline
@@ -115,7 +115,7 @@ def architecture() -> dict[str, str]:
     return arguments
 
 
-def save(workdir: epath.Path) -> None:
+def save(workdir: UPath) -> None:
     """Writes the parsed and the operative configuration into the workdir."""
     (workdir / CONFIG_FILE).write_text(gin.config_str())
     (workdir / OPERATIVE_CONFIG_FILE).write_text(gin.operative_config_str())

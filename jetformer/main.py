@@ -8,24 +8,13 @@ The same command resumes a run that was interrupted.
 import sys
 
 from absl import app, flags, logging
-from etils import epath
+from upath import UPath
 
 from jetformer import config, runtime, train
 
 flags.adopt_module_key_flags(config)
 flags.DEFINE_string("workdir", None, "Where the run is written to and resumed from.", required=True)
 FLAGS = flags.FLAGS
-
-
-def open_workdir(path: str) -> epath.Path:
-    """The path of a workdir, local or at a URL.
-
-    Raises:
-      ValueError: for a URL of a kind that cannot be written to.
-    """
-    if "://" in path and not path.startswith("gs://"):
-        raise ValueError(f"--workdir={path}: neither a local path nor gs://, where metrics can be written")
-    return epath.Path(path)
 
 
 def main(argv: list[str]) -> None:
@@ -36,7 +25,7 @@ def main(argv: list[str]) -> None:
     try:
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
         run = config.call(train.Run)
-        train.train(run, open_workdir(FLAGS.workdir), runtime.initialize(FLAGS.device))
+        train.train(run, UPath(FLAGS.workdir), runtime.initialize(FLAGS.device))
     except (ValueError, OSError, ImportError, train.NonFiniteLoss) as error:
         # A user's mistake, a place that cannot be read or written, or a run that diverged ends in one line.
         # --verbosity=1 shows where it came from.

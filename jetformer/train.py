@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from absl import logging
 from clu import metric_writers
-from etils import epath
 from torch import Tensor, nn
+from upath import UPath
 
 from jetformer import checkpoint, config, metrics, objectives, optim
 from jetformer.data.pipeline import Data, peek
@@ -222,7 +222,7 @@ class State:
                     p.copy_(kept[name])
 
 
-def restore(workdir: epath.Path, state: State) -> int:
+def restore(workdir: UPath, state: State) -> int:
     """Restores the newest complete checkpoint of the workdir into `state`; returns its step, 0 if there is none.
 
     Raises:
@@ -242,7 +242,7 @@ def restore(workdir: epath.Path, state: State) -> int:
     return step
 
 
-def train(run: Run, workdir: epath.Path, runtime: Runtime) -> None:
+def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     """Trains, from the newest complete checkpoint in `workdir` if there is one.
 
     Everything a user can get wrong is looked at before the first step and before anything is written.
@@ -281,7 +281,8 @@ def train(run: Run, workdir: epath.Path, runtime: Runtime) -> None:
 
     workdir.mkdir(parents=True, exist_ok=True)
     config.save(workdir)
-    writer = metrics.create_writer(workdir, runtime.process_index)
+    written = metrics.Metrics(workdir, runtime.process_index)
+    writer = written.writer
     writer.write_texts(start_step, {"config": _markdown(gin.operative_config_str())})
     metrics.log_parameters(state.model)
     logging.info(
@@ -325,6 +326,7 @@ def train(run: Run, workdir: epath.Path, runtime: Runtime) -> None:
                 meter.check()  # what is not finite is not saved
                 with meter.paused(), progress.timed("checkpoint", wait_jax_async_dispatch=False):
                     checkpointer.save(step.number, state.tensors(), info={"architecture": config.architecture()})
+                    written.publish()
             progress(step.number)
 
         if run.samples is not None:
@@ -333,7 +335,7 @@ def train(run: Run, workdir: epath.Path, runtime: Runtime) -> None:
         try:
             checkpointer.wait()
         finally:
-            writer.close()
+            written.close()
 
 
 def evaluate(run: Run, state: State, runtime: Runtime) -> dict[str, float]:
@@ -355,7 +357,7 @@ def evaluate(run: Run, state: State, runtime: Runtime) -> dict[str, float]:
 def write_samples(
     run: Run,
     state: State,
-    workdir: epath.Path,
+    workdir: UPath,
     step: int,
     writer: metric_writers.MetricWriter,
     runtime: Runtime,

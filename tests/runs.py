@@ -6,9 +6,9 @@ import sys
 
 import numpy as np
 import torch
-from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
+from upath import UPath
 
 from jetformer import config, train
 from jetformer.runtime import Runtime
@@ -45,7 +45,7 @@ def run(workdir, data_dir, **overrides) -> None:
     """Trains in this process."""
     config.parse(["experiments/digits.gin"], bindings(data_dir, **overrides))
     experiment = config.call(train.Run)
-    train.train(experiment, epath.Path(workdir), Runtime(torch.device("cpu")))
+    train.train(experiment, UPath(workdir), Runtime(torch.device("cpu")))
 
 
 def command(workdir, gin_bindings, gin_file="experiments/digits.gin", *more) -> list[str]:

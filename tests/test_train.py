@@ -1,14 +1,14 @@
 """The training program: resumed equals uninterrupted, parts equal the whole, mistakes end in one line."""
 
-import os
 import signal
 import time
 
 import pytest
 import torch
 from PIL import Image
+from upath import UPath
 
-from jetformer import checkpoint, config, main, train
+from jetformer import checkpoint, config, train
 from runs import bindings, command, run, scalars, start
 
 
@@ -270,9 +270,28 @@ def test_a_mistake_ends_in_one_line(tmp_path, gin_bindings, gin_file, message):
     assert not workdir.exists()
 
 
+@pytest.mark.slow
+def test_a_workdir_at_a_url(finished, tmp_path, data_dir):
+    """A run in fsspec's memory, resumed there, is the run on disk."""
+    workdir = UPath("memory://run")
+    run(workdir, data_dir, train__total_steps=12, train__keep_last=9)
+    assert checkpoint.steps(workdir) == [4, 8, 12]
+    for step in (8, 12):
+        UPath(f"memory://run/checkpoints/{step:09d}/COMPLETE").unlink()
+    run(workdir, data_dir, train__total_steps=12, train__keep_last=9)
+    names = {path.name.partition(".")[0] for path in workdir.iterdir()}
+    assert names == {"checkpoints", "config", "operative_config", "samples", "events"}
+    assert (workdir / "samples" / "000000012.png").read_bytes().startswith(b"\x89PNG")
+    for path in workdir.iterdir():
+        if path.name.startswith("events"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert scalars(tmp_path)["train/loss"] == scalars(finished)["train/loss"]
+
+
+@pytest.mark.slow
 def test_a_workdir_of_an_unknown_kind():
-    """It is not to be taken for a local directory of a strange name."""
-    with pytest.raises(ValueError, match="--workdir=memory://run: neither a local path"):
-        main.open_workdir("memory://run")
-    assert os.fspath(main.open_workdir("gs://bucket/run")) == "gs://bucket/run"
-    assert os.fspath(main.open_workdir("runs/1")) == "runs/1"
+    process = start(command("nope://run", []))
+    _, log = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "Traceback" not in log
+    assert "nope" in log.splitlines()[-1]
