@@ -9,7 +9,6 @@ matrices of 2048 × 2048: machines differ and are shared, the ratio says more th
 import itertools
 import platform
 import statistics
-import sys
 import time
 
 import numpy as np
@@ -128,13 +127,11 @@ def report(run: train.Run, device: torch.device, results: dict) -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    try:
+    with config.one_line_errors():
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
         run = config.call(train.Run)
         device = runtime.initialize(FLAGS.device).device
         results = measure(run, device, FLAGS.steps, FLAGS.warmup)
-    except ValueError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
     print(report(run, device, results))
 
 

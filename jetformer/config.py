@@ -6,12 +6,13 @@ Models, objectives and the rest know nothing of gin; they are made configurable 
 import inspect
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import gin
-from absl import flags
+from absl import flags, logging
 from upath import UPath
 
 from jetformer import objectives, optim
@@ -61,6 +62,19 @@ def gin_errors() -> Iterator[None]:
         raise
     except Exception as error:  # whatever a constructor raises, it is about what it was given
         raise ConfigError(" ".join(str(error).split())) from error
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program in one line for a user's mistake, a place that cannot be read or written, or a diverged run.
+
+    --verbosity=1 shows where it came from.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        logging.debug("", exc_info=True)
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:

@@ -6,7 +6,6 @@ The experiment then uses it with `JetFormer.patches = @PatchPCA` and `PatchPCA.p
 """
 
 import itertools
-import sys
 
 from absl import app, flags, logging
 
@@ -24,7 +23,7 @@ FLAGS = flags.FLAGS
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    try:
+    with config.one_line_errors():
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
         run = config.call(train.Run)
         run.data.prepare()
@@ -33,8 +32,6 @@ def main(argv: list[str]) -> None:
         images = (batch["image"] for batch in itertools.islice(batches, count))
         pca = fit_pca(images, FLAGS.patch_size, FLAGS.num_components)
         save_pca(pca, FLAGS.output)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
     logging.set_verbosity(logging.INFO)
     kept = pca.explained_variance_ratio_.sum()
     logging.info("%s: %d components with %.4f of the variance", FLAGS.output, len(pca.components_), kept)

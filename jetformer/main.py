@@ -5,8 +5,6 @@
 The same command resumes a run that was interrupted.
 """
 
-import sys
-
 from absl import app, flags, logging
 from upath import UPath
 
@@ -22,15 +20,10 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
-    try:
+    with config.one_line_errors():
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
         run = config.call(train.Run)
         train.train(run, UPath(FLAGS.workdir), runtime.initialize(FLAGS.device))
-    except (ValueError, OSError, ImportError, train.NonFiniteLoss) as error:
-        # A user's mistake, a place that cannot be read or written, or a run that diverged ends in one line.
-        # --verbosity=1 shows where it came from.
-        logging.debug("", exc_info=True)
-        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":
