@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from upath import UPath
 
-from jetformer import config, runtime, train
+from jetformer import config, prng, runtime, train
 from jetformer.data.builders.digits import histogram_bits_per_dim
 from jetformer.sampling.decode import sample_images
 
@@ -33,7 +33,7 @@ def main(_):
     config.parse([str(workdir / config.CONFIG_FILE)], [])
     run = config.call(train.Run)
     machine = runtime.initialize("cpu")
-    state = run.build_state(machine.device)
+    state = run.build_state(machine)
     step = train.restore(workdir, state)
 
     load = lambda split: tfds.as_numpy(tfds.load(run.data.name, split=split, batch_size=-1, data_dir=run.data.data_dir))
@@ -53,7 +53,9 @@ def main(_):
     labels = torch.arange(10).repeat_interleave(SAMPLES_PER_CLASS)
     state.model.eval()
     with state.averaged():
-        samples = sample_images(state.model, labels[:, None], torch.Generator().manual_seed(0))
+        samples = sample_images(
+            state.model, labels[:, None], prng.example_keys(0, torch.arange(len(labels), dtype=torch.int32))
+        )
     predicted = classifier.predict(flatten(samples.numpy()))
     recognised = np.mean(predicted == labels.numpy())
     print(f"logistic regression recognises {accuracy:.1%} of the validation digits,")

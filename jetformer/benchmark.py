@@ -6,6 +6,7 @@ The step is the training loop's own. Beside it, in the same process and in turn 
 matrices of 2048 × 2048: machines differ and are shared, the ratio says more than the time.
 """
 
+import contextlib
 import itertools
 import platform
 import statistics
@@ -16,10 +17,9 @@ import torch
 from absl import app, flags
 from torch import nn
 
-from jetformer import config, runtime, train
-from jetformer.loops import torch_loop
+from jetformer import program, runtime
 
-flags.adopt_module_key_flags(config)
+flags.adopt_module_key_flags(program)
 flags.DEFINE_integer("steps", 20, "How many steps to measure.", lower_bound=1)
 flags.DEFINE_integer("warmup", 3, "How many steps to run before.", lower_bound=1)
 FLAGS = flags.FLAGS
@@ -45,8 +45,8 @@ def synthetic_batches(model: nn.Module, batch_size: int):
 
 
 def measure_matmul(device: torch.device) -> float:
-    """Seconds that a float32 product of two 2048 × 2048 matrices takes."""
-    a = torch.ones(MATMUL_SIZE, MATMUL_SIZE, device=device)
+    """Seconds that a float32 product of two 2048 × 2048 matrices takes; under XLA on the host's CPU by PyTorch."""
+    a = torch.ones(MATMUL_SIZE, MATMUL_SIZE, device="cpu" if device.type == "xla" else device)
     _synchronize(device)
     start = time.perf_counter()
     a @ a
@@ -54,16 +54,22 @@ def measure_matmul(device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(run: train.Run, device: torch.device, steps: int, warmup: int) -> dict:
-    """Times training steps and matrix products in turn.
+def measure(run, machine: runtime.Runtime, steps: int, warmup: int) -> dict:
+    """Times training steps of a `train.Run` and matrix products in turn.
 
     Returns:
       parameters, matmul_parameters, tokens (image tokens a step), flops (6 · matmul_parameters · tokens: a
-      multiplication and an addition, forward once and backward twice), step_seconds and matmul_seconds (lists).
+      multiplication and an addition, forward once and backward twice), step_seconds and matmul_seconds (lists); under
+      XLA also trace_seconds (list), compilations and compile_seconds, the number of graphs and the time for all.
     """
-    state = run.build_state(device)
+    from jetformer import train
+
+    run.check_mesh(machine)
+    device, loop = machine.device, train.loop_of(machine)
+    loop.set_up(run.mesh, None)
+    state = run.build_state(machine)
     model = state.model
-    loop = torch_loop.train_steps(
+    training = loop.train_steps(
         model=model,
         objective=run.objective,
         optimizer=state.optimizer,
@@ -73,20 +79,23 @@ def measure(run: train.Run, device: torch.device, steps: int, warmup: int) -> di
         total_steps=steps + warmup,
         schedule=lambda step: 1e-3,
         noise_curriculum=lambda step: run.noise_scale,
-        device=device,
+        runtime=machine,
         seed=run.seed,
-        process_index=0,
         grad_clip_norm=run.grad_clip_norm,
         grad_accum_steps=run.grad_accum_steps,
         ema_decay=run.ema_decay,
+        autocast_dtype=run.autocast,
     )
-    step_seconds, matmul_seconds = [], []
-    for _ in range(steps + warmup):
-        matmul_seconds.append(measure_matmul(device))
-        start = time.perf_counter()
-        next(loop)
-        _synchronize(device)
-        step_seconds.append(time.perf_counter() - start)
+    step_seconds, matmul_seconds, trace_seconds = [], [], []
+    with contextlib.closing(training):
+        for _ in range(steps + warmup):
+            matmul_seconds.append(measure_matmul(device))
+            start = time.perf_counter()
+            step = next(training)
+            loop.to_host([step.values])  # waits for the device
+            step_seconds.append(time.perf_counter() - start)
+            trace_seconds.append(step.seconds.get("trace", 0.0))
+    counters = loop.counters()
     tokens = run.batch_size * model.num_image_tokens
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -95,7 +104,15 @@ def measure(run: train.Run, device: torch.device, steps: int, warmup: int) -> di
         "flops": 6 * matmul_parameters(model) * tokens,
         "step_seconds": step_seconds[warmup:],
         "matmul_seconds": matmul_seconds[warmup:],
-    }
+    } | (
+        {
+            "trace_seconds": trace_seconds[warmup:],
+            "compilations": counters["xla/compilations"],
+            "compile_seconds": counters["xla/compile_seconds"],
+        }
+        if counters
+        else {}
+    )
 
 
 def _synchronize(device: torch.device) -> None:
@@ -103,14 +120,13 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def report(run: train.Run, device: torch.device, results: dict) -> str:
+def report(run, machine: runtime.Runtime, results: dict) -> str:
     """The measurements as text."""
     step, matmul = (statistics.median(results[f"{name}_seconds"]) for name in ("step", "matmul"))
     fastest, slowest = (f(results["step_seconds"]) for f in (min, max))
     step_rate, matmul_rate = results["flops"] / step / 1e9, 2 * MATMUL_SIZE**3 / matmul / 1e9
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     rows = {
-        "on": f"{where}, torch {torch.__version__}, Python {platform.python_version()}",
+        "on": f"{machine.describe()}, torch {torch.__version__}, Python {platform.python_version()}",
         "parameters": f"{results['parameters']:,}",
         "of them in matrices": f"{results['matmul_parameters']:,}",
         "image tokens a step": f"{results['tokens']:,}",
@@ -120,19 +136,26 @@ def report(run: train.Run, device: torch.device, results: dict) -> str:
         f"{MATMUL_SIZE}³ product": f"{matmul_rate:.0f} GFLOP/s",
         "ratio": f"{step_rate / matmul_rate:.2f}",
     }
+    if "trace_seconds" in results:
+        trace = statistics.median(results["trace_seconds"])
+        rows |= {
+            "tracing": f"{trace:.3f} s ({trace / step:.0%} of a step)",
+            "compiling": f"{results['compilations']:.0f} graphs in {results['compile_seconds']:.1f} s",
+        }
     width = max(map(len, rows))
     return "\n".join(f"{name:>{width}}  {value}" for name, value in rows.items())
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    with config.one_line_errors():
+    program.no_arguments(argv)
+    with program.one_line_errors():
+        machine = runtime.initialize(FLAGS.device)
+        from jetformer import config, train
+
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
         run = config.call(train.Run)
-        device = runtime.initialize(FLAGS.device).device
-        results = measure(run, device, FLAGS.steps, FLAGS.warmup)
-    print(report(run, device, results))
+        results = measure(run, machine, FLAGS.steps, FLAGS.warmup)
+    print(report(run, machine, results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""gin: what can be bound, the flags, parsing, and the configuration saved with a run.
+"""gin: what can be bound, parsing, and the configuration saved with a run.
 
 Models, objectives and the rest know nothing of gin; they are made configurable here, from outside.
 """
@@ -6,24 +6,17 @@ Models, objectives and the rest know nothing of gin; they are made configurable 
 import inspect
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import gin
-from absl import flags, logging
 from upath import UPath
 
 from jetformer import objectives, optim
 from jetformer.data import pipeline
 from jetformer.models import decoder, jet, jetformer, patches
 from jetformer.sampling import grid
-
-# The flags of every program.
-flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times, later ones win.")
-flags.DEFINE_multi_string("gin_bindings", [], "A gin binding such as 'train.total_steps = 100'.")
-flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "What to run on; auto is a GPU where there is one.")
 
 CONFIG_FILE = "config.gin"  # in the workdir: all that was parsed, includes resolved
 OPERATIVE_CONFIG_FILE = "operative_config.gin"  # in the workdir: all that was used, defaults included
@@ -62,19 +55,6 @@ def gin_errors() -> Iterator[None]:
         raise
     except Exception as error:  # whatever a constructor raises, it is about what it was given
         raise ConfigError(" ".join(str(error).split())) from error
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Ends the program in one line for a user's mistake, a place that cannot be read or written, or a diverged run.
-
-    --verbosity=1 shows where it came from.
-    """
-    try:
-        yield
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        logging.debug("", exc_info=True)
-        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:

@@ -9,10 +9,10 @@ import itertools
 
 from absl import app, flags, logging
 
-from jetformer import config, train
+from jetformer import config, program, train
 from jetformer.models.patches import fit_pca, save_pca
 
-flags.adopt_module_key_flags(config)
+flags.adopt_module_key_flags(program)
 flags.DEFINE_integer("patch_size", None, "Side of a patch in pixels.", required=True, lower_bound=1)
 flags.DEFINE_integer("num_components", None, "How many components to keep; all by default.", lower_bound=1)
 flags.DEFINE_integer("examples", 100_000, "How many training examples to look at.", lower_bound=1)
@@ -21,9 +21,8 @@ FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    with config.one_line_errors():
+    program.no_arguments(argv)
+    with program.one_line_errors():
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
         run = config.call(train.Run)
         run.data.prepare()

@@ -2,28 +2,30 @@
 
     python -m jetformer.main --gin_file=experiments/digits.gin --workdir=/tmp/digits
 
-The same command resumes a run that was interrupted.
+The same command resumes a run that was interrupted. On SIGTERM it saves, and exits with code 75.
 """
 
 from absl import app, flags, logging
 from upath import UPath
 
-from jetformer import config, runtime, train
+from jetformer import program, runtime
 
-flags.adopt_module_key_flags(config)
+flags.adopt_module_key_flags(program)
 flags.DEFINE_string("workdir", None, "Where the run is written to and resumed from.", required=True)
 FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    program.no_arguments(argv)
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
-    with config.one_line_errors():
+    with program.one_line_errors():
+        machine = runtime.initialize(FLAGS.device)
+        from jetformer import config, train
+
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
         run = config.call(train.Run)
-        train.train(run, UPath(FLAGS.workdir), runtime.initialize(FLAGS.device))
+        train.train(run, UPath(FLAGS.workdir), machine)
 
 
 if __name__ == "__main__":

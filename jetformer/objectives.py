@@ -1,7 +1,8 @@
 """The two training objectives, JetFormer's and Jet's, and bits per dim.
 
-An objective is a pure function of a model, a batch and its random draws. `draw` makes the draws from a generator, so
-that any step can be replayed; a test feeds its own. (The decoder's dropout is the exception: see `Decoder`.)
+An objective is a pure function of a model, a batch and its random draws. `draw` makes the draws, those of an example
+from the example's key (`jetformer.prng`), so that any step can be replayed and a batch can be cut up and shared anyhow;
+a test feeds its own draws.
 
 Image likelihoods are in bits per dim of 8-bit RGB: pixels x in 0..255 are dequantized to x + u with u uniform in [0,
 1) and scaled to [-1, 1], and the volume changes of dequantization, scaling and flow are in the figure. Text is in bits
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jetformer import prng
 from jetformer.models.jetformer import JetFormer
 
 Batch = dict[str, Tensor]
@@ -27,6 +29,9 @@ Sums = dict[str, tuple[Tensor, Tensor]]
 
 _LN2 = math.log(2)
 _LOG_2PI = math.log(2 * math.pi)
+
+# What an example's key is folded with for each of its draws.
+_TEXT_FIRST, _DEQUANT, _RGB_NOISE, _DROP_PREFIX, _INPUT_NOISE_STD, _INPUT_NOISE, _DROPOUT = range(7)
 
 
 def standard_normal_nll(x: Tensor) -> Tensor:
@@ -47,6 +52,12 @@ def sum_terms(terms: Terms, mask: Tensor | None = None) -> Sums:
         # Not value · counts: what does not count may not be finite.
         sums[name] = (value.where(counts, 0.0).sum(), counts.sum())
     return sums
+
+
+def split(tensors: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+    """Cuts a batch (or its draws) `[B, ...]` into `parts`, which take its examples in turn: part i has the examples i,
+    i + parts, … So each part lies on as many devices as the batch does."""
+    return [{name: x.unflatten(0, (-1, parts))[:, i] for name, x in tensors.items()} for i in range(parts)]
 
 
 def add_sums(a: Sums, b: Sums) -> Sums:
@@ -84,36 +95,38 @@ class JetFormerObjective:
     stop_grad_image_prefix: bool = False
     dequantize: bool = True
 
-    def draw(self, model: JetFormer, batch: Batch, generator: torch.Generator | None, train: bool) -> Draws:
+    def draw(self, model: JetFormer, batch: Batch, keys: Tensor, train: bool) -> Draws:
         """The random draws of one step.
 
         Args:
           model: the model, for the shape of its tokens.
           batch: see `__call__`.
-          generator: of the batch's device; None for the device's default generator.
+          keys: int32 `[B, 2]`, one for each example; see `jetformer.prng`.
           train: also draw what only training uses.
 
         Returns:
           text_first: bool `[B]`, left out where text_prefix_prob is 0 or 1;
           dequant: `[B, H, W, C]`, uniform in [0, 1);
           in training also rgb_noise `[B, H, W, C]` (normal), drop_prefix bool `[B]`, input_noise_std `[B, 1, 1]`
-          (uniform in [0, 1)), input_noise `[B, L, D]` (normal).
+          (uniform in [0, 1)), input_noise `[B, L, D]` (normal), dropout_keys int32 `[B, 2]`.
         """
-        image = batch["image"]
-        kwargs = {"generator": generator, "device": image.device}
+        shape = batch["image"].shape[1:]
+        uniform = lambda purpose, shape=(): prng.uniform(prng.fold_in(keys, purpose), shape)
+        normal = lambda purpose, shape: prng.normal(prng.fold_in(keys, purpose), shape)
         draws = {}
         if 0 < self.text_prefix_prob < 1:
-            draws["text_first"] = torch.rand(len(image), **kwargs) < self.text_prefix_prob
+            draws["text_first"] = uniform(_TEXT_FIRST) < self.text_prefix_prob
         if self.dequantize:
-            draws["dequant"] = torch.rand(image.shape, **kwargs)
+            draws["dequant"] = uniform(_DEQUANT, shape)
         if train:
-            draws["rgb_noise"] = torch.randn(image.shape, **kwargs)
+            draws["rgb_noise"] = normal(_RGB_NOISE, shape)
             if self.drop_labels_prob:
-                draws["drop_prefix"] = torch.rand(len(image), **kwargs) < self.drop_labels_prob
+                draws["drop_prefix"] = uniform(_DROP_PREFIX) < self.drop_labels_prob
             if self.input_noise_std:
-                shape = (len(image), model.num_image_tokens, model.out_dim)
-                draws["input_noise_std"] = torch.rand(len(image), 1, 1, **kwargs)
-                draws["input_noise"] = torch.randn(shape, **kwargs)
+                draws["input_noise_std"] = uniform(_INPUT_NOISE_STD, (1, 1))
+                draws["input_noise"] = normal(_INPUT_NOISE, (model.num_image_tokens, model.out_dim))
+            if model.decoder.dropout:
+                draws["dropout_keys"] = prng.fold_in(keys, _DROPOUT)
         return draws
 
     def normalizers(self, batch: Batch, draws: Draws, train: bool) -> dict[str, Tensor]:
@@ -203,6 +216,7 @@ class JetFormerObjective:
             text_first=text_first if "text_first" in draws else self.text_prefix_prob > 0.5,
             text_mask=batch.get("text_mask"),
             drop_prefix=dropped if train and "drop_prefix" in draws else None,
+            dropout_keys=draws.get("dropout_keys") if train else None,
         )
 
         text_logits = model.text_logits(text_hidden).float()
@@ -250,13 +264,12 @@ class JetObjective:
 
     dequantize: bool = True
 
-    def draw(self, model: nn.Module, batch: Batch, generator: torch.Generator | None, train: bool) -> Draws:
+    def draw(self, model: nn.Module, batch: Batch, keys: Tensor, train: bool) -> Draws:
         """The random draws of one step: dequant `[B, H, W, C]`, uniform in [0, 1). See `JetFormerObjective.draw`."""
         del model, train
-        image = batch["image"]
         if not self.dequantize:
             return {}
-        return {"dequant": torch.rand(image.shape, generator=generator, device=image.device)}
+        return {"dequant": prng.uniform(prng.fold_in(keys, _DEQUANT), batch["image"].shape[1:])}
 
     def normalizers(self, batch: Batch, draws: Draws, train: bool) -> dict[str, Tensor]:
         """How many examples the loss averages over. See `JetFormerObjective.normalizers`."""

@@ -175,7 +175,13 @@ def make_optimizer(
         {"params": decayed, "weight_decay": wd / lr, "base_lr": lr},
         {"params": rest, "weight_decay": 0.0, "base_lr": lr},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(b1, b2), eps=eps, fused=True)
+    if (
+        next(model.parameters()).device.type == "xla"
+    ):  # all of the update is traced; what changes by step has to be a tensor
+        how = {"capturable": True, "foreach": False}
+    else:
+        how = {"fused": True}
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(b1, b2), eps=eps, **how)
     for group in groups:
         for p in group["params"]:
             # AdamW does so itself at its first step, which would be too late for a checkpoint to be restored into.
@@ -193,8 +199,10 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
     return {name: optimizer.state[p] for name, p in model.named_parameters()}
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets every group's learning rate to `factor` times its base."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float | Tensor) -> None:
+    """Sets every group's learning rate to `factor` times its base; a tensor, where the update is traced."""
+    if isinstance(factor, Tensor):
+        factor = factor.clamp(min=1e-20)  # AdamW divides by a learning rate that is a tensor
     for group in optimizer.param_groups:
         group["lr"] = factor * group["base_lr"]
 

@@ -1,10 +1,16 @@
-"""Which device and how many processes: the one module that knows."""
+"""Which devices and how many processes: the one module that knows. It imports torch_xla, where that is wanted."""
 
 import dataclasses
 import hashlib
+import importlib.metadata
+import importlib.util
 import os
+import sys
 
 import torch
+
+# The only pair of versions that load against each other: torch_xla ended with this release.
+XLA_VERSIONS = "torch==2.9.0 and torch_xla==2.9.0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,32 +18,125 @@ class Runtime:
     """Where this process runs.
 
     Attributes:
-      device: what the model lives on.
+      device: what the model lives on; with "xla" it stands for all devices of all processes.
       process_index: which of the processes this one is.
       process_count: how many processes there are.
+      device_count: how many devices they have together.
     """
 
     device: torch.device
     process_index: int = 0
     process_count: int = 1
+    device_count: int = 1
+
+    def describe(self) -> str:
+        """The devices in words."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        if self.device.type == "cpu":
+            return f"{torch.get_num_threads()} CPU threads"
+        return f"{self.device_count} XLA device(s) ({os.environ['PJRT_DEVICE']}) of {self.process_count} process(es)"
 
 
 def initialize(device: str) -> Runtime:
-    """The runtime of this process on `device`: "cpu", "cuda", or "auto" for a GPU where there is one.
+    """The runtime of this process.
+
+    Call it before TensorFlow is imported: torch_xla comes first, or LLVM ends the process.
+
+    Args:
+      device: "cpu", "cuda", "xla", or "auto" for a TPU or a GPU where there is one.
 
     Raises:
-      ValueError: if there is no such device, or several processes were started.
+      ValueError: if there is no such device, or several processes were started where one is wanted.
+      ImportError: for "xla" without a torch_xla that loads.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("training runs in one process: start it with python, not with torchrun")
+        raise ValueError(
+            "training runs in one process on a host, with all of its devices: start it with python, not torchrun"
+        )
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise ValueError(
             "--device=cuda, but torch sees no CUDA device: use --device=cpu, or install a CUDA build of torch"
         )
+    if device == "xla" or (device == "auto" and _on_tpu_host()):
+        return _initialize_xla()
     if device == "auto":
         device = "cuda" if available else "cpu"
     return Runtime(torch.device(device))
+
+
+def _on_tpu_host() -> bool:
+    if "PJRT_DEVICE" in os.environ:
+        return os.environ["PJRT_DEVICE"] == "TPU"
+    # libtpu comes with the [tpu] extra; without it there is no reason to wait for torch_xla.
+    if importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("torch_xla") is None:
+        return False
+    _import_torch_xla()
+    from torch_xla._internal import tpu
+
+    return tpu.num_available_chips() > 0
+
+
+def _import_torch_xla() -> None:
+    if "tensorflow" in sys.modules and "torch_xla" not in sys.modules:
+        raise RuntimeError("torch_xla has to be imported before TensorFlow: call runtime.initialize first")
+    # A warning from the compiler for every graph says that it will be replaced one day.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if importlib.util.find_spec("torch_xla") is None:
+        raise ImportError(f"--device=xla needs torch_xla: pip install -e '.[xla]', which brings {XLA_VERSIONS}")
+    try:
+        import torch_xla  # noqa: F401
+    except ImportError as error:
+        version = importlib.metadata.version("torch_xla")
+        raise ImportError(
+            f"torch_xla {version} does not load against torch {torch.__version__}: install {XLA_VERSIONS}, "
+            f"as pip install -e '.[xla]' does ({error})"
+        ) from error
+
+
+def _initialize_xla() -> Runtime:
+    _import_torch_xla()
+    import torch_xla
+    import torch_xla.runtime as xr
+
+    xr.use_spmd()
+    runtime = Runtime(torch_xla.device(), xr.process_index(), xr.process_count(), xr.global_runtime_device_count())
+    if runtime.process_count > 1:
+        # Hosts agree on checkpoints and preemption over their network, beside what the devices do.
+        import torch.distributed as dist
+        import torch_xla.distributed.xla_backend
+
+        dist.init_process_group("gloo", init_method="xla://")
+    return runtime
+
+
+def resolve_mesh(mesh: dict[str, int] | None, device_count: int) -> dict[str, int]:
+    """The sizes of the mesh's axes, which together make up all devices.
+
+    Args:
+      mesh: sizes of "data" and "fsdp"; what is left out is 1, and one of them may be -1: what is left of the devices.
+        None: all are "data".
+      device_count: how many devices there are.
+
+    Raises:
+      ValueError: for another axis, or sizes that do not multiply to the number of devices.
+    """
+    sizes = {"data": 1, "fsdp": 1} | ({"data": -1} if mesh is None else mesh)
+    rest = [name for name, size in sizes.items() if size == -1]
+    product = 1
+    for size in sizes.values():
+        product *= 1 if size == -1 else size
+    if set(sizes) != {"data", "fsdp"} or len(rest) > 1 or product < 1:
+        raise ValueError(f"train.mesh = {mesh}: give sizes of 'data' and 'fsdp', at most one of them -1, for the rest")
+    if rest:
+        sizes[rest[0]], remainder = divmod(device_count, product)
+    if (rest and remainder) or (not rest and product != device_count):
+        raise ValueError(
+            f"train.mesh = {mesh} does not fit {device_count} device(s): the sizes have to multiply to their number; "
+            "-1 takes the rest"
+        )
+    return sizes
 
 
 def derive_seed(*parts: int) -> int:

@@ -3,9 +3,12 @@
 import dataclasses
 import functools
 import inspect
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from types import ModuleType
 from typing import Any
 
 import gin
@@ -16,11 +19,12 @@ from clu import metric_writers
 from torch import Tensor, nn
 from upath import UPath
 
-from jetformer import checkpoint, config, metrics, objectives, optim
+from jetformer import checkpoint, config, metrics, optim
 from jetformer.data.pipeline import Data, peek
-from jetformer.loops import torch_loop
+from jetformer.loops import steps
 from jetformer.models.initializers import init_weights
-from jetformer.runtime import Runtime, derive_seed
+from jetformer.preemption import Preempted, Preemption
+from jetformer.runtime import Runtime, derive_seed, resolve_mesh
 from jetformer.sampling.grid import save_png
 
 # What draws of different purposes are seeded with, beside the run's seed.
@@ -59,7 +63,13 @@ class Run:
       checkpoint_steps: save every so many steps, and at the end.
       keep_last: how many of the newest checkpoints to keep.
       keep_every: also keep those of steps that this divides; None: no others.
-      samples: called with model and generator at the end, gives a picture uint8 `[H, W, C]`; None for none.
+      samples: called with model, seed and compile, gives a picture uint8 `[H, W, C]`; None for none.
+      sample_steps: sample every so many steps, and at the end; None: at the end only.
+      autocast: "bfloat16" to multiply in it, with parameters, gradients and likelihoods in float32; None: in float32.
+      mesh: over which devices: sizes of the axes "data" and "fsdp". A batch is cut up over both, large parameters over
+        "fsdp"; -1 takes the rest of the devices. None: all in "data".
+      compilation_cache: local directory where XLA keeps compiled graphs for the next start; None: in the workdir, or
+        where that is at a URL, in ~/.cache/jetformer.
     """
 
     model: Callable[[], nn.Module]
@@ -83,19 +93,26 @@ class Run:
     checkpoint_steps: int = 1000
     keep_last: int = 1
     keep_every: int | None = None
-    samples: Callable[[nn.Module, torch.Generator], np.ndarray] | None = None
+    samples: Callable[..., np.ndarray] | None = None
+    sample_steps: int | None = None
+    autocast: str | None = None
+    mesh: dict[str, int] | None = None
+    compilation_cache: str | None = None
 
     def __post_init__(self):
         for name in ("objective", "data", "samples"):
             if inspect.isclass(getattr(self, name)):
                 raise ValueError(f"train.{name} is a class: write @{getattr(self, name).__name__}(), with parentheses")
-        for name in ("batch_size", "grad_accum_steps", "log_steps", "eval_steps", "checkpoint_steps"):
+        periods = ("log_steps", "eval_steps", "checkpoint_steps", "sample_steps")
+        for name in ("batch_size", "eval_batch_size", "grad_accum_steps", *periods):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name} = {value}: give 1 or more")
         if self.batch_size % self.grad_accum_steps:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide by grad_accum_steps {self.grad_accum_steps}"
             )
+        if self.autocast not in (None, "bfloat16"):
+            raise ValueError(f"train.autocast = {self.autocast!r}: give 'bfloat16' or None")
 
     def steps(self) -> int:
         """How many steps the run has.
@@ -110,6 +127,24 @@ class Run:
         }
         data_size = None if self.total_epochs is None else self.data.num_train_examples()
         return optim.to_steps("train.total", amounts, batch_size=self.batch_size, data_size=data_size)
+
+    def check_mesh(self, runtime: Runtime) -> None:
+        """Looks whether batches can be cut up over the devices.
+
+        Raises:
+          ValueError: if the mesh does not fit the devices, or the batches do not divide by them.
+        """
+        resolve_mesh(self.mesh, runtime.device_count)
+        part = self.batch_size // self.grad_accum_steps
+        for name, size in (
+            ("batch_size" if self.grad_accum_steps == 1 else "batch_size / train.grad_accum_steps", part),
+            ("eval_batch_size", self.eval_batch_size or self.batch_size),
+        ):
+            if size % runtime.device_count:
+                raise ValueError(
+                    f"train.{name} = {size} does not divide by the {runtime.device_count} devices of the mesh: "
+                    "choose a multiple"
+                )
 
     def build_model(self) -> nn.Module:
         """The model on the CPU, with initial weights that depend on the seed alone, not on the device."""
@@ -142,7 +177,8 @@ class Run:
         self.check_text(batch, model)
         with torch.device("meta"), torch.no_grad():
             tensors = {name: torch.tensor(array, device="meta") for name, array in batch.items()}
-            draws = self.objective.draw(model, tensors, None, train=True)
+            keys = torch.empty(len(batch["image"]), 2, dtype=torch.int32)
+            draws = self.objective.draw(model, tensors, keys, train=True)
             self.objective(model, tensors, draws, noise_scale=self.noise_scale)
 
     @staticmethod
@@ -174,13 +210,18 @@ class Run:
             process_count=runtime.process_count,
         )
 
-    def build_state(self, device: torch.device) -> "State":
+    def build_state(self, runtime: Runtime) -> "State":
         """Model, optimizer and moving average at step 0."""
-        model = self.build_model().to(device)
+        loop = loop_of(runtime)
+        model = loop.place(self.build_model(), runtime)
         optimizer = self.optimizer(model)
+        moments = optim.state_tensors(optimizer, model)
+        for name in ("exp_avg", "exp_avg_sq"):
+            loop.place_like({parameter: state[name] for parameter, state in moments.items()}, model)
         ema = None
         if self.ema_decay:
             ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+            loop.place_like(ema, model)
         return State(model, optimizer, ema)
 
 
@@ -210,16 +251,23 @@ class State:
             yield
             return
         parameters = dict(self.model.named_parameters())
-        kept = {name: p.detach().clone() for name, p in parameters.items()}
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(self.ema[name])
+        kept = {name: p.data for name, p in parameters.items()}
+        for name, p in parameters.items():
+            p.data = self.ema[name]
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, p in parameters.items():
-                    p.copy_(kept[name])
+            for name, p in parameters.items():
+                p.data = kept[name]
+
+
+def loop_of(runtime: Runtime) -> ModuleType:
+    """The loop for the devices: `loops.xla_loop` or `loops.torch_loop`, which have the same functions."""
+    if runtime.device.type == "xla":
+        from jetformer.loops import xla_loop as loop
+    else:
+        from jetformer.loops import torch_loop as loop
+    return loop
 
 
 def restore(workdir: UPath, state: State) -> int:
@@ -250,7 +298,10 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     Raises:
       ValueError: for a configuration, a dataset or a workdir that cannot be used.
       NonFiniteLoss: if the loss stops being finite; the last checkpoint is from before.
+      Preempted: on SIGTERM, after saving.
     """
+    loop = loop_of(runtime)
+    run.check_mesh(runtime)
     run.check_model()
     run.data.prepare()
     total_steps = run.steps()
@@ -261,7 +312,8 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
         noise_scale=run.noise_scale,
         noise_min=run.noise_min,
     )
-    state = run.build_state(runtime.device)
+    loop.set_up(run.mesh, _compilation_cache(run, workdir))
+    state = run.build_state(runtime)
     start_step = restore(workdir, state)
     if start_step > total_steps:
         raise ValueError(
@@ -280,14 +332,15 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     checkpointer = checkpoint.Checkpointer(workdir, keep_last=run.keep_last, keep_every=run.keep_every)
 
     workdir.mkdir(parents=True, exist_ok=True)
-    config.save(workdir)
+    if runtime.process_index == 0:
+        config.save(workdir)
     written = metrics.Metrics(workdir, runtime.process_index)
     writer = written.writer
     writer.write_texts(start_step, {"config": _markdown(gin.operative_config_str())})
     metrics.log_parameters(state.model)
     logging.info(
         "Training on %s for %d steps (%.1f epochs of %d examples), from step %d.",
-        runtime.device,
+        runtime.describe(),
         total_steps,
         total_steps * run.batch_size / run.data.num_train_examples(),
         run.data.num_train_examples(),
@@ -295,62 +348,98 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     )
 
     progress = metrics.create_progress(writer, total_steps)
-    meter = _Meter(run, state.model, runtime.device)
-    try:
-        for step in torch_loop.train_steps(
-            model=state.model,
-            objective=run.objective,
-            optimizer=state.optimizer,
-            ema=state.ema,
-            batches=_checked(run, state.model, batches),
-            start_step=start_step,
-            total_steps=total_steps,
-            schedule=schedule,
-            noise_curriculum=curriculum,
-            device=runtime.device,
-            seed=run.seed,
-            process_index=runtime.process_index,
-            grad_clip_norm=run.grad_clip_norm,
-            grad_accum_steps=run.grad_accum_steps,
-            ema_decay=run.ema_decay,
-        ):
-            meter.update(step)
-            due = lambda period, n=step.number: n == total_steps or (period and n % period == 0)
-            if due(run.log_steps):
-                writer.write_scalars(step.number, meter.summary(step))
-            if due(run.eval_steps):
-                meter.check()
-                with meter.paused(), progress.timed("eval", wait_jax_async_dispatch=False):
-                    writer.write_scalars(step.number, evaluate(run, state, runtime))
-            if due(run.checkpoint_steps):
-                meter.check()  # what is not finite is not saved
-                with meter.paused(), progress.timed("checkpoint", wait_jax_async_dispatch=False):
-                    checkpointer.save(step.number, state.tensors(), info={"architecture": config.architecture()})
-                    written.publish()
-            progress(step.number)
+    meter = _Meter(run, state.model, loop, writer)
+    training = loop.train_steps(
+        model=state.model,
+        objective=run.objective,
+        optimizer=state.optimizer,
+        ema=state.ema,
+        batches=_checked(run, state.model, batches),
+        start_step=start_step,
+        total_steps=total_steps,
+        schedule=schedule,
+        noise_curriculum=curriculum,
+        runtime=runtime,
+        seed=run.seed,
+        grad_clip_norm=run.grad_clip_norm,
+        grad_accum_steps=run.grad_accum_steps,
+        ema_decay=run.ema_decay,
+        autocast_dtype=run.autocast,
+    )
+    done = saved = start_step
 
-        if run.samples is not None:
-            write_samples(run, state, workdir, total_steps, writer, runtime)
-    finally:  # a run that stops halfway keeps what it has written
+    def save() -> None:
+        nonlocal saved
+        meter.check()  # what is not finite is not saved
+        with meter.paused(), progress.timed("checkpoint", wait_jax_async_dispatch=False):
+            checkpointer.save(done, state.tensors(), info={"architecture": config.architecture()})
+            written.publish()
+        saved = done
+
+    with Preemption() as preemption, closing(training):
         try:
-            checkpointer.wait()
-        finally:
-            written.close()
+            for step in training:
+                done = step.number
+                meter.update(step)
+                due = lambda period, n=done: n == total_steps or (period and n % period == 0)
+                if due(run.log_steps):
+                    meter.log(step)
+                preemption.check()
+                if due(run.eval_steps):
+                    meter.check()
+                    with meter.paused(), progress.timed("eval", wait_jax_async_dispatch=False):
+                        writer.write_scalars(done, evaluate(run, state, runtime, preemption.check))
+                if due(run.checkpoint_steps):
+                    save()
+                if run.samples is not None and due(run.sample_steps):
+                    meter.check()
+                    with meter.paused(), progress.timed("samples", wait_jax_async_dispatch=False):
+                        write_samples(run, state, workdir, done, writer, runtime)
+                progress(done)
+            if run.samples is not None and start_step == total_steps:
+                write_samples(run, state, workdir, total_steps, writer, runtime)
+        except Preempted:
+            if saved < done:
+                save()
+            logging.info("Stopped on SIGTERM after step %d, which is saved.", done)
+            raise
+        finally:  # a run that stops halfway keeps what it has written
+            try:
+                checkpointer.wait()
+            finally:
+                meter.close()
+                written.close()
 
 
-def evaluate(run: Run, state: State, runtime: Runtime) -> dict[str, float]:
-    """The objective's terms on the evaluation split, averaged over its examples; with the moving average as well."""
-    score = lambda: torch_loop.evaluate(
+def _compilation_cache(run: Run, workdir: UPath) -> str:
+    """A local directory, for XLA writes to no other place."""
+    if run.compilation_cache is not None:
+        return run.compilation_cache
+    if isinstance(workdir, os.PathLike):
+        return os.fspath(workdir / "compilation_cache")
+    return os.path.expanduser("~/.cache/jetformer/compilation_cache")
+
+
+def evaluate(
+    run: Run, state: State, runtime: Runtime, each_batch: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """The objective's terms on the evaluation split, averaged over its examples; with the moving average as well.
+
+    `each_batch` is called after every batch.
+    """
+    score = lambda: loop_of(runtime).evaluate(
         model=state.model,
         objective=run.objective,
         batches=run.eval_batches(runtime),
-        device=runtime.device,
+        runtime=runtime,
         seed=derive_seed(run.seed, _EVALUATION),
+        autocast_dtype=run.autocast,
+        each_batch=each_batch,
     )
-    results = {f"val/{k}": v.item() for k, v in objectives.means(score()).items()}
+    results = {f"val/{name}": value for name, value in score().items()}
     if state.ema is not None:
         with state.averaged():
-            results |= {f"val_ema/{k}": v.item() for k, v in objectives.means(score()).items()}
+            results |= {f"val_ema/{name}": value for name, value in score().items()}
     return results
 
 
@@ -363,10 +452,11 @@ def write_samples(
     runtime: Runtime,
 ) -> None:
     """Writes a grid of samples (with the moving average, if there is one) as PNG and to TensorBoard."""
-    generator = torch.Generator(runtime.device).manual_seed(derive_seed(run.seed, _SAMPLES))
     state.model.eval()
     with state.averaged():
-        picture = run.samples(state.model, generator)
+        picture = run.samples(state.model, seed=derive_seed(run.seed, _SAMPLES), compile=loop_of(runtime).compile)
+    if runtime.process_index > 0:
+        return
     (workdir / "samples").mkdir(exist_ok=True)
     path = workdir / "samples" / f"{step:09d}.png"
     save_png(picture, path)
@@ -382,18 +472,17 @@ def _checked(run: Run, model: nn.Module, batches: Iterator[dict[str, np.ndarray]
 
 
 class _Meter:
-    """Collects what the steps between two logs leave behind, and watches that the loss is finite."""
+    """Collects what the steps between two logs leave behind, writes it, and watches that the loss is finite.
 
-    def __init__(self, run: Run, model: nn.Module, device: torch.device):
-        self._run, self._model = run, model
-        self._terms: list[str] = []
-        self._bad_step = torch.zeros((), dtype=torch.int64, device=device)
-        self._device = device
-        self._reset()
+    What was measured is brought to the host in a thread of its own: training goes on meanwhile.
+    """
 
-    def _reset(self) -> None:
+    def __init__(self, run: Run, model: nn.Module, loop: ModuleType, writer: metric_writers.MetricWriter):
+        self._run, self._model, self._loop, self._writer = run, model, loop, writer
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: list[Future] = []
         self._since = time.perf_counter()
-        self._steps, self._data_wait, self._sums = 0, 0.0, None
+        self._steps: list[steps.Step] = []
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -402,48 +491,69 @@ class _Meter:
         yield
         self._since += time.perf_counter() - start
 
-    def update(self, step: torch_loop.Step) -> None:
+    def update(self, step: steps.Step) -> None:
         """Takes in a step, without waiting for the device."""
-        self._steps += 1
-        self._data_wait += step.data_wait
-        one = torch.ones_like(step.loss)
-        # A gradient may be infinite where the loss is not; the parameters are no numbers then.
-        sums = {"loss": (step.loss, one), "grad_norm": (step.grad_norm, one), **step.sums}
-        self._sums = sums if self._sums is None else objectives.add_sums(self._sums, sums)
-        # The first step at which each term was not finite; 0 is none yet.
-        self._terms = list(sums)
-        bad = ~torch.stack([total for total, _ in sums.values()]).isfinite()
-        self._bad_step = torch.where(bad & (self._bad_step == 0), step.number, self._bad_step)
+        self._steps.append(step)
 
     def check(self) -> None:
-        """Raises `NonFiniteLoss` if a term of the loss was not finite at some step."""
-        bad = {term: step for term, step in zip(self._terms, self._bad_step.tolist(), strict=True) if step}
-        if bad:
-            first = min(bad.values())
-            terms = ", ".join(term for term, step in bad.items() if step == first)
-            raise NonFiniteLoss(
-                f"not finite at step {first}: {terms}. The last checkpoint is from before; lower the learning rate, or "
-                "look at the batch of that step"
-            )
+        """Waits for what was measured so far.
 
-    def summary(self, step: torch_loop.Step) -> dict[str, float]:
-        """Training metrics since the last call, as numbers; waits for the device."""
-        self.check()
-        means = objectives.means(self._sums)
+        Raises:
+          NonFiniteLoss: if a term of the loss, or the norm of its gradient, was not finite at some step.
+        """
+        if self._steps:
+            self._pending.append(self._thread.submit(self._to_host, list(self._steps)))
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+
+    def log(self, last: steps.Step) -> None:
+        """Writes training metrics since the last call, once the device has them.
+
+        Raises:
+          NonFiniteLoss: see `check`; for what earlier calls have brought to the host.
+        """
+        while self._pending and self._pending[0].done():
+            self._pending.pop(0).result()
+        parameters = [p.detach() for p in self._model.parameters()]
+        norm = self._loop.compile(optim.global_norm)(parameters)
+        self._pending.append(self._thread.submit(self._write, list(self._steps), last, norm, self._since))
+        self._steps, self._since = [], time.perf_counter()
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._thread.shutdown()
+
+    def _to_host(self, measured: list[steps.Step]) -> np.ndarray:
+        """`[N, 2, n]`: see `steps.Step.values`."""
+        values = self._loop.to_host([step.values for step in measured])
+        finite = np.isfinite(values[:, 0])
+        if not finite.all():
+            first = int((~finite).any(axis=1).argmax())
+            terms = ", ".join(name for name, ok in zip(measured[first].names, finite[first], strict=True) if not ok)
+            # A gradient may be infinite where the loss is not; the parameters are no numbers then.
+            raise NonFiniteLoss(
+                f"not finite at step {measured[first].number}: {terms}. The last checkpoint is from before; lower the "
+                "learning rate, or look at the batch of that step"
+            )
+        return values
+
+    def _write(self, measured: list[steps.Step], last: steps.Step, norm: Tensor, since: float) -> None:
+        means = steps.means(last.names, self._to_host(measured))
         grad_norm = means.pop("grad_norm")
-        scalars = {f"train/{name}": value.item() for name, value in means.items()}
-        norm = optim.global_norm([p.detach() for p in self._model.parameters()])
-        seconds = time.perf_counter() - self._since
+        param_norm = self._loop.to_host([norm]).item()
+        elapsed = time.perf_counter() - since
+        scalars = {f"train/{name}": value for name, value in means.items()}
         scalars |= {
-            "grad_norm": grad_norm.item(),
-            "param_norm": norm.item(),
-            "learning_rate": step.learning_rate,
-            "noise_scale": step.noise_scale,
-            "images_per_sec": self._steps * self._run.batch_size / seconds,
-            "data_wait_fraction": self._data_wait / seconds,
+            "grad_norm": grad_norm,
+            "param_norm": param_norm,
+            "learning_rate": last.learning_rate,
+            "noise_scale": last.noise_scale,
+            "images_per_sec": len(measured) * self._run.batch_size / elapsed,
         }
-        self._reset()
-        return scalars
+        for name in last.seconds:
+            scalars[f"{name}_fraction"] = sum(step.seconds[name] for step in measured) / elapsed
+        self._writer.write_scalars(last.number, scalars | self._loop.counters())
 
 
 def _markdown(text: str) -> str:

@@ -175,9 +175,10 @@ def eval_batches(
     Args: as `train_batches`, but `pp` has no random ops.
 
     Returns:
-      Iterator of dicts of what `pp` leaves over, arrays [batch_size / process_count, ...], and
+      Iterator of dicts of what `pp` leaves over, arrays [batch_size / process_count, ...], with
       `_mask` bool [batch_size / process_count]: True is an example, False is padding (zeros) at
-      the end of the last batches.
+      the end of the last batches; and `_index` int32 [batch_size / process_count], the examples'
+      numbers in the split, whichever process reads them.
 
     Raises:
       ValueError: as `train_batches`.
@@ -195,19 +196,23 @@ def eval_batches(
     ds = examples(parts[process_index]).batch(local_batch_size).prefetch(2)
     # What padding looks like where a process has no example of its own.
     template = examples(everything).take(1).batch(1)
-    return _padded(ds, template, num_batches, local_batch_size)
+    first = sum(map(_num_examples, parts[:process_index]))
+    return _padded(ds, template, num_batches, local_batch_size, first)
 
 
-def _padded(ds, template, num_batches: int, size: int) -> Iterator[Batch]:
+def _padded(ds, template, num_batches: int, size: int, first: int) -> Iterator[Batch]:
     batches = ds.as_numpy_iterator()
-    for _ in range(num_batches):
+    for start in range(first, first + num_batches * size, size):
         batch = next(batches, None)
         if batch is None:
             batch = {k: v[:0] for k, v in next(template.as_numpy_iterator()).items()}
             num_real = 0
         else:
             num_real = len(next(iter(batch.values())))
-        yield {k: _pad(v, size) for k, v in batch.items()} | {"_mask": np.arange(size) < num_real}
+        yield {k: _pad(v, size) for k, v in batch.items()} | {
+            "_mask": np.arange(size) < num_real,
+            "_index": np.arange(start, start + size, dtype=np.int32),
+        }
 
 
 def _pad(array: np.ndarray, size: int) -> np.ndarray:

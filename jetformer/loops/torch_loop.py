@@ -1,6 +1,6 @@
 """The training loop in plain PyTorch, on one CPU or GPU. Every step of it is here to be read."""
 
-import dataclasses
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -8,31 +8,39 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jetformer import objectives, optim
-from jetformer.runtime import derive_seed
+from jetformer import objectives, optim, prng
+from jetformer.loops import steps
+from jetformer.runtime import Runtime, derive_seed
 
 
-@dataclasses.dataclass
-class Step:
-    """What a step leaves behind.
+def set_up(mesh: dict[str, int] | None, cache_dir: str | None) -> None:
+    """Nothing has to be set up before a model is placed."""
+    del mesh, cache_dir
 
-    Attributes:
-      number: how many steps are done, this one included.
-      sums: the objective's terms summed over the batch, on the device.
-      loss: on the device.
-      grad_norm: global norm of the gradients before clipping, on the device.
-      learning_rate: at this step.
-      noise_scale: of the curriculum at this step.
-      data_wait: seconds for which the step waited for its batch.
-    """
 
-    number: int
-    sums: objectives.Sums
-    loss: Tensor
-    grad_norm: Tensor
-    learning_rate: float
-    noise_scale: float
-    data_wait: float
+def place(model: nn.Module, runtime: Runtime) -> nn.Module:
+    """The model on its device."""
+    return model.to(runtime.device)
+
+
+def place_like(tensors: dict[str, Tensor], model: nn.Module) -> None:
+    """Tensors that belong to parameters, by name, are where these are already."""
+    del tensors, model
+
+
+def compile(function: Callable) -> Callable:
+    """As it is: nothing is compiled."""
+    return function
+
+
+def to_host(values: list[Tensor]) -> np.ndarray:
+    """Tensors of one shape `[...]` as one array `[N, ...]`; waits for the device."""
+    return torch.stack(values).cpu().numpy()
+
+
+def counters() -> dict[str, float]:
+    """Nothing is counted."""
+    return {}
 
 
 def to_device(batch: dict[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
@@ -42,6 +50,11 @@ def to_device(batch: dict[str, np.ndarray], device: torch.device) -> dict[str, T
     if device.type == "cuda":  # from pinned memory a copy does not hold up the host
         tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+def autocast(device: torch.device, dtype: str | None) -> contextlib.AbstractContextManager:
+    """What the forward pass runs under: "bfloat16" for products in it, None for the parameters' own precision."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, getattr(torch, dtype))
 
 
 def train_steps(
@@ -55,16 +68,16 @@ def train_steps(
     total_steps: int,
     schedule: Callable[[int], float],
     noise_curriculum: Callable[[int], float],
-    device: torch.device,
+    runtime: Runtime,
     seed: int,
-    process_index: int,
     grad_clip_norm: float | None,
     grad_accum_steps: int,
     ema_decay: float,
-) -> Iterator[Step]:
+    autocast_dtype: str | None,
+) -> Iterator[steps.Step]:
     """Trains from `start_step` to `total_steps`, yielding after every update.
 
-    The draws of a step depend on (seed, step, process) alone, so a resumed run is the same run. Nothing here waits for
+    The draws of a step depend on (seed, step, example) alone, so a resumed run is the same run. Nothing here waits for
     the device.
 
     Args:
@@ -78,8 +91,9 @@ def train_steps(
       grad_clip_norm: largest global norm of the gradients; None for no clipping.
       grad_accum_steps: into how many parts a batch is cut; their gradients add up to the batch's.
       ema_decay: of `ema`.
+      autocast_dtype: see `autocast`.
     """
-    generator = torch.Generator(device)
+    device = runtime.device
     for step in range(start_step, total_steps):
         waiting_since = time.perf_counter()
         batch = next(batches)
@@ -87,17 +101,19 @@ def train_steps(
         batch = to_device(batch, device)
 
         model.train()
-        step_seed = derive_seed(seed, step, process_index)
-        generator.manual_seed(step_seed)
-        torch.manual_seed(step_seed)  # for dropout, which takes no generator
-        draws = objective.draw(model, batch, generator, train=True)
+        local_size = len(batch["image"])
+        first = runtime.process_index * local_size
+        examples = torch.arange(first, first + local_size, dtype=torch.int32, device=device)
+        draws = objective.draw(model, batch, prng.example_keys(derive_seed(seed, step), examples), train=True)
         normalizers = objective.normalizers(batch, draws, train=True)
         noise_scale = noise_curriculum(step)
 
         optimizer.zero_grad(set_to_none=True)
         loss, sums = 0.0, None
-        for part, part_draws in zip(_split(batch, grad_accum_steps), _split(draws, grad_accum_steps), strict=True):
-            part_loss, terms = objective(model, part, part_draws, noise_scale=noise_scale, normalizers=normalizers)
+        parts = zip(objectives.split(batch, grad_accum_steps), objectives.split(draws, grad_accum_steps), strict=True)
+        for part, part_draws in parts:
+            with autocast(device, autocast_dtype):
+                part_loss, terms = objective(model, part, part_draws, noise_scale=noise_scale, normalizers=normalizers)
             part_loss.backward()
             loss = loss + part_loss.detach()
             part_sums = objectives.sum_terms(terms)
@@ -109,16 +125,10 @@ def train_steps(
         optimizer.step()
         if ema is not None:
             optim.update_ema(ema, model, ema_decay)
+        one = torch.ones_like(loss)
+        names, values = steps.pack({"loss": (loss, one), "grad_norm": (grad_norm, one), **sums})
         learning_rate = optimizer.param_groups[0]["lr"]
-        yield Step(step + 1, sums, loss, grad_norm, learning_rate, noise_scale, data_wait)
-
-
-def _split(tensors: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
-    """Cuts every tensor along its first dimension into `parts`."""
-    if not tensors:
-        return [{}] * parts
-    chunks = [tensor.chunk(parts) for tensor in tensors.values()]
-    return [dict(zip(tensors, chunk, strict=True)) for chunk in zip(*chunks, strict=True)]
+        yield steps.Step(step + 1, names, values, learning_rate, noise_scale, {"data_wait": data_wait})
 
 
 @torch.no_grad()
@@ -127,26 +137,30 @@ def evaluate(
     model: nn.Module,
     objective,
     batches: Iterator[dict[str, np.ndarray]],
-    device: torch.device,
+    runtime: Runtime,
     seed: int,
-) -> objectives.Sums:
+    autocast_dtype: str | None,
+    each_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Scores every example of `batches` once, with the same draws each time it is called.
 
     Args:
-      batches: with a bool `_mask` `[B]` that is false where an example only fills up its batch.
+      batches: with a bool `_mask` `[B]` that is false where an example only fills up its batch, and the examples'
+        numbers `_index` `[B]`.
+      each_batch: called after every batch.
 
     Returns:
-      The objective's terms summed over the examples, in float64.
+      The means of the objective's terms over the examples.
     """
     model.eval()
-    generator = torch.Generator(device)
-    total = None
-    for i, batch in enumerate(batches):
-        batch = to_device(batch, device)
-        mask = batch.pop("_mask")
-        generator.manual_seed(derive_seed(seed, i))
-        draws = objective.draw(model, batch, generator, train=False)
-        _, terms = objective(model, batch, draws, train=False)
-        sums = objectives.sum_terms({name: (value.double(), counts) for name, (value, counts) in terms.items()}, mask)
-        total = sums if total is None else objectives.add_sums(total, sums)
-    return total
+    values = []
+    for batch in batches:
+        batch = to_device(batch, runtime.device)
+        mask, index = batch.pop("_mask"), batch.pop("_index")
+        draws = objective.draw(model, batch, prng.example_keys(seed, index), train=False)
+        with autocast(runtime.device, autocast_dtype):
+            _, terms = objective(model, batch, draws, train=False)
+        names, packed = steps.pack(objectives.sum_terms(terms, mask))
+        values.append(packed)
+        each_batch()
+    return steps.means(names, to_host(values))

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from jetformer import prng
 from jetformer.models import initializers
 from jetformer.models.attention import attend
+from jetformer.models.remat import rematerialize
 
 RMS_NORM_EPS = 1e-6
 
@@ -25,12 +26,13 @@ class KVCache(NamedTuple):
     """Keys and values of one layer, and where the tokens of this call go.
 
     k, v: `[B, K, S, H]`, written in place.
-    start: position in S of the first token of the call.
+    slots: int64 `[T]`, where in S the tokens of the call go. (A tensor, so that all steps of decoding are one and the
+      same graph to a compiler.)
     """
 
     k: Tensor
     v: Tensor
-    start: int
+    slots: Tensor
 
 
 class RMSNorm(nn.Module):
@@ -84,10 +86,8 @@ class Attention(nn.Module):
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         q, k = apply_rope(q, angles), apply_rope(k, angles)
         if cache is not None:
-            end = cache.start + x.shape[1]
-            cache.k[:, :, cache.start : end] = k
-            cache.v[:, :, cache.start : end] = v
-            k, v = cache.k[:, :, : mask.shape[-1]], cache.v[:, :, : mask.shape[-1]]
+            k = cache.k.index_copy_(2, cache.slots, k.to(cache.k.dtype))
+            v = cache.v.index_copy_(2, cache.slots, v.to(cache.v.dtype))
         y = attend(q, k.to(q.dtype), v.to(q.dtype), mask, is_causal=mask is None)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -134,18 +134,16 @@ class DecoderBlock(nn.Module):
         mask: Tensor | None,
         angles: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
+        dropout_keys: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> Tensor:
         y = self.attn(self.pre_attention_norm(x), mask, angles, cache)
-        x = x + F.dropout(y, self.dropout, self.training)
+        x = x + prng.dropout(y, self.dropout, dropout_keys[0])
         y = self.mlp(self.pre_mlp_norm(x))
-        return x + F.dropout(y, self.dropout, self.training)
+        return x + prng.dropout(y, self.dropout, dropout_keys[1])
 
 
 class Decoder(nn.Module):
     """A stack of Gemma blocks without embedding, final norm or head.
-
-    Dropout, in training mode, draws from the default generator of the device, which the training loop seeds by step: it
-    is the one draw that recomputation under activation checkpointing has to repeat.
 
     Args:
       width: E.
@@ -154,7 +152,7 @@ class Decoder(nn.Module):
       num_heads: query heads.
       num_kv_heads: key/value heads: 1 is multi-query, `num_heads` multi-head, between them grouped-query attention.
       head_dim: H, even.
-      dropout: probability of dropping an entry of what attention and MLP add.
+      dropout: probability of dropping an entry of what attention and MLP add, where `forward` is given keys for it.
       activation_checkpointing: keep only each block's input for the backward pass and compute the rest anew.
 
     Raises:
@@ -173,7 +171,7 @@ class Decoder(nn.Module):
         activation_checkpointing: bool = False,
     ):
         super().__init__()
-        self.width, self.num_kv_heads, self.head_dim = width, num_kv_heads, head_dim
+        self.width, self.num_kv_heads, self.head_dim, self.dropout = width, num_kv_heads, head_dim, dropout
         self.activation_checkpointing = activation_checkpointing
         self.blocks = nn.ModuleList(
             DecoderBlock(width, mlp_dim, num_heads, num_kv_heads, head_dim, dropout) for _ in range(depth)
@@ -186,6 +184,7 @@ class Decoder(nn.Module):
         mask: Tensor | None,
         positions: Tensor,
         caches: list[KVCache] | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """Runs the blocks.
 
@@ -194,7 +193,8 @@ class Decoder(nn.Module):
           mask: bool `[B, T, S]`, true where token T attends to token S; None for plain causal attention. Each row needs
             one true entry.
           positions: `[B, T]`, the tokens' positions for the rotary embeddings.
-          caches: one per block. S is then how much of the cache is attended to, this call's tokens included.
+          caches: one per block. S is then the length of the caches.
+          dropout_keys: int32 `[B, 2]`, the examples' keys for dropout (`jetformer.prng`); None for no dropout.
 
         Returns:
           `[B, T, E]`.
@@ -202,8 +202,11 @@ class Decoder(nn.Module):
         angles = rope_angles(positions, self.head_dim)
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches else None
+            keys = (None, None)
+            if dropout_keys is not None:
+                keys = prng.fold_in(dropout_keys, 2 * i), prng.fold_in(dropout_keys, 2 * i + 1)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, angles, cache, use_reentrant=False)
+                x = rematerialize(block, x, mask, angles, cache, keys)
             else:
-                x = block(x, mask, angles, cache)
+                x = block(x, mask, angles, cache, keys)
         return x

@@ -20,10 +20,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from jetformer.models import initializers
 from jetformer.models.patches import ImageShape, Patchify
+from jetformer.models.remat import rematerialize
 from jetformer.models.vit import CrossAttention, Encoder
 
 
@@ -278,7 +278,7 @@ class Jet(nn.Module):
         x, logdet = self.patchify(x)
         for coupling in self.couplings:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, coupling_logdet = checkpoint(coupling, x, context, use_reentrant=False)
+                x, coupling_logdet = rematerialize(coupling, x, context)
             else:
                 x, coupling_logdet = coupling(x, context)
             logdet = logdet + coupling_logdet

@@ -43,7 +43,7 @@ class JetFormer(nn.Module):
       multivariate: use one Gaussian with full covariance instead; K is 1.
       scale_tol: smallest scale of the image head.
       head_dtype: "float32" or "bfloat16", what the image head multiplies in.
-      head_block: how many tokens' logits the image head holds at a time in training.
+      head_block: how many tokens' logits the image head holds at a time in training, on each device.
       num_vocab_repeats: R, embed the text so many times with different embeddings (for class labels, whose text is one
         token long).
       causal_mask_on_prefix: if false, all of a sequence sees all of its prefix.
@@ -222,7 +222,7 @@ class JetFormer(nn.Module):
                 return x, None, positions
             mask = torch.ones_like(positions, dtype=torch.bool)
         else:
-            positions = mask.cumsum(1) - 1
+            positions = mask.long().cumsum(1) - 1
         attention = (index[:, None] >= index).expand(batch_size, -1, -1)
         if not self.causal_mask_on_prefix:
             prefix_length = {True: x_text.shape[1], False: x_image.shape[1]}
@@ -270,8 +270,9 @@ class JetFormer(nn.Module):
         text_first: TextFirst,
         text_mask: Tensor | None = None,
         drop_prefix: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states that predict the text and the image tokens; arguments as in `embed`.
+        """Hidden states that predict the text and the image tokens; arguments as in `embed` and `Decoder.forward`.
 
         Returns:
           `[B, T, E]` for `text_logits` and `[B, L, E]` for `image_head`, normalized.
@@ -283,7 +284,7 @@ class JetFormer(nn.Module):
             text_mask=text_mask,
             drop_prefix=drop_prefix,
         )
-        x = self.run_decoder(x, mask=mask, positions=positions)
+        x = self.run_decoder(x, mask=mask, positions=positions, dropout_keys=dropout_keys)
         text_length, image_length = text.shape[1], image_tokens.shape[1]
         # What stands before a token predicts it, so a begin-of-image token shifts what follows it by one.
         boi = 0 if self.boi_id is None else 1

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from jetformer import prng
+
 _LOG_2PI = math.log(2 * math.pi)
 
 
@@ -43,16 +45,15 @@ class Mixture(NamedTuple):
         components = -0.5 * (z.square() + _LOG_2PI).sum(-1) - self.scales.log().sum(-1)
         return torch.logsumexp(self.logits.log_softmax(-1) + components, dim=-1)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One sample `[..., D]`: a component by its weight, then its Gaussian."""
-        device = self.logits.device
+    def sample(self, keys: Tensor) -> Tensor:
+        """One sample `[..., D]`, from `keys` int32 `[..., 2]`: a component by its weight, then its Gaussian."""
         # Gumbel's trick picks a component without a loop over the batch and works on every device.
-        uniform = torch.rand(self.logits.shape, generator=generator, device=device)
+        uniform = prng.uniform(prng.fold_in(keys, 0), self.logits.shape[-1:])
         gumbel = -(-uniform.clamp(min=torch.finfo(uniform.dtype).tiny).log()).log()
         chosen = (self.logits + gumbel).argmax(-1)[..., None, None]
         chosen = chosen.expand(*self.locs.shape[:-2], 1, self.locs.shape[-1])
         loc, scale = (y.gather(-2, chosen).squeeze(-2) for y in (self.locs, self.scales))
-        return loc + scale * torch.randn(loc.shape, generator=generator, device=device)
+        return loc + scale * prng.normal(prng.fold_in(keys, 1), loc.shape[-1:])
 
 
 class MultivariateGaussian(NamedTuple):
@@ -71,9 +72,9 @@ class MultivariateGaussian(NamedTuple):
         logdet = self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return -0.5 * (z.squeeze(-1).square() + _LOG_2PI).sum(-1) - logdet
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One sample `[..., D]`."""
-        noise = torch.randn(self.loc.shape, generator=generator, device=self.loc.device)
+    def sample(self, keys: Tensor) -> Tensor:
+        """One sample `[..., D]`, from `keys` int32 `[..., 2]`."""
+        noise = prng.normal(prng.fold_in(keys, 1), self.loc.shape[-1:]).to(self.scale.dtype)
         return self.loc + (self.scale @ noise.unsqueeze(-1)).squeeze(-1)
 
 
@@ -109,10 +110,10 @@ class _MixtureNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, token_weight, num_mixtures, scale_tol, block):
+    def forward(ctx, hidden, weight, bias, target, token_weight, num_mixtures, scale_tol, block, num_shards):
         needs = ctx.needs_input_grad[:4]
         k, d = num_mixtures, target.shape[-1]
-        nll = target.new_empty(len(target))
+        nll = target.new_empty(target.shape[:2])
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         # Sums over many blocks are kept in the likelihood's precision, whatever the products are computed in.
         grad_weight = torch.zeros_like(weight, dtype=target.dtype) if needs[1] else None
@@ -120,9 +121,9 @@ class _MixtureNLL(torch.autograd.Function):
         grad_target = torch.empty_like(target) if needs[3] else None
         # A scale of at least scale_tol is a raw scale of at least this.
         raw_min = scale_tol - 1 / scale_tol
-        for start in range(0, len(target), block):
-            rows = slice(start, start + block)
-            h, x, w = hidden[rows], target[rows], token_weight[rows]
+        for rows in _blocks(*target.shape[:2], block, num_shards):
+            h, x, w = (y[rows].flatten(0, 1) for y in (hidden, target, token_weight))
+            examples = nll[rows].shape[:1]
             # Tokens come last: the products are faster so, and the sums over D and K run along them.
             logits = torch.addmm(bias[:, None], weight, h.t()).to(target.dtype)
             weights, m, r = logits.split((k, k * d, k * d))
@@ -140,7 +141,7 @@ class _MixtureNLL(torch.autograd.Function):
             log_weights = weights.log_softmax(0)
             joint = log_weights + t.sum(1).sub_(d * (math.log(2) + 0.5 * _LOG_2PI))
             log_prob = torch.logsumexp(joint, dim=0)
-            nll[rows] = -log_prob
+            nll[rows] = -log_prob.view(*examples, -1)
             if not any(needs):
                 continue
             posterior = (joint - log_prob).exp_().mul_(w)
@@ -152,12 +153,12 @@ class _MixtureNLL(torch.autograd.Function):
             torch.mul(t, -posterior, out=r)
             r.masked_fill_(clamped, 0.0)
             if needs[3]:
-                grad_target[rows] = -m.sum(0).t()
+                grad_target[rows] = -m.sum(0).t().unflatten(0, (*examples, -1))
             if needs[2]:
                 grad_bias.add_(logits.sum(1))
             logits = logits.to(weight.dtype)
             if needs[0]:
-                grad_hidden[rows] = logits.t() @ weight
+                grad_hidden[rows] = (logits.t() @ weight).unflatten(0, (*examples, -1))
             if needs[1] and grad_weight.dtype == weight.dtype:
                 grad_weight.addmm_(logits, h)
             elif needs[1]:
@@ -172,7 +173,20 @@ class _MixtureNLL(torch.autograd.Function):
     def backward(ctx, grad_sum, _):
         pairs = zip(ctx.grads, ctx.dtypes, strict=True)
         grads = (g if g is None else g.mul_(grad_sum).to(dtype) for g, dtype in pairs)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
+
+
+def _blocks(batch_size: int, length: int, block: int, num_shards: int | None) -> list[tuple[slice, slice]]:
+    """Cuts `[B, L]` tokens into blocks of about `block`; see `mixture_nll`."""
+    if num_shards is None:  # whole examples lie side by side: cutting these apart copies nothing
+        examples, tokens = max(1, block // length), min(block, length)
+    else:
+        examples, tokens = batch_size, max(1, min(length, block * num_shards // batch_size))
+    return [
+        (slice(b, b + examples), slice(t, t + tokens))
+        for b in range(0, batch_size, examples)
+        for t in range(0, length, tokens)
+    ]
 
 
 def mixture_nll(
@@ -185,6 +199,7 @@ def mixture_nll(
     num_mixtures: int,
     scale_tol: float,
     block: int,
+    num_shards: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Projects hidden states to mixtures and scores tokens under them, `block` tokens at a time.
 
@@ -192,23 +207,25 @@ def mixture_nll(
     in training instead of two, and memory for `block` tokens' logits.
 
     Args:
-      hidden: `[T, E]`.
+      hidden: `[B, L, E]`.
       weight: `[P, E]`.
       bias: `[P]`.
-      target: `[T, D]`.
-      token_weight: `[T]`, the factor of each token in the sum; no gradient flows to it.
+      target: `[B, L, D]`.
+      token_weight: `[B, L]`, the factor of each token in the sum; no gradient flows to it.
       num_mixtures: K.
       scale_tol: smallest standard deviation.
       block: how many tokens at a time.
+      num_shards: over how many devices the examples are spread; then a block has tokens of all examples, `block` of
+        them on each device, and no token has to move. None: they are on one device.
 
     Returns:
-      The weighted sum of negative log-likelihoods in nats, to differentiate; and they themselves `[T]`, which no
+      The weighted sum of negative log-likelihoods in nats, to differentiate; and they themselves `[B, L]`, which no
       gradient flows through.
     """
     tensors = (hidden, weight, bias, target)
     if not torch.is_grad_enabled():
         tensors = (x.detach() for x in tensors)  # else the forward pass would compute gradients
-    return _MixtureNLL.apply(*tensors, token_weight.detach(), num_mixtures, scale_tol, block)
+    return _MixtureNLL.apply(*tensors, token_weight.detach(), num_mixtures, scale_tol, block, num_shards)
 
 
 class MixtureHead(nn.Module):
@@ -220,7 +237,7 @@ class MixtureHead(nn.Module):
       num_mixtures: K.
       scale_tol: smallest standard deviation.
       dtype: "float32", or "bfloat16" to multiply in it; the likelihood is computed in float32 either way.
-      block: how many tokens' logits training holds at a time.
+      block: how many tokens' logits training holds at a time, on each device.
     """
 
     def __init__(
@@ -234,6 +251,7 @@ class MixtureHead(nn.Module):
     ):
         super().__init__()
         self.num_mixtures, self.block = num_mixtures, block
+        self.num_shards = None  # see `mixture_nll`; a loop that spreads the examples over devices sets it
         self.scale_tol = _check_scale_tol(scale_tol)
         self.dtype = _head_dtype(dtype)
         self.linear = nn.Linear(width, num_mixtures * (1 + 2 * dim))
@@ -255,17 +273,17 @@ class MixtureHead(nn.Module):
           The weighted sum of negative log-likelihoods in nats, and they themselves `[B, L]` without gradient.
         """
         with _without_autocast(hidden.device):
-            total, nll = mixture_nll(
-                self._cast(hidden.flatten(0, 1), target),
+            return mixture_nll(
+                self._cast(hidden, target),
                 self._cast(self.linear.weight, target),
                 self._cast(self.linear.bias, target),
-                target.flatten(0, 1),
-                token_weight.flatten(),
+                target,
+                token_weight,
                 num_mixtures=self.num_mixtures,
                 scale_tol=self.scale_tol,
                 block=self.block,
+                num_shards=self.num_shards,
             )
-        return total, nll.unflatten(0, target.shape[:2])
 
     def _cast(self, x: Tensor, like: Tensor) -> Tensor:
         return x.to(self.dtype if self.dtype is torch.bfloat16 else like.dtype)

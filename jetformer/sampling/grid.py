@@ -1,12 +1,14 @@
 """Grids of sampled images."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
 
+from jetformer import prng
 from jetformer.models.jetformer import JetFormer
 from jetformer.sampling.decode import sample_images
 
@@ -46,21 +48,27 @@ class ClassGrid:
                 f"both, and at most as many classes as there are tokens before the special ones, {first_special}"
             )
 
-    def __call__(self, model: JetFormer, generator: torch.Generator) -> np.ndarray:
+    def __call__(
+        self, model: JetFormer, *, seed: int, compile: Callable[[Callable], Callable] = lambda function: function
+    ) -> np.ndarray:
         """Samples the picture.
 
         Args:
           model: the model, in evaluation mode.
-          generator: of the model's device.
+          seed: the same seed, the same picture.
+          compile: see `sample_images`.
 
         Returns:
           uint8 `[num_classes · (H + 1) + 1, per_class · (W + 1) + 1, C]`: a grey line of a pixel around every image.
         """
-        labels = torch.arange(self.num_classes, device=generator.device).repeat_interleave(self.per_class)
+        labels = torch.arange(self.num_classes).repeat_interleave(self.per_class)
+        keys = prng.example_keys(seed, torch.arange(len(labels), dtype=torch.int32))
+        device = next(model.parameters()).device
         images = sample_images(
             model,
-            labels[:, None],
-            generator,
+            labels[:, None].to(device),
+            keys.to(device),
+            compile=compile,
             temperature_scales=self.temperature_scales,
             temperature_probs=self.temperature_probs,
         )

@@ -1,0 +1,43 @@
+"""What the two loops have in common: what a step leaves behind."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jetformer import objectives
+
+
+@dataclasses.dataclass
+class Step:
+    """What a step leaves behind.
+
+    Attributes:
+      number: how many steps are done, this one included.
+      names: what was measured: "loss", "grad_norm" (of the gradients before clipping) and the objective's terms.
+      values: on the device, float32 `[2, n]`: sums over the batch, and over how many examples they go; for loss and
+        norm the figure and 1.
+      learning_rate: at this step.
+      noise_scale: of the curriculum at this step.
+      seconds: what this process spent on parts of the step: "data_wait", under XLA "trace" also.
+    """
+
+    number: int
+    names: tuple[str, ...]
+    values: Tensor
+    learning_rate: float
+    noise_scale: float
+    seconds: dict[str, float]
+
+
+def pack(sums: objectives.Sums) -> tuple[tuple[str, ...], Tensor]:
+    """Names and values as in `Step`: one tensor, so that one transfer brings all to the host."""
+    columns = [torch.stack([x.detach().float() for x in pair]) for pair in sums.values()]
+    return tuple(sums), torch.stack(columns, dim=1)
+
+
+def means(names: tuple[str, ...], values: np.ndarray) -> dict[str, float]:
+    """The mean of each name over packed values `[N, 2, n]`; one that counted for no example is 0."""
+    totals, counts = values.astype(np.float64).sum(0)
+    return dict(zip(names, (totals / counts.clip(min=1)).tolist(), strict=True))

@@ -1,0 +1,314 @@
+"""The training loop through torch_xla: TPU pods, and any other device that XLA compiles for.
+
+One process on each host drives all of its devices (SPMD): a tensor is one tensor over all devices of all hosts, and XLA
+cuts the graph up by how batches and parameters are laid out on the mesh. What happens, in order:
+
+  - the feed reads this host's part of a batch and adds the step's numbers (learning-rate factor, noise, keys of the
+    examples) as tensors: nothing that changes from step to step is a constant of the graph;
+  - MpDeviceLoader's threads move it to the devices ahead of time, each its part;
+  - `train_step` is traced: draws, forward and backward, accumulation, clipping, optimizer, moving average;
+    `torch_xla.compile` cuts it off there, and runs it, compiled the first time and never again;
+  - what was measured is a small tensor that stays on the device until the run logs.
+
+Nothing else touches the device. Dimensions: B batch over all devices.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch_xla
+import torch_xla.debug.metrics as xla_metrics
+import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
+from absl import logging
+from torch import Tensor, nn
+from torch_xla.distributed.parallel_loader import MpDeviceLoader
+
+from jetformer import objectives, optim, prng
+from jetformer.loops import steps
+from jetformer.models.mixture import MixtureHead
+from jetformer.runtime import Runtime, derive_seed, resolve_mesh
+
+# Tensors of fewer entries are on every device: to gather them would take longer than to keep them.
+_SMALLEST_SHARDED = 4096
+# Batches that wait on the host, and on the devices.
+_HOST_PREFETCH, _DEVICE_PREFETCH = 4, 2
+# By this step of a run its graph is compiled.
+_COMPILED_BY = 2
+
+
+def set_up(mesh: dict[str, int] | None, cache_dir: str | None) -> None:
+    """Makes the mesh that everything is laid out on; once a process, before anything is on the device.
+
+    Args:
+      mesh: see `runtime.resolve_mesh`.
+      cache_dir: local directory of compiled graphs, which later processes take from there; None for none.
+    """
+    if cache_dir is not None:
+        # Each host compiles for itself, and where a directory is shared, writes the same.
+        xr.initialize_cache(cache_dir)
+    count = xr.global_runtime_device_count()
+    sizes = resolve_mesh(mesh, count)
+    xs.set_global_mesh(xs.Mesh(np.arange(count), tuple(sizes.values()), tuple(sizes)))
+
+
+def place(model: nn.Module, runtime: Runtime) -> nn.Module:
+    """The model on the mesh: large parameters cut up over the axis fsdp, the rest on every device."""
+    model.to(runtime.device)
+    place_like(dict(model.named_parameters()), model)
+    for module in model.modules():
+        if isinstance(module, MixtureHead):
+            module.num_shards = runtime.device_count
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                block.register_forward_hook(_keep_examples_apart)
+    torch_xla.sync()
+    return model
+
+
+def place_like(tensors: dict[str, Tensor], model: nn.Module) -> None:
+    """Lays out tensors that belong to parameters, by name, as these are laid out."""
+    mesh = xs.get_global_mesh()
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if tensor.shape == parameters[name].shape:
+            xs.mark_sharding(tensor.detach(), mesh, partition_spec(tensor.shape, mesh.shape()["fsdp"]))
+
+
+def partition_spec(shape: torch.Size, fsdp: int) -> tuple[str | None, ...]:
+    """The axis each dimension of a parameter is cut over: the largest that divides over `fsdp`, or none."""
+    spec = [None] * len(shape)
+    dims = [i for i, size in enumerate(shape) if size % fsdp == 0]
+    if fsdp > 1 and dims and shape.numel() >= _SMALLEST_SHARDED:
+        spec[max(dims, key=lambda i: shape[i])] = "fsdp"
+    return tuple(spec)
+
+
+def _keep_examples_apart(module: nn.Module, args, output) -> None:
+    """Says that what a block returns `[B, ...]` is cut up by example; left to itself XLA may follow the parameters."""
+    del module, args
+    mesh = xs.get_global_mesh()
+    for tensor in output if isinstance(output, tuple) else (output,):
+        if len(tensor) % mesh.size() == 0:  # samples may be fewer
+            xs.mark_sharding(tensor, mesh, (("data", "fsdp"), *[None] * (tensor.ndim - 1)))
+
+
+def compile(function: Callable) -> Callable:
+    """Traces what `function` does to the device as one graph, and cuts it off at its end."""
+    return torch_xla.compile(function)
+
+
+def to_host(values: list[Tensor]) -> np.ndarray:
+    """Tensors of one shape `[...]` as one array `[N, ...]`; waits for the device. No graph is made for it."""
+    return torch.stack(torch_xla._XLAC._xla_get_cpu_tensors(values)).numpy()
+
+
+def counters() -> dict[str, float]:
+    """What torch_xla counted in this process: compilations, their seconds, and fall-back operations, each of which
+    is also warned of by name."""
+    count, nanoseconds, _ = xla_metrics.metric_data("CompileTime") or (0, 0, [])
+    fallbacks = {
+        name.removeprefix("aten::"): xla_metrics.counter_value(name)
+        for name in xla_metrics.counter_names()
+        if name.startswith("aten::")
+    }
+    if fallbacks:
+        names = ", ".join(f"{name} ({count} times)" for name, count in sorted(fallbacks.items()))
+        logging.warning("XLA has no lowering of, or had to wait for the device in: %s", names)
+    return {
+        "xla/compilations": float(count),
+        "xla/compile_seconds": nanoseconds / 1e9,
+        "xla/fallbacks": float(sum(fallbacks.values())),
+    }
+
+
+def autocast(dtype: str | None) -> contextlib.AbstractContextManager:
+    """What the forward pass runs under: "bfloat16" for products in it, None for the parameters' own precision."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast("xla", getattr(torch, dtype))
+
+
+class _Feed:
+    """Batches for MpDeviceLoader, whose threads take an error for the end of the data."""
+
+    def __init__(self, inputs: Iterator[dict[str, Tensor]]):
+        self._inputs = inputs
+        self.error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        try:
+            yield from self._inputs
+        except BaseException as error:
+            self.error = error
+
+
+@contextlib.contextmanager
+def _on_device(inputs: Iterator[dict[str, Tensor]], runtime: Runtime) -> Iterator[Iterator[dict[str, Tensor]]]:
+    """`inputs` on the devices, moved there ahead of time: tensors `[B / processes, ...]` cut up by example, scalars
+    everywhere."""
+    mesh = xs.get_global_mesh()
+    several = runtime.process_count > 1
+
+    class Shardings(dict):
+        # Asked for by name, and made for the tensor's rank, which all tensors of a name share.
+        def __contains__(self, name):
+            return True
+
+        def __missing__(self, name):
+            rank = ranks[name]
+            if not rank:
+                return None
+            return xs.ShardingSpec(mesh, (("data", "fsdp"), *[None] * (rank - 1)), minibatch=several)
+
+    ranks: dict[str, int] = {}
+
+    def with_ranks():
+        for tensors in inputs:
+            ranks.update((name, tensor.ndim) for name, tensor in tensors.items())
+            yield tensors
+
+    feed = _Feed(with_ranks())
+    loader = MpDeviceLoader(
+        feed,
+        runtime.device,
+        input_sharding=Shardings(),
+        loader_prefetch_size=_HOST_PREFETCH,
+        device_prefetch_size=_DEVICE_PREFETCH,
+    )
+
+    def batches():
+        yield from loader
+        if feed.error is not None:
+            raise feed.error
+
+    try:
+        yield batches()
+    finally:
+        loader._parallel_loader and loader._parallel_loader.close()
+
+
+def train_steps(
+    *,
+    model: nn.Module,
+    objective,
+    optimizer: torch.optim.Optimizer,
+    ema: dict[str, Tensor] | None,
+    batches: Iterator[dict[str, np.ndarray]],
+    start_step: int,
+    total_steps: int,
+    schedule: Callable[[int], float],
+    noise_curriculum: Callable[[int], float],
+    runtime: Runtime,
+    seed: int,
+    grad_clip_norm: float | None,
+    grad_accum_steps: int,
+    ema_decay: float,
+    autocast_dtype: str | None,
+) -> Iterator[steps.Step]:
+    """Trains from `start_step` to `total_steps`, yielding after every update; arguments as in
+    `torch_loop.train_steps`."""
+    names: tuple[str, ...] = ()
+    max_norm = float("inf") if grad_clip_norm is None else grad_clip_norm
+
+    def inputs() -> Iterator[dict[str, Tensor]]:
+        """In the loader's thread: this host's part of each step's batch, and the step's numbers."""
+        for step in range(start_step, total_steps):
+            batch = next(batches)
+            local_size = len(batch["image"])
+            first = runtime.process_index * local_size
+            examples = torch.arange(first, first + local_size, dtype=torch.int32)
+            # Copies: the arrays are views of memory that TensorFlow takes back.
+            yield {name: torch.tensor(array) for name, array in batch.items()} | {
+                "_keys": prng.example_keys(derive_seed(seed, step), examples),
+                "_learning_rate_factor": torch.tensor(schedule(step), dtype=torch.float32),
+                "_noise_scale": torch.tensor(noise_curriculum(step), dtype=torch.float32),
+            }
+
+    def train_step(batch: dict[str, Tensor]) -> Tensor:
+        nonlocal names
+        keys, factor, noise_scale = (batch.pop(f"_{k}") for k in ("keys", "learning_rate_factor", "noise_scale"))
+        draws = objective.draw(model, batch, keys, train=True)
+        normalizers = objective.normalizers(batch, draws, train=True)
+
+        optimizer.zero_grad(set_to_none=True)
+        loss, sums = 0.0, None
+        parts = zip(objectives.split(batch, grad_accum_steps), objectives.split(draws, grad_accum_steps), strict=True)
+        for part, part_draws in parts:
+            with autocast(autocast_dtype):
+                part_loss, terms = objective(model, part, part_draws, noise_scale=noise_scale, normalizers=normalizers)
+            part_loss.backward()
+            loss = loss + part_loss.detach()
+            part_sums = objectives.sum_terms(terms)
+            sums = part_sums if sums is None else objectives.add_sums(sums, part_sums)
+
+        optim.set_learning_rate(optimizer, factor)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        if ema is not None:
+            optim.update_ema(ema, model, ema_decay)
+        # What is left of this step must not be found by the next one, whose graph would be another.
+        optimizer.zero_grad(set_to_none=True)
+        one = torch.ones_like(loss)
+        names, values = steps.pack({"loss": (loss, one), "grad_norm": (grad_norm, one), **sums})
+        return values
+
+    with _on_device(inputs(), runtime) as device_batches:
+        for step in range(start_step, total_steps):
+            waiting_since = time.perf_counter()
+            batch = next(device_batches)
+            seconds = {"data_wait": time.perf_counter() - waiting_since}
+
+            model.train()
+            compilations = _compilations()
+            with torch_xla.compile(full_graph=True, name="train_step"):
+                tracing_since = time.perf_counter()
+                values = train_step(batch)
+                seconds["trace"] = time.perf_counter() - tracing_since
+            if _compilations() > compilations and step - start_step >= _COMPILED_BY:
+                logging.warning("The graph of step %d is new and had to be compiled: what changed?", step + 1)
+            learning_rate = schedule(step) * optimizer.param_groups[0]["base_lr"]
+            yield steps.Step(step + 1, names, values, learning_rate, noise_curriculum(step), seconds)
+
+
+def _compilations() -> int:
+    return (xla_metrics.metric_data("CompileTime") or (0,))[0]
+
+
+@torch.no_grad()
+def evaluate(
+    *,
+    model: nn.Module,
+    objective,
+    batches: Iterator[dict[str, np.ndarray]],
+    runtime: Runtime,
+    seed: int,
+    autocast_dtype: str | None,
+    each_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Scores every example of `batches` once; arguments and results as in `torch_loop.evaluate`."""
+    names: tuple[str, ...] = ()
+
+    def inputs() -> Iterator[dict[str, Tensor]]:
+        for batch in batches:
+            keys = prng.example_keys(seed, torch.tensor(batch["_index"]))
+            yield {name: torch.tensor(array) for name, array in batch.items() if name != "_index"} | {"_keys": keys}
+
+    def eval_step(batch: dict[str, Tensor]) -> Tensor:
+        nonlocal names
+        mask, keys = batch.pop("_mask"), batch.pop("_keys")
+        draws = objective.draw(model, batch, keys, train=False)
+        with autocast(autocast_dtype):
+            _, terms = objective(model, batch, draws, train=False)
+        names, values = steps.pack(objectives.sum_terms(terms, mask))
+        return values
+
+    model.eval()
+    values = []
+    with _on_device(inputs(), runtime) as device_batches:
+        for batch in device_batches:
+            with torch_xla.compile(full_graph=True, name="eval_step"):
+                values.append(eval_step(batch))
+            each_batch()
+    return steps.means(names, to_host(values))

@@ -1,0 +1,58 @@
+"""Preemption: a SIGTERM, as a maintenance event or a scheduler sends it, ends a run after it has saved."""
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+# sysexits.h's EX_TEMPFAIL, "try again": what the launcher restarts on.
+EXIT_CODE = 75
+
+
+class Preempted(Exception):
+    """The run was asked to stop. What it had done is saved."""
+
+
+class Preemption:
+    """Watches for SIGTERM while its context lasts.
+
+    Of several processes each may be told at another moment, or only some are; they agree on stopping after the same
+    step, by an exchange that is awaited one call later, so that no step waits for it.
+    """
+
+    def __init__(self):
+        self._told = False
+        self._several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        # A group of its own: other exchanges may go on in other threads.
+        self._group = dist.new_group(backend="gloo") if self._several else None
+        self._asked: tuple[torch.Tensor, dist.Work] | None = None
+
+    def __enter__(self) -> "Preemption":
+        self._previous = signal.signal(signal.SIGTERM, self._tell)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _tell(self, signum: int, frame: FrameType | None) -> None:
+        del signum, frame
+        self._told = True
+
+    def check(self) -> None:
+        """Call it equally often on all processes.
+
+        Raises:
+          Preempted: if one of them was told to stop; of several processes, at the call after the one that noticed.
+        """
+        told = self._told
+        if self._several:
+            told = False
+            if self._asked is not None:
+                answer, work = self._asked
+                work.wait()
+                told = bool(answer.item())
+            question = torch.tensor([int(self._told)])
+            self._asked = question, dist.all_reduce(question, dist.ReduceOp.MAX, self._group, async_op=True)
+        if told:
+            raise Preempted
