@@ -19,9 +19,16 @@ _PARITY = 0x1BD11BDA
 _BITS, _FOLD = 0, 1
 
 
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shifts zeros in from the left."""
+    # Not x >> bits: torch_xla 2.9 lowers that to a division, which rounds negative words up; nor a Python number of
+    # bits, which it makes an int64 of. The mask takes away the sign, which is shifted in.
+    by = torch.full((), bits, dtype=torch.int32, device=x.device)
+    return torch.bitwise_right_shift(x, by).bitwise_and_((1 << (32 - bits)) - 1)
+
+
 def _rotate_left(x: Tensor, bits: int) -> Tensor:
-    # A shift to the right copies the sign: the mask takes it away again.
-    return (x << bits).bitwise_or_((x >> (32 - bits)).bitwise_and_((1 << bits) - 1))
+    return (x << bits).bitwise_or_(_shift_right(x, 32 - bits))
 
 
 def threefry(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -61,19 +68,24 @@ def bits(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     size = math.prod(shape)
     half = (size + 1) // 2  # a counter gives two words
     counter = torch.arange(half, dtype=torch.int32, device=keys.device)
-    words = threefry(keys[..., None, :].unbind(-1), (counter, torch.full_like(counter, _BITS)))
-    return torch.cat(words, dim=-1)[..., :size].unflatten(-1, shape or (1,)).view(*keys.shape[:-1], *shape)
+    words = torch.cat(threefry(keys[..., None, :].unbind(-1), (counter, torch.full_like(counter, _BITS))), dim=-1)
+    if words.device.type == "xla":
+        # XLA would compute the rounds anew, fused into each use of the words, and take minutes to compile that.
+        import torch_xla.core.xla_model as xm
+
+        xm.optimization_barrier_([words])
+    return words[..., :size].unflatten(-1, shape or (1,)).view(*keys.shape[:-1], *shape)
 
 
 def uniform(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uniform in [0, 1), float32 `[..., *shape]`, for each of `keys` `[..., 2]`: multiples of 2⁻²⁴, all exact."""
-    return (bits(keys, shape) >> 8).bitwise_and_(0xFFFFFF) * 2.0**-24
+    return _shift_right(bits(keys, shape), 8) * 2.0**-24
 
 
 def normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal, float32 `[..., *shape]`, for each of `keys` `[..., 2]`; within ±5.3."""
     # The middles of 2²³ intervals of (-1, 1): symmetric, and neither end is among them.
-    middles = (bits(keys, shape) >> 9).bitwise_and_(0x7FFFFF) * 2.0**-22 + (2.0**-23 - 1)
+    middles = _shift_right(bits(keys, shape), 9) * 2.0**-22 + (2.0**-23 - 1)
     return middles.erfinv_().mul_(math.sqrt(2))
 
 
