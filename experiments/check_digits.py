@@ -34,7 +34,7 @@ def main(_):
     run = config.call(train.Run)
     machine = runtime.initialize("cpu")
     state = run.build_state(machine)
-    step = train.restore(workdir, state)
+    step = train.restore(workdir, state, machine)
 
     load = lambda split: tfds.as_numpy(tfds.load(run.data.name, split=split, batch_size=-1, data_dir=run.data.data_dir))
     real, validation = load(run.data.train_split), load(run.data.eval_split)

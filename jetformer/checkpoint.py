@@ -42,6 +42,8 @@ class Checkpointer:
     step that `keep_every` divides. With torch.distributed initialised every process makes one,
     calls `save` for the same steps with its part of the state, and `wait` before it ends. A
     `process_group` must have a CPU backend and no other use; without one it makes its own.
+    `snapshot` copies a state to the CPU, and `planner` makes the planner that understands the copy;
+    without them what DCP knows itself: tensors, DTensors and plain values.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class Checkpointer:
         keep_last: int = 1,
         keep_every: int | None = None,
         process_group: dist.ProcessGroup | None = None,
+        snapshot: Callable[[Any], Any] | None = None,
+        planner: Callable[[], dcp.SavePlanner] | None = None,
     ):
         if keep_last < 1:
             raise ValueError(f"keep_last is {keep_last}; it must be 1 or more")
@@ -63,6 +67,8 @@ class Checkpointer:
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._process_group = process_group
+        self._snapshot = snapshot or _snapshot
+        self._planner = planner or dcp.DefaultSavePlanner
         self._pending: Future | None = None
 
     def save(self, step: int, state: dict[str, Any], *, info: dict[str, Any] | None = None) -> None:
@@ -91,7 +97,8 @@ class Checkpointer:
         with _plain_errors():
             self._pending = dcp.async_save(
                 state,
-                storage_writer=_writer(fs, directory, finish),
+                storage_writer=_writer(fs, directory, finish, self._snapshot),
+                planner=self._planner(),
                 process_group=self._process_group,
             )
 
@@ -168,11 +175,14 @@ def check_compatible(workdir: str | os.PathLike, step: int, state: Mapping[str, 
             )
 
 
-def restore(workdir: str | os.PathLike, step: int, state: dict[str, Any]) -> dict[str, Any]:
+def restore(
+    workdir: str | os.PathLike, step: int, state: dict[str, Any], planner: dcp.LoadPlanner | None = None
+) -> dict[str, Any]:
     """Loads a checkpoint into `state`, after `check_compatible`, and returns `state`.
 
     Tensors are filled in place; other values are replaced in their dicts. `state` may be a part of
     what was saved. Every process reads for itself what it lacks, in whatever sharding it has.
+    `planner` knows how, where DCP does not.
     """
     check_compatible(workdir, step, state)
     fs, root = _open(workdir)
@@ -180,7 +190,7 @@ def restore(workdir: str | os.PathLike, step: int, state: dict[str, Any]) -> dic
     with _plain_errors():
         # no_dist: reading needs no agreement between processes, and without collectives a process
         # that fails says so at once instead of leaving the others to wait for it.
-        dcp.load(state, storage_reader=_reader(fs, _directory(root, step)), no_dist=True)
+        dcp.load(state, storage_reader=_reader(fs, _directory(root, step)), planner=planner, no_dist=True)
     return state
 
 
@@ -227,7 +237,7 @@ def _reader(fs: AbstractFileSystem, directory: str) -> dcp.FileSystemReader:
 # Writing.
 
 
-def _writer(fs: AbstractFileSystem, directory: str, finish: Callable) -> dcp.FileSystemWriter:
+def _writer(fs: AbstractFileSystem, directory: str, finish: Callable, snapshot: Callable) -> dcp.FileSystemWriter:
     """DCP's writer for this storage, with our copy, start and end of a save.
 
     Process 0 runs the start and the end inside DCP's own exchanges: after all processes have
@@ -238,7 +248,7 @@ def _writer(fs: AbstractFileSystem, directory: str, finish: Callable) -> dcp.Fil
 
     class Writer(dcp.FileSystemWriter if local else FsspecWriter):
         def stage(self, state_dict):
-            return _snapshot(state_dict)
+            return snapshot(state_dict)
 
         def prepare_global_plan(self, plans):
             # What an interrupted save left. The directory stays: the others have just seen it.

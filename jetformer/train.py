@@ -215,13 +215,11 @@ class Run:
         loop = loop_of(runtime)
         model = loop.place(self.build_model(), runtime)
         optimizer = self.optimizer(model)
-        moments = optim.state_tensors(optimizer, model)
-        for name in ("exp_avg", "exp_avg_sq"):
-            loop.place_like({parameter: state[name] for parameter, state in moments.items()}, model)
+        loop.place_state(x for state in optimizer.state.values() for x in state.values())
         ema = None
         if self.ema_decay:
             ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-            loop.place_like(ema, model)
+            loop.place_state(ema.values())
         return State(model, optimizer, ema)
 
 
@@ -270,8 +268,10 @@ def loop_of(runtime: Runtime) -> ModuleType:
     return loop
 
 
-def restore(workdir: UPath, state: State) -> int:
+def restore(workdir: UPath, state: State, runtime: Runtime) -> int:
     """Restores the newest complete checkpoint of the workdir into `state`; returns its step, 0 if there is none.
+
+    The checkpoint may come from other devices, and from more or fewer of them.
 
     Raises:
       ValueError: if the checkpoint is damaged or of another architecture.
@@ -286,7 +286,7 @@ def restore(workdir: UPath, state: State) -> int:
                 f"{workdir} holds a run with another architecture: its {name} is {value}, this one's "
                 f"{ours.get(name)}; use another --workdir, or that run's configuration"
             )
-    checkpoint.restore(workdir, step, state.tensors())
+    checkpoint.restore(workdir, step, state.tensors(), loop_of(runtime).load_planner())
     return step
 
 
@@ -314,7 +314,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     )
     loop.set_up(run.mesh, _compilation_cache(run, workdir))
     state = run.build_state(runtime)
-    start_step = restore(workdir, state)
+    start_step = restore(workdir, state, runtime)
     if start_step > total_steps:
         raise ValueError(
             f"{workdir} holds a run that is at step {start_step} already, and this one ends at {total_steps}: "
@@ -329,7 +329,9 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     run.check_batch(first_batch)
     eval_batch, _ = peek(run.eval_batches(runtime), "the evaluation split")
     run.check_batch(eval_batch)
-    checkpointer = checkpoint.Checkpointer(workdir, keep_last=run.keep_last, keep_every=run.keep_every)
+    checkpointer = checkpoint.Checkpointer(
+        workdir, keep_last=run.keep_last, keep_every=run.keep_every, **loop.checkpointing()
+    )
 
     workdir.mkdir(parents=True, exist_ok=True)
     if runtime.process_index == 0:

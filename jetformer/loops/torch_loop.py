@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ def place(model: nn.Module, runtime: Runtime) -> nn.Module:
     return model.to(runtime.device)
 
 
-def place_like(tensors: dict[str, Tensor], model: nn.Module) -> None:
-    """Tensors that belong to parameters, by name, are where these are already."""
-    del tensors, model
+def place_state(tensors: Iterable[Tensor]) -> None:
+    """What belongs to parameters is where these are already."""
+    del tensors
 
 
 def compile(function: Callable) -> Callable:
@@ -36,6 +36,16 @@ def compile(function: Callable) -> Callable:
 def to_host(values: list[Tensor]) -> np.ndarray:
     """Tensors of one shape `[...]` as one array `[N, ...]`; waits for the device."""
     return torch.stack(values).cpu().numpy()
+
+
+def checkpointing() -> dict[str, Callable]:
+    """Nothing but what `Checkpointer` does by itself."""
+    return {}
+
+
+def load_planner() -> None:
+    """As DCP does it."""
+    return None
 
 
 def counters() -> dict[str, float]:

@@ -15,7 +15,7 @@ Nothing else touches the device. Dimensions: B batch over all devices.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ import torch_xla.runtime as xr
 from absl import logging
 from torch import Tensor, nn
 from torch_xla.distributed.parallel_loader import MpDeviceLoader
+from torch_xla.experimental.distributed_checkpoint import SPMDLoadPlanner, SPMDSavePlanner
+from torch_xla.experimental.distributed_checkpoint._helpers import _sharded_cpu_state_dict
 
 from jetformer import objectives, optim, prng
 from jetformer.loops import steps
@@ -36,7 +38,7 @@ from jetformer.runtime import Runtime, derive_seed, resolve_mesh
 _SMALLEST_SHARDED = 4096
 # Batches that wait on the host, and on the devices.
 _HOST_PREFETCH, _DEVICE_PREFETCH = 4, 2
-# By this step of a run its graph is compiled.
+# The graph of a step is compiled at the first and, with other bookkeeping of torch_xla's, at the second.
 _COMPILED_BY = 2
 
 
@@ -58,24 +60,23 @@ def set_up(mesh: dict[str, int] | None, cache_dir: str | None) -> None:
 def place(model: nn.Module, runtime: Runtime) -> nn.Module:
     """The model on the mesh: large parameters cut up over the axis fsdp, the rest on every device."""
     model.to(runtime.device)
-    place_like(dict(model.named_parameters()), model)
+    place_state(model.parameters())
     for module in model.modules():
         if isinstance(module, MixtureHead):
             module.num_shards = runtime.device_count
         if isinstance(module, nn.ModuleList):
             for block in module:
                 block.register_forward_hook(_keep_examples_apart)
-    torch_xla.sync()
     return model
 
 
-def place_like(tensors: dict[str, Tensor], model: nn.Module) -> None:
-    """Lays out tensors that belong to parameters, by name, as these are laid out."""
+@torch.no_grad()
+def place_state(tensors: Iterable[Tensor]) -> None:
+    """Lays out what belongs to parameters as parameters of its shape are laid out."""
     mesh = xs.get_global_mesh()
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        if tensor.shape == parameters[name].shape:
-            xs.mark_sharding(tensor.detach(), mesh, partition_spec(tensor.shape, mesh.shape()["fsdp"]))
+    for tensor in tensors:
+        xs.mark_sharding(tensor, mesh, partition_spec(tensor.shape, mesh.shape()["fsdp"]))
+    torch_xla.sync()
 
 
 def partition_spec(shape: torch.Size, fsdp: int) -> tuple[str | None, ...]:
@@ -104,6 +105,16 @@ def compile(function: Callable) -> Callable:
 def to_host(values: list[Tensor]) -> np.ndarray:
     """Tensors of one shape `[...]` as one array `[N, ...]`; waits for the device. No graph is made for it."""
     return torch.stack(torch_xla._XLAC._xla_get_cpu_tensors(values)).numpy()
+
+
+def checkpointing() -> dict[str, Callable]:
+    """How a `Checkpointer` copies and writes what lies on the mesh: every host only its own shards."""
+    return {"snapshot": _sharded_cpu_state_dict, "planner": SPMDSavePlanner}
+
+
+def load_planner() -> SPMDLoadPlanner:
+    """How a checkpoint is read onto the mesh: every host reads what its devices hold."""
+    return SPMDLoadPlanner()
 
 
 def counters() -> dict[str, float]:
