@@ -74,7 +74,7 @@ def bits(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
         import torch_xla.core.xla_model as xm
 
         xm.optimization_barrier_([words])
-    return words[..., :size].unflatten(-1, shape or (1,)).view(*keys.shape[:-1], *shape)
+    return words[..., :size].reshape((*keys.shape[:-1], *shape))
 
 
 def uniform(keys: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import inspect
 import os
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from types import ModuleType
@@ -445,6 +446,19 @@ def evaluate(
     return results
 
 
+def sample(run: Run, state: State, seed: int, runtime: Runtime) -> np.ndarray:
+    """The experiment's picture, uint8 `[H, W, C]`; with the moving average, if there is one.
+
+    Raises:
+      ValueError: if the experiment has none.
+    """
+    if run.samples is None:
+        raise ValueError("the experiment has no samples: bind train.samples, for example to @ClassGrid()")
+    state.model.eval()
+    with state.averaged():
+        return run.samples(state.model, seed=seed, compile=loop_of(runtime).compile)
+
+
 def write_samples(
     run: Run,
     state: State,
@@ -453,10 +467,8 @@ def write_samples(
     writer: metric_writers.MetricWriter,
     runtime: Runtime,
 ) -> None:
-    """Writes a grid of samples (with the moving average, if there is one) as PNG and to TensorBoard."""
-    state.model.eval()
-    with state.averaged():
-        picture = run.samples(state.model, seed=derive_seed(run.seed, _SAMPLES), compile=loop_of(runtime).compile)
+    """Writes the experiment's picture as PNG and to TensorBoard."""
+    picture = sample(run, state, derive_seed(run.seed, _SAMPLES), runtime)
     if runtime.process_index > 0:
         return
     (workdir / "samples").mkdir(exist_ok=True)
@@ -464,6 +476,41 @@ def write_samples(
     save_png(picture, path)
     writer.write_images(step, {"samples": picture[None]})
     logging.info("Samples written to %s", path)
+
+
+def configured(workdir: UPath, gin_files: Sequence[str], gin_bindings: Sequence[str]) -> Run:
+    """The experiment that a workdir holds, as it was saved there, with files and bindings on top.
+
+    Raises:
+      ValueError: if there is none, or what comes on top cannot be used.
+    """
+    saved = workdir / config.CONFIG_FILE
+    if not saved.exists():
+        raise ValueError(f"{workdir} holds no run: it has no {config.CONFIG_FILE}")
+    with tempfile.NamedTemporaryFile("w", suffix=".gin") as copy:  # gin reads local files
+        copy.write(saved.read_text())
+        copy.flush()
+        config.parse([copy.name, *gin_files], gin_bindings)
+    return config.call(Run)
+
+
+def load(
+    workdir: UPath, gin_files: Sequence[str], gin_bindings: Sequence[str], runtime: Runtime
+) -> tuple[Run, State, int]:
+    """The experiment that a workdir holds, its newest complete checkpoint, and that one's step.
+
+    Laid out over the devices of this job, whatever the run's mesh is.
+
+    Raises:
+      ValueError: if there is none, or it does not fit.
+    """
+    run = dataclasses.replace(configured(workdir, gin_files, gin_bindings), mesh={"fsdp": -1})
+    if checkpoint.latest(workdir) is None:
+        raise ValueError(f"{workdir} has no complete checkpoint")
+    run.check_mesh(runtime)
+    loop_of(runtime).set_up(run.mesh, _compilation_cache(run, workdir))
+    state = run.build_state(runtime)
+    return run, state, restore(workdir, state, runtime)
 
 
 def _checked(run: Run, model: nn.Module, batches: Iterator[dict[str, np.ndarray]]):

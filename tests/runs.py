@@ -55,9 +55,10 @@ def command(workdir, gin_bindings, gin_file="experiments/digits.gin", *more) -> 
     return [sys.executable, "-m", "jetformer.main", *flags]
 
 
-def start(args) -> subprocess.Popen:
+def start(args, **environment) -> subprocess.Popen:
     """Starts a program, with its output in pipes."""
-    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(args, **pipes, env={**os.environ, **environment})
 
 
 def scalars(workdir) -> dict[str, dict[int, float]]:

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from flows import randomized
-from jetformer import objectives
+from jetformer import objectives, prng
 from jetformer.models.jet import Jet
 from jetformer.objectives import JetFormerObjective, JetObjective
 from small_models import small_model
@@ -38,6 +38,10 @@ OBJECTIVES = {
 }
 
 
+def keys(seed, size):
+    return prng.example_keys(seed, torch.arange(size, dtype=torch.int32))
+
+
 def slice_of(tensors, rows):
     return {name: tensor[rows] for name, tensor in tensors.items()}
 
@@ -47,18 +51,17 @@ def test_parts_of_a_batch_add_up_to_the_batch(objective):
     """With the whole batch's normalizers, losses, gradients and terms of its parts add up to its own."""
     model = small_model()
     batch = batch_of(8)
-    generator = torch.Generator().manual_seed(3)
-    draws = objective.draw(model, batch, generator, train=True)
+    draws = objective.draw(model, batch, keys(3, 8), train=True)
     normalizers = objective.normalizers(batch, draws, train=True)
     loss, terms = objective(model, batch, draws, noise_scale=4.0)
     expected = torch.autograd.grad(loss, model.parameters(), allow_unused=True)
 
     total, sums = 0.0, None
-    for rows in (slice(0, 2), slice(2, 8)):
+    for part_batch, part_draws in zip(objectives.split(batch, 4), objectives.split(draws, 4), strict=True):
         part_loss, part_terms = objective(
             model,
-            slice_of(batch, rows),
-            slice_of(draws, rows),
+            part_batch,
+            part_draws,
             noise_scale=4.0,
             normalizers=normalizers,
         )
@@ -76,19 +79,22 @@ def test_parts_of_a_batch_add_up_to_the_batch(objective):
 
 def test_draws_are_a_function_of_the_seed():
     model, batch = small_model(), batch_of(4)
-    draw = lambda seed: EVERYTHING.draw(model, batch, torch.Generator().manual_seed(seed), True)
+    draw = lambda seed: EVERYTHING.draw(model, batch, keys(seed, 4), True)
     first, again, other = draw(0), draw(0), draw(1)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["rgb_noise"], other["rgb_noise"])
     assert first["dequant"].min() >= 0
     assert first["dequant"].max() < 1
-    evaluation = EVERYTHING.draw(model, batch, torch.Generator(), train=False)
+    # An example's draws are its own, whatever batch it is in.
+    part = EVERYTHING.draw(model, slice_of(batch, [2, 0]), keys(0, 4)[[2, 0]], True)
+    assert all(torch.equal(first[name][[2, 0]], part[name]) for name in first)
+    evaluation = EVERYTHING.draw(model, batch, keys(0, 4), train=False)
     assert evaluation.keys() == {"text_first", "dequant"}
 
 
 def test_evaluation_has_no_noise():
     model, batch = small_model(), batch_of(4)
-    draws = EVERYTHING.draw(model, batch, torch.Generator().manual_seed(0), True)
+    draws = EVERYTHING.draw(model, batch, keys(0, 4), True)
     evaluate = lambda noise_scale: EVERYTHING(model, batch, draws, noise_scale=noise_scale, train=False)[0]
     torch.testing.assert_close(evaluate(0.0), evaluate(64.0))
     loss, _ = EVERYTHING(model, batch, draws, noise_scale=64.0)
@@ -98,7 +104,7 @@ def test_evaluation_has_no_noise():
 def test_the_image_prefix_sends_no_gradient_to_the_flow():
     objective = JetFormerObjective(text_prefix_prob=0.0, loss_on_prefix=False, stop_grad_image_prefix=True)
     model, batch = small_model(), batch_of(4)
-    draws = objective.draw(model, batch, torch.Generator().manual_seed(0), True)
+    draws = objective.draw(model, batch, keys(0, 4), True)
     loss, _ = objective(model, batch, draws)
     loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.flow.parameters())

@@ -43,12 +43,14 @@ _COMPILED_BY = 2
 
 
 def set_up(mesh: dict[str, int] | None, cache_dir: str | None) -> None:
-    """Makes the mesh that everything is laid out on; once a process, before anything is on the device.
+    """Makes the mesh that everything is laid out on; the first call counts, before anything is on the device.
 
     Args:
       mesh: see `runtime.resolve_mesh`.
       cache_dir: local directory of compiled graphs, which later processes take from there; None for none.
     """
+    if xs.get_global_mesh() is not None:
+        return
     if cache_dir is not None:
         # Each host compiles for itself, and where a directory is shared, writes the same.
         xr.initialize_cache(cache_dir)

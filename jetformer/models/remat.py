@@ -1,4 +1,4 @@
-"""Activation checkpointing: compute a part of the model anew in the backward pass, in place of keeping its activations."""
+"""Activation checkpointing: compute a part of the model anew in the backward pass, and keep no activations of it."""
 
 from collections.abc import Callable
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from jetformer import prng
 from jetformer.models.decoder import Decoder, KVCache, RMSNorm, apply_rope, rope_angles
 from jetformer.models.initializers import init_weights
 
@@ -20,6 +21,9 @@ def decoder(num_kv_heads=1, dropout=0.0, activation_checkpointing=False):
     )
     init_weights(model, torch.Generator().manual_seed(0))
     return model.double()
+
+
+KEYS = prng.example_keys(5, torch.arange(3, dtype=torch.int32))
 
 
 def sequence(length=7, batch=3):
@@ -55,12 +59,12 @@ def test_cached_equals_uncached(num_kv_heads, prefill):
     with torch.no_grad():
         while start < 7:
             end = start + prefill if not start else start + 1
-            mask = (torch.arange(start, end)[:, None] >= torch.arange(end)).expand(3, -1, -1)
+            mask = (torch.arange(start, end)[:, None] >= torch.arange(7)).expand(3, -1, -1)
             y = model(
                 x[:, start:end],
                 mask=mask,
                 positions=positions[:, start:end],
-                caches=[KVCache(k, v, start) for k, v in cache],
+                caches=[KVCache(k, v, torch.arange(start, end)) for k, v in cache],
             )
             outputs.append(y)
             start = end
@@ -98,12 +102,23 @@ def test_activation_checkpointing_repeats_dropout():
         model = decoder(dropout=0.3, activation_checkpointing=checkpointing)
         x, positions = sequence()
         x.requires_grad_()
-        torch.manual_seed(5)
-        y = model(x, mask=None, positions=positions)
+        y = model(x, mask=None, positions=positions, dropout_keys=KEYS)
         gradients.append(torch.autograd.grad(y.square().sum(), x)[0])
     torch.testing.assert_close(*gradients)
-    model.eval()
-    assert torch.equal(*(model(x, mask=None, positions=positions) for _ in range(2)))
+
+
+def test_dropout_is_a_function_of_the_examples_key():
+    model = decoder(dropout=0.3)
+    x, positions = sequence()
+    run = lambda rows, keys: model(x[rows], mask=None, positions=positions[rows], dropout_keys=keys)
+    everything = slice(None)
+    y = run(everything, KEYS)
+    for rows in ([0], [2, 1]):  # alone or in other company
+        torch.testing.assert_close(run(rows, KEYS[rows]), y[rows])
+    assert not torch.allclose(run(everything, prng.fold_in(KEYS, 1)), y)
+    undropped = decoder()(x, mask=None, positions=positions)
+    torch.testing.assert_close(run(everything, None), undropped)
+    assert not torch.allclose(y, undropped)
 
 
 def test_impossible_sizes_are_named():

@@ -7,30 +7,43 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.nn import functional as F
 
+from jetformer import prng
 from jetformer.models.initializers import init_weights
 from jetformer.models.mixture import (
     Mixture,
     MixtureHead,
     MultivariateGaussian,
     MultivariateHead,
+    _blocks,
     mixture_from_logits,
     mixture_nll,
 )
 
 
-def head_inputs(tokens, width, k, d, dtype, seed=0):
+def head_inputs(tokens, width, k, d, dtype, seed=0, batch=1):
     generator = torch.Generator().manual_seed(seed)
     shapes = {
-        "hidden": (tokens, width),
+        "hidden": (batch, tokens, width),
         "weight": (k + 2 * k * d, width),
         "bias": (k + 2 * k * d,),
-        "target": (tokens, d),
+        "target": (batch, tokens, d),
     }
     tensors = {name: torch.randn(shape, dtype=dtype, generator=generator) for name, shape in shapes.items()}
     tensors["weight"] /= width**0.5
     for tensor in tensors.values():
         tensor.requires_grad_()
-    return tensors, torch.rand(tokens, dtype=dtype, generator=generator)
+    return tensors, torch.rand(batch, tokens, dtype=dtype, generator=generator)
+
+
+def test_blocks_hold_no_more_tokens_than_asked_for():
+    """On each device; unless one token of each example is more."""
+    for batch_size, length, block, num_shards in ((5, 7, 3, None), (5, 7, 20, None), (8, 6, 4, 4), (8, 6, 2, 2)):
+        seen = torch.zeros(batch_size, length)
+        for rows in _blocks(batch_size, length, block, num_shards):
+            seen[rows] += 1
+            shards = num_shards or 1
+            assert seen[rows].numel() <= max(block, -(-batch_size // shards) if num_shards else 1) * shards
+        assert (seen == 1).all()
 
 
 def plain_nll(hidden, weight, bias, target, num_mixtures, scale_tol):
@@ -40,21 +53,24 @@ def plain_nll(hidden, weight, bias, target, num_mixtures, scale_tol):
 
 @settings(max_examples=30, deadline=None)
 @given(
+    batch=st.integers(1, 3),
     tokens=st.integers(1, 9),
     k=st.integers(1, 5),
     d=st.integers(1, 6),
     block=st.integers(1, 12),
     scale_tol=st.sampled_from([1e-6, 0.3]),  # the second clamps about a tenth of the scales
+    num_shards=st.sampled_from([None, 1, 2]),
     seed=st.integers(0, 2**32),
 )
-def test_blocked_equals_plain(tokens, k, d, block, scale_tol, seed):
-    inputs, token_weight = head_inputs(tokens, 7, k, d, torch.float64, seed)
+def test_blocked_equals_plain(batch, tokens, k, d, block, scale_tol, num_shards, seed):
+    inputs, token_weight = head_inputs(tokens, 7, k, d, torch.float64, seed, batch)
     total, nll = mixture_nll(
         **inputs,
         token_weight=token_weight,
         num_mixtures=k,
         scale_tol=scale_tol,
         block=block,
+        num_shards=num_shards,
     )
     expected = plain_nll(**inputs, num_mixtures=k, scale_tol=scale_tol)
     torch.testing.assert_close(nll, expected)
@@ -109,7 +125,7 @@ def test_a_scale_below_the_smallest_has_no_gradient():
     with torch.no_grad():
         inputs["weight"].zero_()
         inputs["bias"].copy_(torch.tensor([0.0, 0.0, -50.0]))
-    total, _ = mixture_nll(**inputs, token_weight=torch.ones(1).double(), num_mixtures=1, scale_tol=0.5, block=1)
+    total, _ = mixture_nll(**inputs, token_weight=torch.ones(1, 1).double(), num_mixtures=1, scale_tol=0.5, block=1)
     (gradient,) = torch.autograd.grad(total, inputs["bias"])
     assert gradient[1] != 0
     assert gradient[2] == 0
@@ -191,14 +207,15 @@ def test_mixture_samples_follow_the_density():
     logits, locs, scales = torch.tensor([0.0, 1.0]), torch.tensor([-2.0, 1.0]), torch.tensor([0.5, 1.0])
     n = 4000
     mixture = Mixture(logits.expand(n, 2), locs[:, None].expand(n, 2, 1), scales[:, None].expand(n, 2, 1))
-    samples = mixture.sample(torch.Generator().manual_seed(0))
+    keys = prng.example_keys(0, torch.arange(n, dtype=torch.int32))
+    samples = mixture.sample(keys)
     weights = logits.softmax(0).numpy()
     cdf = lambda x: sum(
         w * stats.norm.cdf(x, m, s) for w, m, s in zip(weights, locs.numpy(), scales.numpy(), strict=True)
     )
     assert_same_distribution(samples[:, 0], cdf)
-    again = mixture.sample(torch.Generator().manual_seed(0))
-    assert torch.equal(samples, again)
+    alone = Mixture(*(x[7:8] for x in mixture)).sample(keys[7:8])
+    assert torch.equal(samples[7:8], alone)
 
 
 def test_multivariate_gaussian_agrees_with_torch():
@@ -209,7 +226,7 @@ def test_multivariate_gaussian_agrees_with_torch():
     reference = torch.distributions.MultivariateNormal(loc, scale_tril=scale)
     x = torch.randn(5000, 3, generator=generator)
     torch.testing.assert_close(ours.log_prob(x), reference.log_prob(x))
-    samples = ours.sample(generator)
+    samples = ours.sample(prng.example_keys(0, torch.arange(5000, dtype=torch.int32)))
     covariance = scale @ scale.T
     for i in range(3):
         assert_same_distribution(samples[:, i], stats.norm(loc[i].item(), covariance[i, i].sqrt().item()).cdf)

@@ -1,0 +1,188 @@
+"""Measures what tracing and compiling a deep stack costs through torch_xla, unrolled and not.
+
+    PJRT_DEVICE=CPU python experiments/xla_compile_times.py --depths=8,16,32
+
+Runs forward and backward of a stack of decoder blocks, or of couplings, as one graph, three ways:
+  - unrolled: a Python loop over the blocks, as the models have it;
+  - scan: `torch_xla.experimental.scan` over weights that are held stacked, one body for all blocks;
+  - assume_pure: a loop over `torch_xla.experimental.assume_pure` of the block, traced once by JAX.
+
+Prints a row of a Markdown table for every case, each of which has a process of its own:
+  - trace: median seconds to build the graph of a step that is compiled already;
+  - compile: seconds in XLA's compiler, and how many graphs it was given in all steps (one is right);
+  - first step: seconds of the whole of it: trace, lowering, compilation and execution;
+  - gradients: their largest distance from unrolled's, relative to each weight's largest, and "ok" up to 1e-4;
+or why the case did not run.
+"""
+
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+from absl import app, flags
+from torch.func import functional_call
+
+from jetformer import runtime
+from jetformer.models.decoder import DecoderBlock, rope_angles
+from jetformer.models.initializers import init_weights
+from jetformer.models.jet import Coupling
+
+flags.DEFINE_list("depths", ["8", "16", "32"], "Numbers of blocks.")
+flags.DEFINE_list("stacks", ["decoder", "couplings"], "What is stacked.")
+flags.DEFINE_list(
+    "ways", ["unrolled", "scan", "assume_pure"], "How it is run; compared with unrolled, where that ran first."
+)
+flags.DEFINE_integer("steps", 8, "Steps of each case; the first three do not count for the trace.", lower_bound=4)
+flags.DEFINE_float("timeout", 200, "Seconds a case may take.")
+flags.DEFINE_string("only", None, "STACK,WAY,DEPTH,FILE: run this case in this process and write what comes of it.")
+FLAGS = flags.FLAGS
+
+BATCH, TOKENS, WIDTH, HEADS = 4, 16, 64, 4
+TOLERANCE = 1e-4
+
+
+def build(stack: str, depth: int):
+    """Blocks, what they all take besides their input, and how to call one: input and sum so far to the next ones."""
+    if stack == "decoder":
+        make = lambda: DecoderBlock(WIDTH, 4 * WIDTH, HEADS, 1, WIDTH // HEADS, dropout=0.0)
+        shared = rope_angles(torch.arange(TOKENS).expand(BATCH, -1), WIDTH // HEADS)
+        call = lambda block, x, total, *angles: (block(x, None, angles), total)
+    else:
+        predictor = {"depth": 1, "emb_dim": WIDTH, "num_heads": HEADS, "context_dim": None}
+        make = lambda: Coupling("channels", "random", (4, TOKENS // 4), WIDTH, 2.0, **predictor)
+        shared = ()
+
+        def call(block, x, total):
+            z, logdet = block(x)
+            return z, total + logdet
+
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.nn.ModuleList(make() for _ in range(depth))
+    init_weights(blocks, generator)
+    with torch.no_grad():  # no gradient is to be zero only because a weight starts there
+        for weight in blocks.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=generator)
+    return blocks, shared, call
+
+
+def stacked_state(blocks) -> dict[str, torch.Tensor]:
+    states = [block.state_dict() for block in blocks]
+    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    return {name: t.requires_grad_(t.is_floating_point()) for name, t in stacked.items()}
+
+
+def prepare(way: str, blocks, shared, call):
+    """The weights to differentiate by, with the stack as a function of its input and the sum's start."""
+    with_state = lambda state, x, total: call(lambda *args: functional_call(blocks[0], state, args), x, total, *shared)
+    if way == "scan":
+        from torch_xla.experimental.scan import scan
+
+        state = stacked_state(blocks)
+        body = lambda carry, layer: (with_state(layer, *carry), None)
+        weights = {name: t for name, t in state.items() if t.requires_grad}
+        return weights, lambda x, total: scan(body, (x, total), state, is_fn_pure=True)[0]
+
+    if way == "assume_pure":
+        from torch_xla.experimental.assume_pure import assume_pure
+
+        pure = assume_pure(
+            lambda state, x, total, *shared: call(
+                lambda *args: functional_call(blocks[0], state, args), x, total, *shared
+            )
+        )
+        states = [dict(block.named_parameters()) | dict(block.named_buffers()) for block in blocks]
+        layers = [lambda x, total, state=state: pure(state, x, total, *shared) for state in states]
+    else:
+        layers = [lambda x, total, block=block: call(block, x, total, *shared) for block in blocks]
+
+    def run(x, total):
+        for layer in layers:
+            x, total = layer(x, total)
+        return x, total
+
+    return dict(blocks.named_parameters()), run
+
+
+def measure(stack: str, way: str, depth: int) -> dict:
+    """Runs a case; its times, and gradients `[depth, ...]` by name."""
+    device = runtime.initialize("xla").device
+    import torch_xla
+    import torch_xla.debug.metrics as metrics
+
+    def compilations() -> tuple[int, float]:
+        count, nanoseconds, _ = metrics.metric_data("CompileTime") or (0, 0, [])
+        return count, nanoseconds / 1e9
+
+    blocks, shared, call = build(stack, depth)
+    blocks, shared = blocks.to(device), tuple(t.to(device) for t in shared)
+    x = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).to(device)
+    start = torch.zeros(BATCH, device=device)
+    weights, run = prepare(way, blocks, shared, call)
+    torch_xla.sync(wait=True)
+
+    traces, first, before = [], None, compilations()
+    for _ in range(FLAGS.steps):
+        grads, since = None, time.perf_counter()
+        with torch_xla.compile(full_graph=True):
+            y, total = run(x, start)
+            grads = torch.autograd.grad(y.square().sum() + total.sum(), tuple(weights.values()))
+            del y, total
+            traces.append(time.perf_counter() - since)
+        torch_xla._XLAC._xla_wait_device_ops([])
+        if first is None:
+            first, compiled = time.perf_counter() - since, compilations()[1] - before[1]
+    by_name = dict(zip(weights, (grad.cpu() for grad in grads), strict=True))
+    if way != "scan":
+        names = dict(blocks[0].named_parameters())
+        by_name = {name: torch.stack([by_name[f"{i}.{name}"] for i in range(depth)]) for name in names}
+    graphs = compilations()[0] - before[0]
+    return {"trace": statistics.median(traces[3:]), "compile": compiled, "graphs": graphs, "first": first} | {
+        "grads": by_name
+    }
+
+
+def distance(grads: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    return max(((grads[k] - e).abs().max() / e.abs().max()).item() for k, e in expected.items())
+
+
+def main(_):
+    if FLAGS.only:
+        stack, way, depth, file = FLAGS.only.split(",")
+        torch.save(measure(stack, way, int(depth)), file)
+        return
+    print("| stack | depth | way | trace, s | compile, s (graphs) | first step, s | gradients |")
+    print("|---|---:|---|---:|---:|---:|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for stack, depth in ((s, d) for s in FLAGS.stacks for d in map(int, FLAGS.depths)):
+            expected = None
+            for way in FLAGS.ways:
+                file = pathlib.Path(folder) / f"{stack}_{way}_{depth}.pt"
+                command = [sys.executable, __file__, f"--only={stack},{way},{depth},{file}", f"--steps={FLAGS.steps}"]
+                try:
+                    done = subprocess.run(command, capture_output=True, text=True, timeout=FLAGS.timeout)
+                    reason = (done.stderr.strip().splitlines() or [""])[-1][:120] or f"exit status {done.returncode}"
+                except subprocess.TimeoutExpired:
+                    reason = f"not done after {FLAGS.timeout:g} s"
+                if not file.exists():
+                    print(f"| {stack} | {depth} | {way} | – | – | – | {reason} |", flush=True)
+                    continue
+                case = torch.load(file)
+                error = "" if way == "unrolled" or expected is None else distance(case["grads"], expected)
+                if way == "unrolled":
+                    expected = case["grads"]
+                verdict = error and f"{error:.0e} {'ok' if error <= TOLERANCE else 'DIFFER'}"
+                print(
+                    f"| {stack} | {depth} | {way} | {case['trace']:.3f} | {case['compile']:.1f} ({case['graphs']}) "
+                    f"| {case['first']:.1f} | {verdict} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PJRT_DEVICE", "CPU")
+    app.run(main)

@@ -1,0 +1,263 @@
+"""The XLA loop is the CPU loop, on any number of devices: the same losses, checkpoints for both, one graph for all steps.
+
+Each run is a process of its own, on XLA's CPU backend, which makes as many devices as it is asked for.
+"""
+
+import importlib.util
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from jetformer import checkpoint, prng
+from runs import bindings, command, run, scalars, start
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch_xla is not installed"),
+]
+
+# Large enough that some parameters are cut up over fsdp.
+SIZES = {
+    "Decoder__width": 32,
+    "Decoder__mlp_dim": 128,
+    "train__keep_last": 9,
+    "train__samples": None,
+    "train__eval_steps": None,
+}
+
+
+def start_on_xla(workdir, gin_bindings, devices=1, program="main", *more):
+    args = command(workdir, gin_bindings, "experiments/digits.gin", "--device=xla", *more)
+    args[2] = f"jetformer.{program}"
+    return start(args, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(devices))
+
+
+def run_on_xla(workdir, gin_bindings, devices=1, program="main", *more, returncode=0):
+    process = start_on_xla(workdir, gin_bindings, devices, program, *more)
+    _, log = process.communicate(timeout=400)
+    assert process.returncode == returncode, log[-5000:]
+    return log
+
+
+def chunks(workdir, step, name):
+    """In how many pieces a tensor lies in a checkpoint."""
+    metadata = pickle.loads((workdir / "checkpoints" / f"{step:09d}" / ".metadata").read_bytes())
+    return len(metadata.state_dict_metadata[name].chunks)
+
+
+@pytest.fixture(scope="module")
+def digits_on_cpu(tmp_path_factory, data_dir):
+    workdir = tmp_path_factory.mktemp("digits")
+    run_process(workdir, digits(data_dir))
+    return scalars(workdir)
+
+
+def digits(data_dir, *more):
+    """`digits.gin` as it is, for 20 steps."""
+    return [
+        f'Data.data_dir = "{data_dir}"',
+        "train.total_steps = 20",
+        "train.log_steps = 1",
+        "train.samples = None",
+        "train.eval_steps = None",
+        *more,
+    ]
+
+
+def run_process(workdir, gin_bindings):
+    process = start(command(workdir, gin_bindings))
+    _, log = process.communicate(timeout=400)
+    assert process.returncode == 0, log[-5000:]
+
+
+@pytest.mark.parametrize(
+    ("devices", "mesh", "pieces"),
+    [
+        (1, None, 1),
+        (4, {"data": -1}, 1),
+        (4, {"fsdp": -1}, 4),
+        (4, {"data": 2, "fsdp": 2}, 2),
+    ],
+    ids=["one", "data", "fsdp", "both"],
+)
+def test_losses_are_those_of_the_cpu_loop(digits_on_cpu, tmp_path, data_dir, devices, mesh, pieces):
+    run_on_xla(tmp_path, digits(data_dir, f"train.mesh = {mesh}"), devices)
+    written = scalars(tmp_path)
+    for name in ("train/loss", "val/bits_per_dim", "val_ema/bits_per_dim"):
+        assert written[name] == pytest.approx(digits_on_cpu[name], rel=1e-5), name
+    assert written["grad_norm"] == pytest.approx(digits_on_cpu["grad_norm"], rel=1e-3)
+    assert sorted(written["train/loss"]) == list(range(1, 21))
+    assert chunks(tmp_path, 20, "model.decoder.blocks.0.mlp.gate_up.weight") == pieces
+    assert chunks(tmp_path, 20, "optimizer.decoder.blocks.0.mlp.gate_up.weight.exp_avg") == pieces
+    assert any((tmp_path / "compilation_cache").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tolerance"),
+    [
+        ({"train__grad_accum_steps": 2}, 1e-5),
+        ({"Decoder__activation_checkpointing": True, "Jet__activation_checkpointing": True}, 1e-5),
+        ({"train__autocast": '"bfloat16"', "JetFormer__head_dtype": '"bfloat16"'}, 1e-2),
+    ],
+    ids=["accumulation", "checkpointing", "bfloat16"],
+)
+def test_losses_with(tmp_path, data_dir, overrides, tolerance):
+    common = SIZES | {"train__total_steps": 4, "train__mesh": "{'data': 1, 'fsdp': -1}"}
+    run(tmp_path / "cpu", data_dir, **common)
+    run_on_xla(tmp_path / "xla", bindings(data_dir, **common, **overrides), devices=2)
+    expected, actual = scalars(tmp_path / "cpu"), scalars(tmp_path / "xla")
+    for name in ("train/loss", "val/bits_per_dim"):
+        assert actual[name] == pytest.approx(expected[name], rel=tolerance), name
+
+
+def test_nothing_is_compiled_after_the_second_step(tmp_path, data_dir):
+    """200 steps that log, and every other one of which evaluates, samples and saves."""
+    everything = {f"train__{name}": 2 for name in ("eval_steps", "sample_steps", "checkpoint_steps")}
+    overrides = {"train__total_steps": 200, "train__log_steps": 1, "train__ema_decay": 0.0, **everything}
+    log = run_on_xla(tmp_path, bindings(data_dir, **overrides), devices=2)
+    written = scalars(tmp_path)
+    compilations = written["xla/compilations"]
+    assert sorted(compilations) == list(range(1, 201))
+    assert compilations[2] < compilations[3]  # evaluation and sampling, for the first time
+    assert compilations[200] == compilations[3]
+    assert set(written["xla/fallbacks"].values()) == {0.0}
+    assert sorted(written["val/bits_per_dim"]) == list(range(2, 201, 2))
+    assert len(list((tmp_path / "samples").iterdir())) == 100
+    assert "had to be compiled" not in log
+    assert written["trace_fraction"][200] > 0
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, data_dir):
+    """A run of 8 steps on four devices, with a checkpoint half-way, that was not interrupted."""
+    workdir = tmp_path_factory.mktemp("sharded")
+    run_on_xla(workdir, sharded_bindings(data_dir), devices=4)
+    return workdir
+
+
+def sharded_bindings(data_dir, mesh="{'fsdp': -1}", **overrides):
+    return bindings(data_dir, **SIZES, train__mesh=mesh, **{"train__total_steps": 8} | overrides)
+
+
+def half_of(workdir, to):
+    """A workdir at step 4 of another one."""
+    shutil.copytree(workdir / "checkpoints" / "000000004", to / "checkpoints" / "000000004")
+    return to
+
+
+def test_a_killed_run_continues_bit_by_bit(sharded, tmp_path, data_dir):
+    process = start_on_xla(tmp_path, sharded_bindings(data_dir, train__checkpoint_steps=1), devices=4)
+    deadline = time.monotonic() + 200
+    while not checkpoint.steps(tmp_path):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    first = checkpoint.latest(tmp_path)
+    assert first < 8, "the run was over before it was killed"
+    log = run_on_xla(tmp_path, sharded_bindings(data_dir, train__checkpoint_steps=1), devices=4)
+    assert f"from step {first}." in log
+    expected, resumed = scalars(sharded), scalars(tmp_path)
+    for name in ("train/loss", "grad_norm", "param_norm", "val/bits_per_dim"):
+        for step in range(first + 1, 9):
+            assert resumed[name].get(step) == expected[name].get(step), (name, step)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_checkpoints_of_four_devices_are_read_by_fewer(sharded, tmp_path, data_dir, devices):
+    run_on_xla(half_of(sharded, tmp_path), sharded_bindings(data_dir), devices)
+    assert_continues(sharded, tmp_path)
+
+
+def test_checkpoints_of_four_devices_are_read_by_the_cpu_loop(sharded, tmp_path, data_dir):
+    run(half_of(sharded, tmp_path / "run"), data_dir, **SIZES, train__total_steps=8)
+    assert_continues(sharded, tmp_path / "run")
+
+
+def test_checkpoints_of_the_cpu_loop_are_read_by_four_devices(sharded, tmp_path, data_dir):
+    run(tmp_path, data_dir, **SIZES, train__total_steps=4)
+    run_on_xla(tmp_path, sharded_bindings(data_dir, "{'data': 2, 'fsdp': 2}"), devices=4)
+    assert_continues(sharded, tmp_path)
+
+
+def assert_continues(expected, workdir):
+    expected, actual = scalars(expected), scalars(workdir)
+    for name in ("train/loss", "param_norm"):
+        for step in range(5, 9):
+            assert actual[name][step] == pytest.approx(expected[name][step], rel=1e-5), (name, step)
+    assert actual["val_ema/bits_per_dim"][8] == pytest.approx(expected["val_ema/bits_per_dim"][8], rel=1e-5)
+
+
+def test_sigterm_saves_and_asks_for_a_restart(sharded, tmp_path, data_dir):
+    process = start_on_xla(tmp_path, sharded_bindings(data_dir, train__total_steps=100_000), devices=4)
+    deadline = time.monotonic() + 200
+    while not checkpoint.steps(tmp_path):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=100)
+    assert process.returncode == 75, log[-5000:]
+    assert checkpoint.latest(tmp_path) >= 4
+    assert "Traceback" not in log
+
+
+def test_jobs_of_their_own_read_it(sharded, tmp_path, data_dir):
+    """Evaluation and sampling on two devices and on the CPU, from a checkpoint of four."""
+    workdir = tmp_path / "run"
+    shutil.copytree(sharded, workdir)
+    log = run_on_xla(workdir, [], 2, "evaluate")
+    assert "Step 8" in log
+    trained, evaluated = scalars(workdir), scalars(workdir / "eval")
+    assert evaluated["val_ema/bits_per_dim"][8] == pytest.approx(trained["val_ema/bits_per_dim"][8], rel=1e-5)
+    grid = ["train.samples = @ClassGrid()"]
+    run_on_xla(workdir, grid, 2, "sample", f"--output={tmp_path / 'xla.png'}")
+    args = command(workdir, grid, "experiments/digits.gin", f"--output={tmp_path / 'cpu.png'}")
+    args[2] = "jetformer.sample"
+    process = start(args)
+    _, log = process.communicate(timeout=200)
+    assert process.returncode == 0, log
+    assert (tmp_path / "xla.png").read_bytes() == (tmp_path / "cpu.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"train__batch_size": 18}, "train.batch_size = 18 does not divide by the 4 devices"),
+        ({"train__batch_size": 24, "train__grad_accum_steps": 4}, "grad_accum_steps = 6 does not divide"),
+        ({"train__eval_batch_size": 10}, "train.eval_batch_size = 10 does not divide"),
+        ({"train__mesh": "{'data': 3}"}, "does not fit 4 device(s)"),
+        ({"train__mesh": "{'model': 4}"}, "give sizes of 'data' and 'fsdp'"),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path, data_dir, overrides, message):
+    log = run_on_xla(tmp_path / "run", bindings(data_dir, **overrides), 4, returncode=1)
+    assert "Traceback" not in log
+    lines = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, log
+    assert message in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_random_numbers_are_those_of_the_cpu(tmp_path):
+    """All words the same; normal ones to rounding."""
+    code = """
+import sys, torch
+from jetformer import prng, runtime
+device = runtime.initialize("xla").device
+keys = prng.example_keys(3, torch.arange(5, dtype=torch.int32, device=device))
+torch.save([x.cpu() for x in (keys, prng.bits(keys, (7, 3)), prng.uniform(keys, ()), prng.normal(keys, (9,)))], sys.argv[1])
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.pt")], check=True, timeout=200)
+    keys = prng.example_keys(3, torch.arange(5, dtype=torch.int32))
+    expected = [keys, prng.bits(keys, (7, 3)), prng.uniform(keys, ()), prng.normal(keys, (9,))]
+    actual = torch.load(tmp_path / "x.pt")
+    assert all(torch.equal(a, b) for a, b in zip(actual[:3], expected[:3], strict=True))
+    torch.testing.assert_close(actual[3], expected[3], rtol=1e-5, atol=1e-6)
