@@ -2,9 +2,10 @@
 
     PJRT_DEVICE=CPU python experiments/xla_compile_times.py --depths=8,16,32
 
-Runs forward and backward of a stack of decoder blocks, or of couplings, as one graph, three ways:
+Runs forward and backward of a stack of decoder blocks, or of couplings, as one graph, four ways:
   - unrolled: a Python loop over the blocks, as the models have it;
   - scan: `torch_xla.experimental.scan` over weights that are held stacked, one body for all blocks;
+  - scan_stacking: the same, with a weight for each block, stacked in every step as `scan_layers` does;
   - assume_pure: a loop over `torch_xla.experimental.assume_pure` of the block, traced once by JAX.
 
 Prints a row of a Markdown table for every case, each of which has a process of its own:
@@ -15,6 +16,8 @@ Prints a row of a Markdown table for every case, each of which has a process of 
 or why the case did not run.
 """
 
+import functools
+import itertools
 import os
 import pathlib
 import statistics
@@ -35,7 +38,9 @@ from jetformer.models.jet import Coupling
 flags.DEFINE_list("depths", ["8", "16", "32"], "Numbers of blocks.")
 flags.DEFINE_list("stacks", ["decoder", "couplings"], "What is stacked.")
 flags.DEFINE_list(
-    "ways", ["unrolled", "scan", "assume_pure"], "How it is run; compared with unrolled, where that ran first."
+    "ways",
+    ["unrolled", "scan", "scan_stacking", "assume_pure"],
+    "How it is run; compared with unrolled, where that ran first.",
 )
 flags.DEFINE_integer("steps", 8, "Steps of each case; the first three do not count for the trace.", lower_bound=4)
 flags.DEFINE_float("timeout", 200, "Seconds a case may take.")
@@ -70,33 +75,33 @@ def build(stack: str, depth: int):
     return blocks, shared, call
 
 
-def stacked_state(blocks) -> dict[str, torch.Tensor]:
-    states = [block.state_dict() for block in blocks]
-    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
-    return {name: t.requires_grad_(t.is_floating_point()) for name, t in stacked.items()}
-
-
 def prepare(way: str, blocks, shared, call):
     """The weights to differentiate by, with the stack as a function of its input and the sum's start."""
-    with_state = lambda state, x, total: call(lambda *args: functional_call(blocks[0], state, args), x, total, *shared)
-    if way == "scan":
+
+    def call_with(state, shared, x, total):
+        return call(lambda *args: functional_call(blocks[0], state, args), x, total, *shared)
+
+    states = [dict(block.named_parameters()) | dict(block.named_buffers()) for block in blocks]
+    if way.startswith("scan"):
         from torch_xla.experimental.scan import scan
 
-        state = stacked_state(blocks)
-        body = lambda carry, layer: (with_state(layer, *carry), None)
-        weights = {name: t for name, t in state.items() if t.requires_grad}
-        return weights, lambda x, total: scan(body, (x, total), state, is_fn_pure=True)[0]
+        # The body may hold no tensors of its own: what all blocks share is scanned over as well.
+        repeated = [t.expand(len(blocks), *t.shape).clone() for t in shared]
+        body = lambda carry, layer: (call_with(*layer, *carry), None)
+        run = lambda state, x, total: scan(body, (x, total), (state, repeated), is_fn_pure=True)[0]
+        stack = lambda: {name: torch.stack([state[name] for state in states]) for name in states[0]}
+        if way == "scan_stacking":
+            return dict(blocks.named_parameters()), lambda x, total: run(stack(), x, total)
+        state = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in stack().items()}
+        return {name: t for name, t in state.items() if t.requires_grad}, functools.partial(run, state)
 
     if way == "assume_pure":
         from torch_xla.experimental.assume_pure import assume_pure
 
-        pure = assume_pure(
-            lambda state, x, total, *shared: call(
-                lambda *args: functional_call(blocks[0], state, args), x, total, *shared
-            )
-        )
-        states = [dict(block.named_parameters()) | dict(block.named_buffers()) for block in blocks]
-        layers = [lambda x, total, state=state: pure(state, x, total, *shared) for state in states]
+        pure = assume_pure(call_with)
+        for state in states:  # JAX has no int64 unless told to
+            state.update({name: t.int() for name, t in state.items() if t.dtype == torch.int64})
+        layers = [functools.partial(pure, state, shared) for state in states]
     else:
         layers = [lambda x, total, block=block: call(block, x, total, *shared) for block in blocks]
 
@@ -112,6 +117,7 @@ def measure(stack: str, way: str, depth: int) -> dict:
     """Runs a case; its times, and gradients `[depth, ...]` by name."""
     device = runtime.initialize("xla").device
     import torch_xla
+    import torch_xla.core.xla_model as xm
     import torch_xla.debug.metrics as metrics
 
     def compilations() -> tuple[int, float]:
@@ -133,54 +139,57 @@ def measure(stack: str, way: str, depth: int) -> dict:
             grads = torch.autograd.grad(y.square().sum() + total.sum(), tuple(weights.values()))
             del y, total
             traces.append(time.perf_counter() - since)
-        torch_xla._XLAC._xla_wait_device_ops([])
+        xm.wait_device_ops()
         if first is None:
             first, compiled = time.perf_counter() - since, compilations()[1] - before[1]
+    graphs = compilations()[0] - before[0]
     by_name = dict(zip(weights, (grad.cpu() for grad in grads), strict=True))
     if way != "scan":
         names = dict(blocks[0].named_parameters())
         by_name = {name: torch.stack([by_name[f"{i}.{name}"] for i in range(depth)]) for name in names}
-    graphs = compilations()[0] - before[0]
-    return {"trace": statistics.median(traces[3:]), "compile": compiled, "graphs": graphs, "first": first} | {
-        "grads": by_name
-    }
+    trace = statistics.median(traces[3:])
+    return {"trace": trace, "compile": compiled, "graphs": graphs, "first": first, "gradients": by_name}
 
 
-def distance(grads: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    return max(((grads[k] - e).abs().max() / e.abs().max()).item() for k, e in expected.items())
+def run_alone(stack: str, way: str, depth: int, file: pathlib.Path) -> dict:
+    """What `measure` returns in a process of its own, or the "reason" why it does not."""
+    command = [sys.executable, __file__, f"--only={stack},{way},{depth},{file}", f"--steps={FLAGS.steps}"]
+    try:
+        done = subprocess.run(command, stderr=subprocess.DEVNULL, timeout=FLAGS.timeout)
+    except subprocess.TimeoutExpired:
+        return {"reason": f"not done after {FLAGS.timeout:g} s"}
+    return torch.load(file) if file.exists() else {"reason": f"exit status {done.returncode}"}
+
+
+def row(case: dict, expected: dict[str, torch.Tensor] | None) -> str:
+    if "reason" in case:
+        return f"– | – | – | {case['reason']}"
+    verdict = "–"
+    if expected is not None:
+        error = max(((case["gradients"][k] - e).abs().max() / e.abs().max()).item() for k, e in expected.items())
+        verdict = f"{error:.0e} {'ok' if error <= TOLERANCE else 'DIFFER'}"
+    return f"{case['trace']:.3f} | {case['compile']:.1f} ({case['graphs']}) | {case['first']:.1f} | {verdict}"
 
 
 def main(_):
     if FLAGS.only:
         stack, way, depth, file = FLAGS.only.split(",")
-        torch.save(measure(stack, way, int(depth)), file)
+        try:
+            case = measure(stack, way, int(depth))
+        except Exception as error:
+            case = {"reason": " ".join(f"{type(error).__name__}: {error}".split())[:160]}
+        torch.save(case, file)
         return
     print("| stack | depth | way | trace, s | compile, s (graphs) | first step, s | gradients |")
     print("|---|---:|---|---:|---:|---:|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for stack, depth in ((s, d) for s in FLAGS.stacks for d in map(int, FLAGS.depths)):
+        for stack, depth in itertools.product(FLAGS.stacks, map(int, FLAGS.depths)):
             expected = None
             for way in FLAGS.ways:
-                file = pathlib.Path(folder) / f"{stack}_{way}_{depth}.pt"
-                command = [sys.executable, __file__, f"--only={stack},{way},{depth},{file}", f"--steps={FLAGS.steps}"]
-                try:
-                    done = subprocess.run(command, capture_output=True, text=True, timeout=FLAGS.timeout)
-                    reason = (done.stderr.strip().splitlines() or [""])[-1][:120] or f"exit status {done.returncode}"
-                except subprocess.TimeoutExpired:
-                    reason = f"not done after {FLAGS.timeout:g} s"
-                if not file.exists():
-                    print(f"| {stack} | {depth} | {way} | – | – | – | {reason} |", flush=True)
-                    continue
-                case = torch.load(file)
-                error = "" if way == "unrolled" or expected is None else distance(case["grads"], expected)
+                case = run_alone(stack, way, depth, pathlib.Path(folder) / f"{stack}_{way}_{depth}.pt")
+                print(f"| {stack} | {depth} | {way} | {row(case, expected)} |", flush=True)
                 if way == "unrolled":
-                    expected = case["grads"]
-                verdict = error and f"{error:.0e} {'ok' if error <= TOLERANCE else 'DIFFER'}"
-                print(
-                    f"| {stack} | {depth} | {way} | {case['trace']:.3f} | {case['compile']:.1f} ({case['graphs']}) "
-                    f"| {case['first']:.1f} | {verdict} |",
-                    flush=True,
-                )
+                    expected = case.get("gradients")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 """Devices and seeds."""
 
+import importlib.util
+import os
+import sys
+
 import pytest
 import torch
 
 from jetformer import runtime
+from runs import start
 
 
 def test_auto_is_a_gpu_where_there_is_one():
@@ -21,6 +26,59 @@ def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="runs in one process"):
         runtime.initialize("cpu")
+
+
+def test_xla_without_torch_xla(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch_xla" else find_spec(name))
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    with pytest.raises(ImportError, match=r"needs torch_xla: pip install -e '\.\[xla\]', which brings torch==2\.9\.0"):
+        runtime.initialize("xla")
+
+
+def test_a_torch_that_torch_xla_does_not_load_against(tmp_path):
+    """A torch_xla whose import fails as it does where the C++ symbols of another torch are missing."""
+    (tmp_path / "torch_xla").mkdir()
+    (tmp_path / "torch_xla" / "__init__.py").write_text("raise ImportError('_XLAC.so: undefined symbol: _ZN5torch')")
+    (tmp_path / "torch_xla-2.8.0.dist-info").mkdir()
+    (tmp_path / "torch_xla-2.8.0.dist-info" / "METADATA").write_text("Name: torch_xla\nVersion: 2.8.0\n")
+    args = [sys.executable, "-m", "jetformer.main", "--device=xla", "--gin_file=x", f"--workdir={tmp_path}/run"]
+    process = start(args, PYTHONPATH=os.pathsep.join((str(tmp_path), *sys.path)))
+    _, log = process.communicate(timeout=100)
+    assert process.returncode == 1
+    lines = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, log
+    assert f"torch_xla 2.8.0 does not load against torch {torch.__version__}" in lines[0]
+    assert "install torch==2.9.0 and torch_xla==2.9.0" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "sizes"),
+    [
+        (None, 8, (8, 1)),
+        ({"data": -1}, 8, (8, 1)),
+        ({"fsdp": -1}, 8, (1, 8)),
+        ({"data": 2, "fsdp": -1}, 8, (2, 4)),
+        ({"data": -1, "fsdp": 8}, 8, (1, 8)),
+        ({"data": 2, "fsdp": 4}, 8, (2, 4)),
+        ({}, 1, (1, 1)),
+        ({"data": -1, "fsdp": 1}, 1, (1, 1)),
+    ],
+)
+def test_mesh(mesh, devices, sizes):
+    assert runtime.resolve_mesh(mesh, devices) == dict(zip(("data", "fsdp"), sizes, strict=True))
+
+
+@pytest.mark.parametrize("mesh", [{"data": 3}, {"data": 3, "fsdp": -1}, {"fsdp": 16, "data": -1}, {}])
+def test_a_mesh_that_does_not_fit(mesh):
+    with pytest.raises(ValueError, match=r"does not fit 8 device\(s\)"):
+        runtime.resolve_mesh(mesh, 8)
+
+
+@pytest.mark.parametrize("mesh", [{"model": 8}, {"data": -1, "fsdp": -1}, {"data": 0}, {"data": -2}])
+def test_a_mesh_that_is_none(mesh):
+    with pytest.raises(ValueError, match="give sizes of 'data' and 'fsdp'"):
+        runtime.resolve_mesh(mesh, 8)
 
 
 def test_seeds_differ_by_every_part():

@@ -1,5 +1,6 @@
 """The training program: resumed equals uninterrupted, parts equal the whole, mistakes end in one line."""
 
+import os
 import signal
 import time
 
@@ -9,6 +10,8 @@ from PIL import Image
 from upath import UPath
 
 from jetformer import checkpoint, config, train
+from jetformer.loops import torch_loop
+from jetformer.preemption import Preempted
 from jetformer.runtime import Runtime
 from runs import bindings, command, run, scalars, start
 
@@ -82,6 +85,46 @@ def test_a_killed_run_continues_bit_by_bit(finished, tmp_path, data_dir):
     expected, resumed = (checkpoint_tensors(w, 12) for w in (finished, tmp_path))
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_asks_for_a_restart(tmp_path, data_dir):
+    overrides = {"train__total_steps": 100_000, "train__checkpoint_steps": 2, "train__eval_steps": 7}
+    process = start(command(tmp_path, bindings(data_dir, **overrides)))
+    deadline = time.monotonic() + 120
+    while not checkpoint.steps(tmp_path):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 75, log
+    assert "Traceback" not in log
+    step = checkpoint.latest(tmp_path)
+    assert f"Stopped on SIGTERM after step {step}, which is saved." in log
+    written = scalars(tmp_path)["train/loss"]
+    assert max(written) == step
+    run(tmp_path, data_dir, train__total_steps=step + 2)
+    assert checkpoint.latest(tmp_path) == step + 2
+
+
+@pytest.mark.slow
+def test_sigterm_during_an_evaluation(tmp_path, data_dir, monkeypatch):
+    """The step that it follows is saved, and the parameters are not those of the moving average."""
+    evaluate = torch_loop.evaluate
+
+    def interrupted(*, batches, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(batches=batches, **kwargs)
+
+    monkeypatch.setattr(torch_loop, "evaluate", interrupted)
+    with pytest.raises(Preempted):
+        run(tmp_path / "interrupted", data_dir, train__total_steps=6, train__checkpoint_steps=6)
+    monkeypatch.undo()
+    assert checkpoint.steps(tmp_path / "interrupted") == [6]
+    run(tmp_path / "whole", data_dir, train__total_steps=6)
+    expected, saved = (checkpoint_tensors(tmp_path / name, 6) for name in ("whole", "interrupted"))
+    assert all(torch.equal(expected[name], saved[name]) for name in expected)
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""The XLA loop is the CPU loop, on any number of devices: the same losses, checkpoints for both, one graph for all steps.
+"""The XLA loop is the CPU loop, on any number of devices: the same losses, checkpoints for both, one graph for all
+steps.
 
 Each run is a process of its own, on XLA's CPU backend, which makes as many devices as it is asked for.
 """
@@ -253,7 +254,8 @@ import sys, torch
 from jetformer import prng, runtime
 device = runtime.initialize("xla").device
 keys = prng.example_keys(3, torch.arange(5, dtype=torch.int32, device=device))
-torch.save([x.cpu() for x in (keys, prng.bits(keys, (7, 3)), prng.uniform(keys, ()), prng.normal(keys, (9,)))], sys.argv[1])
+drawn = keys, prng.bits(keys, (7, 3)), prng.uniform(keys, ()), prng.normal(keys, (9,))
+torch.save([x.cpu() for x in drawn], sys.argv[1])
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.pt")], check=True, timeout=200)
     keys = prng.example_keys(3, torch.arange(5, dtype=torch.int32))

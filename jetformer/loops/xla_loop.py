@@ -14,6 +14,7 @@ Nothing else touches the device. Dimensions: B batch over all devices.
 """
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -162,31 +163,20 @@ def _on_device(inputs: Iterator[dict[str, Tensor]], runtime: Runtime) -> Iterato
     """`inputs` on the devices, moved there ahead of time: tensors `[B / processes, ...]` cut up by example, scalars
     everywhere."""
     mesh = xs.get_global_mesh()
-    several = runtime.process_count > 1
-
-    class Shardings(dict):
-        # Asked for by name, and made for the tensor's rank, which all tensors of a name share.
-        def __contains__(self, name):
-            return True
-
-        def __missing__(self, name):
-            rank = ranks[name]
-            if not rank:
-                return None
-            return xs.ShardingSpec(mesh, (("data", "fsdp"), *[None] * (rank - 1)), minibatch=several)
-
-    ranks: dict[str, int] = {}
-
-    def with_ranks():
-        for tensors in inputs:
-            ranks.update((name, tensor.ndim) for name, tensor in tensors.items())
-            yield tensors
-
-    feed = _Feed(with_ranks())
+    first = next(inputs)
+    shardings = {
+        name: xs.ShardingSpec(
+            mesh, (("data", "fsdp"), *[None] * (tensor.ndim - 1)), minibatch=runtime.process_count > 1
+        )
+        if tensor.ndim
+        else None
+        for name, tensor in first.items()
+    }
+    feed = _Feed(itertools.chain([first], inputs))
     loader = MpDeviceLoader(
         feed,
         runtime.device,
-        input_sharding=Shardings(),
+        input_sharding=shardings,
         loader_prefetch_size=_HOST_PREFETCH,
         device_prefetch_size=_DEVICE_PREFETCH,
     )
@@ -199,7 +189,8 @@ def _on_device(inputs: Iterator[dict[str, Tensor]], runtime: Runtime) -> Iterato
     try:
         yield batches()
     finally:
-        loader._parallel_loader and loader._parallel_loader.close()
+        if loader._parallel_loader is not None:  # else nothing was asked for
+            loader._parallel_loader.close()
 
 
 def train_steps(
