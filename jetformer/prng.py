@@ -24,21 +24,22 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     # Not x >> bits: torch_xla 2.9 lowers that to a division, which rounds negative words up; nor a Python number of
     # bits, which it makes an int64 of. The mask takes away the sign, which is shifted in.
     by = torch.full((), bits, dtype=torch.int32, device=x.device)
-    return torch.bitwise_right_shift(x, by).bitwise_and_((1 << (32 - bits)) - 1)
+    return torch.bitwise_right_shift(x, by) & ((1 << (32 - bits)) - 1)
 
 
 def _rotate_left(x: Tensor, bits: int) -> Tensor:
-    return (x << bits).bitwise_or_(_shift_right(x, 32 - bits))
+    return (x << bits) | _shift_right(x, 32 - bits)
 
 
 def threefry(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Two random words for each counter of two words; all four tensors int32, of shapes that broadcast."""
+    # Not in place, which torch_xla takes ten times as long to trace.
     k = (*key, key[0] ^ key[1] ^ _PARITY)
     x0, x1 = counter[0] + k[0], counter[1] + k[1]
     for i in range(5):
         for rotation in _ROTATIONS[i % 2]:
             x0 = x0 + x1
-            x1 = _rotate_left(x1, rotation).bitwise_xor_(x0)
+            x1 = _rotate_left(x1, rotation) ^ x0
         x0 = x0 + k[(i + 1) % 3]
         x1 = x1 + (k[(i + 2) % 3] + (i + 1))
     return x0, x1
@@ -86,7 +87,7 @@ def normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal, float32 `[..., *shape]`, for each of `keys` `[..., 2]`; within ±5.3."""
     # The middles of 2²³ intervals of (-1, 1): symmetric, and neither end is among them.
     middles = _shift_right(bits(keys, shape), 9) * 2.0**-22 + (2.0**-23 - 1)
-    return middles.erfinv_().mul_(math.sqrt(2))
+    return middles.erfinv() * math.sqrt(2)
 
 
 def dropout(x: Tensor, probability: float, keys: Tensor | None) -> Tensor:

@@ -67,7 +67,7 @@ def place(model: nn.Module, runtime: Runtime) -> nn.Module:
     for module in model.modules():
         if isinstance(module, MixtureHead):
             module.num_shards = runtime.device_count
-        if isinstance(module, nn.ModuleList):
+        if isinstance(module, nn.ModuleList) and runtime.device_count > 1:
             for block in module:
                 block.register_forward_hook(_keep_examples_apart)
     return model
