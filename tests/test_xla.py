@@ -263,3 +263,18 @@ torch.save([x.cpu() for x in drawn], sys.argv[1])
     actual = torch.load(tmp_path / "x.pt")
     assert all(torch.equal(a, b) for a, b in zip(actual[:3], expected[:3], strict=True))
     torch.testing.assert_close(actual[3], expected[3], rtol=1e-5, atol=1e-6)
+
+
+def test_a_fall_back_is_warned_of_by_name():
+    code = """
+from jetformer import runtime
+device = runtime.initialize("xla").device
+import torch
+from jetformer.loops import xla_loop
+assert xla_loop.counters()["xla/fallbacks"] == 0
+torch.ones(3, device=device).sum().item()  # waits for the device
+assert xla_loop.counters()["xla/fallbacks"] == 1
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr
+    assert "_local_scalar_dense (1 times)" in process.stderr
