@@ -33,44 +33,67 @@ def evaluated_steps(directory: UPath) -> list[int]:
     return [json.loads(line)["step"] for line in file.read_text().splitlines()]
 
 
-def follow(workdir: UPath, gin_files, gin_bindings, machine: runtime.Runtime, poll_seconds: float, once: bool) -> None:
+def evaluate_newest(
+    workdir: UPath, gin_files: list[str], gin_bindings: list[str], machine: runtime.Runtime
+) -> tuple[int, dict[str, float]]:
+    """Evaluates the newest complete checkpoint, and writes down the result; returns its step and the figures."""
+    from jetformer import metrics, train
+
+    run, state, step = train.load(workdir, gin_files, gin_bindings, machine)
+    run.check_eval_batch_size(machine)
+    scalars = train.evaluate(run, state, machine)
+    directory = workdir / "eval"
+    directory.mkdir(parents=True, exist_ok=True)
+    written = metrics.Metrics(directory, process_index=0)
+    written.writer.write_scalars(step, scalars)
+    written.close()
+    file = directory / RESULTS_FILE
+    lines = file.read_text() if file.exists() else ""
+    file.write_text(lines + json.dumps({"step": step} | scalars) + "\n")
+    logging.info("Step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
+    return step, scalars
+
+
+def follow(
+    workdir: UPath,
+    gin_files: list[str],
+    gin_bindings: list[str],
+    machine: runtime.Runtime,
+    poll_seconds: float,
+    once: bool,
+) -> None:
     """Evaluates checkpoints until that of the run's last step.
 
+    Args:
+      workdir: the run's.
+      gin_files, gin_bindings: on top of the run's configuration.
+      machine: where to evaluate.
+      poll_seconds: how long to wait between two looks.
+      once: evaluate the newest checkpoint only, whether it has been or not.
+
     Raises:
-      ValueError: with `once`, if there is no checkpoint.
+      ValueError: with `once`, if there is no checkpoint; on several hosts.
     """
-    from jetformer import checkpoint, metrics, train
+    from jetformer import checkpoint, train
 
     if machine.process_count > 1:
         raise ValueError("jetformer.evaluate runs on one host: start it on one, with all of its devices")
-    directory = workdir / "eval"
     while True:
         newest = checkpoint.latest(workdir)
         if newest is None and once:
             raise ValueError(f"{workdir} has no complete checkpoint")
-        done = evaluated_steps(directory)
-        if newest is None or (newest in done and not once):
-            if newest is not None and newest >= train.configured(workdir, gin_files, gin_bindings).steps():
-                return
-            time.sleep(poll_seconds)
-            continue
-        try:
-            run, state, step = train.load(workdir, gin_files, gin_bindings, machine)
-        except (ValueError, OSError):
-            if newest in checkpoint.steps(workdir):
-                raise
-            continue  # training has deleted it, as there is a newer one
-        scalars = train.evaluate(run, state, machine)
-        directory.mkdir(parents=True, exist_ok=True)
-        file = directory / RESULTS_FILE
-        lines = file.read_text() if file.exists() else ""
-        written = metrics.Metrics(directory, process_index=0)
-        written.writer.write_scalars(step, scalars)
-        written.close()
-        file.write_text(lines + json.dumps({"step": step} | scalars) + "\n")
-        logging.info("Step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in scalars.items()))
-        if once or step >= run.steps():
+        new = newest is not None and (once or newest not in evaluated_steps(workdir / "eval"))
+        if new:
+            try:
+                newest, _ = evaluate_newest(workdir, gin_files, gin_bindings, machine)
+            except (ValueError, OSError):
+                if newest in checkpoint.steps(workdir):
+                    raise
+                continue  # training has deleted it, as there is a newer one
+        if once or (newest is not None and newest >= train.configured(workdir, gin_files, gin_bindings).steps()):
             return
+        if not new:
+            time.sleep(poll_seconds)
 
 
 def main(argv: list[str]) -> None:

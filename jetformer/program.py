@@ -4,6 +4,7 @@ Programs import this and `runtime` first, and the rest of the package after `run
 TensorFlow, before which torch_xla has to be imported.
 """
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ def one_line_errors() -> Iterator[None]:
 
     --verbosity=1 shows where it came from.
     """
+    # Training, which has something to save, takes it over while it lasts (`preemption.Preemption`).
+    signal.signal(signal.SIGTERM, _stop)
     try:
         yield
     except preemption.Preempted:
@@ -37,6 +40,11 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         logging.debug("", exc_info=True)
         sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def _stop(signum: int, frame) -> None:
+    del signum, frame
+    raise preemption.Preempted
 
 
 def no_arguments(argv: list[str]) -> None:

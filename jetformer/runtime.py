@@ -6,8 +6,10 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 # The only pair of versions that load against each other: torch_xla ended with this release.
 XLA_VERSIONS = "torch==2.9.0 and torch_xla==2.9.0"
@@ -28,6 +30,23 @@ class Runtime:
     process_index: int = 0
     process_count: int = 1
     device_count: int = 1
+
+    def barrier(self) -> None:
+        """Waits until all processes are here."""
+        if self.process_count > 1:
+            dist.barrier()
+
+    def agree_on(self, name: str, value: Any) -> None:
+        """Compares a value between processes.
+
+        Raises:
+          ValueError: if it is not the same on all.
+        """
+        if self.process_count > 1:
+            values = [None] * self.process_count
+            dist.all_gather_object(values, value)
+            if any(other != values[0] for other in values):
+                raise ValueError(f"{name} differs between processes: {values}; use a --workdir that all hosts share")
 
     def describe(self) -> str:
         """The devices in words."""
@@ -98,13 +117,15 @@ def _import_torch_xla() -> None:
 def _initialize_xla() -> Runtime:
     _import_torch_xla()
     import torch_xla
+    import torch_xla.backends
     import torch_xla.runtime as xr
 
+    # Left to itself a TPU multiplies float32 in bfloat16.
+    torch_xla.backends.set_mat_mul_precision("highest")
     xr.use_spmd()
     runtime = Runtime(torch_xla.device(), xr.process_index(), xr.process_count(), xr.global_runtime_device_count())
     if runtime.process_count > 1:
         # Hosts agree on checkpoints and preemption over their network, beside what the devices do.
-        import torch.distributed as dist
         import torch_xla.distributed.xla_backend
 
         dist.init_process_group("gloo", init_method="xla://")

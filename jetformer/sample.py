@@ -26,7 +26,9 @@ def main(argv: list[str]) -> None:
         from jetformer.sampling.grid import save_png
 
         run, state, step = train.load(UPath(FLAGS.workdir), FLAGS.gin_file, FLAGS.gin_bindings, machine)
-        save_png(train.sample(run, state, FLAGS.seed, machine), UPath(FLAGS.output))
+        picture = train.sample(run, state, FLAGS.seed, machine)
+        if machine.process_index == 0:
+            save_png(picture, UPath(FLAGS.output))
     logging.set_verbosity(logging.INFO)
     logging.info("Samples of step %d written to %s", step, FLAGS.output)
 

@@ -112,6 +112,10 @@ class Run:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide by grad_accum_steps {self.grad_accum_steps}"
             )
+        if self.compilation_cache is not None and "://" in self.compilation_cache:
+            raise ValueError(
+                f"train.compilation_cache = {self.compilation_cache!r}: XLA writes to local directories only"
+            )
         if self.autocast not in (None, "bfloat16"):
             raise ValueError(f"train.autocast = {self.autocast!r}: give 'bfloat16' or None")
 
@@ -136,16 +140,13 @@ class Run:
           ValueError: if the mesh does not fit the devices, or the batches do not divide by them.
         """
         resolve_mesh(self.mesh, runtime.device_count)
-        part = self.batch_size // self.grad_accum_steps
-        for name, size in (
-            ("batch_size" if self.grad_accum_steps == 1 else "batch_size / train.grad_accum_steps", part),
-            ("eval_batch_size", self.eval_batch_size or self.batch_size),
-        ):
-            if size % runtime.device_count:
-                raise ValueError(
-                    f"train.{name} = {size} does not divide by the {runtime.device_count} devices of the mesh: "
-                    "choose a multiple"
-                )
+        name = "batch_size" if self.grad_accum_steps == 1 else "batch_size / train.grad_accum_steps"
+        _check_divides(name, self.batch_size // self.grad_accum_steps, runtime)
+        self.check_eval_batch_size(runtime)
+
+    def check_eval_batch_size(self, runtime: Runtime) -> None:
+        """As `check_mesh`, for evaluation alone."""
+        _check_divides("eval_batch_size", self.eval_batch_size or self.batch_size, runtime)
 
     def build_model(self) -> nn.Module:
         """The model on the CPU, with initial weights that depend on the seed alone, not on the device."""
@@ -211,12 +212,14 @@ class Run:
             process_count=runtime.process_count,
         )
 
-    def build_state(self, runtime: Runtime) -> "State":
-        """Model, optimizer and moving average at step 0."""
+    def build_state(self, runtime: Runtime, to_train: bool = True) -> "State":
+        """Model, optimizer (to train) and moving average at step 0."""
         loop = loop_of(runtime)
         model = loop.place(self.build_model(), runtime)
-        optimizer = self.optimizer(model)
-        loop.place_state(x for state in optimizer.state.values() for x in state.values())
+        optimizer = None
+        if to_train:
+            optimizer = self.optimizer(model)
+            loop.place_state(x for state in optimizer.state.values() for x in state.values())
         ema = None
         if self.ema_decay:
             ema = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -226,19 +229,18 @@ class Run:
 
 @dataclasses.dataclass
 class State:
-    """What training changes: the model, its optimizer, and the moving average of its parameters (None: there is
-    none)."""
+    """What training changes: the model, its optimizer (None: it is not to be trained), and the moving average of its
+    parameters (None: there is none)."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None
     ema: dict[str, Tensor] | None
 
     def tensors(self) -> dict[str, Any]:
         """All of it as nested dictionaries of tensors, to save and to restore in place."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": optim.state_tensors(self.optimizer, self.model),
-        }
+        state = {"model": self.model.state_dict()}
+        if self.optimizer is not None:
+            state["optimizer"] = optim.state_tensors(self.optimizer, self.model)
         if self.ema is not None:
             state["ema"] = self.ema
         return state
@@ -304,6 +306,9 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     loop = loop_of(runtime)
     run.check_mesh(runtime)
     run.check_model()
+    if runtime.process_index == 0:  # where processes share the place, one of them
+        run.data.prepare()
+    runtime.barrier()
     run.data.prepare()
     total_steps = run.steps()
     schedule = run.build_schedule()
@@ -316,6 +321,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     loop.set_up(run.mesh, _compilation_cache(run, workdir))
     state = run.build_state(runtime)
     start_step = restore(workdir, state, runtime)
+    runtime.agree_on("the step to go on from", start_step)
     if start_step > total_steps:
         raise ValueError(
             f"{workdir} holds a run that is at step {start_step} already, and this one ends at {total_steps}: "
@@ -499,7 +505,7 @@ def load(
 ) -> tuple[Run, State, int]:
     """The experiment that a workdir holds, its newest complete checkpoint, and that one's step.
 
-    Laid out over the devices of this job, whatever the run's mesh is.
+    Laid out over the devices of this job, whatever the run's mesh is, and without an optimizer.
 
     Raises:
       ValueError: if there is none, or it does not fit.
@@ -507,9 +513,8 @@ def load(
     run = dataclasses.replace(configured(workdir, gin_files, gin_bindings), mesh={"fsdp": -1})
     if checkpoint.latest(workdir) is None:
         raise ValueError(f"{workdir} has no complete checkpoint")
-    run.check_mesh(runtime)
     loop_of(runtime).set_up(run.mesh, _compilation_cache(run, workdir))
-    state = run.build_state(runtime)
+    state = run.build_state(runtime, to_train=False)
     return run, state, restore(workdir, state, runtime)
 
 
@@ -562,8 +567,10 @@ class _Meter:
         Raises:
           NonFiniteLoss: see `check`; for what earlier calls have brought to the host.
         """
-        while self._pending and self._pending[0].done():
-            self._pending.pop(0).result()
+        # What was measured for the last log is there by now, and processes that wait for it stop at the same step.
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
         parameters = [p.detach() for p in self._model.parameters()]
         norm = self._loop.compile(optim.global_norm)(parameters)
         self._pending.append(self._thread.submit(self._write, list(self._steps), last, norm, self._since))
@@ -603,6 +610,13 @@ class _Meter:
         for name in last.seconds:
             scalars[f"{name}_fraction"] = sum(step.seconds[name] for step in measured) / elapsed
         self._writer.write_scalars(last.number, scalars | self._loop.counters())
+
+
+def _check_divides(name: str, size: int, runtime: Runtime) -> None:
+    if size % runtime.device_count:
+        raise ValueError(
+            f"train.{name} = {size} does not divide by the {runtime.device_count} devices of the mesh: take a multiple"
+        )
 
 
 def _markdown(text: str) -> str:

@@ -366,7 +366,7 @@ look_at_workers() {
         [[ $command == "$command_id" ]] || foreign=1 ;;
       none) none=$((none + 1)) ;;
       0) finished=$((finished + 1)) ;;
-      75 | lost) interrupted=$((interrupted + 1)) ;;
+      75 | 143 | lost) interrupted=$((interrupted + 1)) ;;
       stopped) stopped=$((stopped + 1)) ;;
       *) broken+="${broken:+ }$worker:$s" ;;
     esac

@@ -14,7 +14,9 @@ Nothing else touches the device. Dimensions: B batch over all devices.
 """
 
 import contextlib
+import dataclasses
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -110,9 +112,23 @@ def to_host(values: list[Tensor]) -> np.ndarray:
     return torch.stack(torch_xla._XLAC._xla_get_cpu_tensors(values)).numpy()
 
 
+class _SavePlanner(SPMDSavePlanner):
+    """torch_xla's, for meshes that hold copies of shards.
+
+    It takes a second copy in one plan for one that another process writes as well, and then drops both.
+    """
+
+    def create_local_plan(self):
+        plan = super().create_local_plan()
+        first_copies = {}
+        for item in plan.items:
+            first_copies.setdefault(item.index, item)
+        return dataclasses.replace(plan, items=list(first_copies.values()))
+
+
 def checkpointing() -> dict[str, Callable]:
     """How a `Checkpointer` copies and writes what lies on the mesh: every host only its own shards."""
-    return {"snapshot": _sharded_cpu_state_dict, "planner": SPMDSavePlanner}
+    return {"snapshot": _sharded_cpu_state_dict, "planner": _SavePlanner}
 
 
 def load_planner() -> SPMDLoadPlanner:
@@ -179,6 +195,7 @@ def _on_device(inputs: Iterator[dict[str, Tensor]], runtime: Runtime) -> Iterato
         input_sharding=shardings,
         loader_prefetch_size=_HOST_PREFETCH,
         device_prefetch_size=_DEVICE_PREFETCH,
+        batches_per_execution=sys.maxsize,  # it cuts off no graph: the loop does
     )
 
     def batches():
@@ -213,6 +230,8 @@ def train_steps(
 ) -> Iterator[steps.Step]:
     """Trains from `start_step` to `total_steps`, yielding after every update; arguments as in
     `torch_loop.train_steps`."""
+    if start_step == total_steps:
+        return
     names: tuple[str, ...] = ()
     max_norm = float("inf") if grad_clip_norm is None else grad_clip_norm
 
@@ -256,7 +275,7 @@ def train_steps(
         optimizer.zero_grad(set_to_none=True)
         one = torch.ones_like(loss)
         names, values = steps.pack({"loss": (loss, one), "grad_norm": (grad_norm, one), **sums})
-        return values
+        return _everywhere(values)
 
     with _on_device(inputs(), runtime) as device_batches:
         for step in range(start_step, total_steps):
@@ -274,6 +293,12 @@ def train_steps(
                 logging.warning("The graph of step %d is new and had to be compiled: what changed?", step + 1)
             learning_rate = schedule(step) * optimizer.param_groups[0]["base_lr"]
             yield steps.Step(step + 1, names, values, learning_rate, noise_curriculum(step), seconds)
+
+
+def _everywhere(values: Tensor) -> Tensor:
+    """Says that all devices hold all of `values`: to bring them to the host takes no exchange between hosts."""
+    xs.mark_sharding(values, xs.get_global_mesh(), (None,) * values.ndim)
+    return values
 
 
 def _compilations() -> int:
@@ -306,7 +331,7 @@ def evaluate(
         with autocast(autocast_dtype):
             _, terms = objective(model, batch, draws, train=False)
         names, values = steps.pack(objectives.sum_terms(terms, mask))
-        return values
+        return _everywhere(values)
 
     model.eval()
     values = []
