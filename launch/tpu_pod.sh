@@ -12,8 +12,8 @@
 # The run does not hang on this script: Ctrl-C or a lost connection leave it going, and the same command attaches to it.
 # What it watches for, and does:
 #   all workers end with 0            the end
-#   a worker ends with 75, or its     (a maintenance event) all workers are stopped and started together, on the same
-#   host restarted                    VM, with the same source; at most MAX_RESTARTS times
+#   a worker ends with 75 (or 143),   (a maintenance event) all workers are stopped and started together, on the same
+#   or its host restarted             VM, with the same source; at most MAX_RESTARTS times
 #   the VM is PREEMPTED, TERMINATED   with PROVISIONING=on_demand it ends and says so; otherwise the VM is deleted and
 #   or gone                           created again as it was, installed and started; counted as the above
 #   any other exit code               the others are stopped, and it ends with code 1, naming the log to read

@@ -136,13 +136,14 @@ def test_nothing_is_compiled_after_the_second_step(tmp_path, data_dir):
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory, data_dir):
-    """A run of 8 steps on four devices, with a checkpoint half-way, that was not interrupted."""
+    """A run of 8 steps on 2 × 2 devices, with a checkpoint half-way, that was not interrupted."""
     workdir = tmp_path_factory.mktemp("sharded")
     run_on_xla(workdir, sharded_bindings(data_dir), devices=4)
+    assert chunks(workdir, 4, "model.decoder.blocks.0.mlp.gate_up.weight") == 2
     return workdir
 
 
-def sharded_bindings(data_dir, mesh="{'fsdp': -1}", **overrides):
+def sharded_bindings(data_dir, mesh="{'data': 2, 'fsdp': 2}", **overrides):
     return bindings(data_dir, **SIZES, train__mesh=mesh, **{"train__total_steps": 8} | overrides)
 
 
@@ -173,7 +174,7 @@ def test_a_killed_run_continues_bit_by_bit(sharded, tmp_path, data_dir):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_checkpoints_of_four_devices_are_read_by_fewer(sharded, tmp_path, data_dir, devices):
-    run_on_xla(half_of(sharded, tmp_path), sharded_bindings(data_dir), devices)
+    run_on_xla(half_of(sharded, tmp_path), sharded_bindings(data_dir, "{'fsdp': -1}"), devices)
     assert_continues(sharded, tmp_path)
 
 
@@ -184,7 +185,7 @@ def test_checkpoints_of_four_devices_are_read_by_the_cpu_loop(sharded, tmp_path,
 
 def test_checkpoints_of_the_cpu_loop_are_read_by_four_devices(sharded, tmp_path, data_dir):
     run(tmp_path, data_dir, **SIZES, train__total_steps=4)
-    run_on_xla(tmp_path, sharded_bindings(data_dir, "{'data': 2, 'fsdp': 2}"), devices=4)
+    run_on_xla(tmp_path, sharded_bindings(data_dir, "{'fsdp': -1}"), devices=4)
     assert_continues(sharded, tmp_path)
 
 
@@ -194,6 +195,13 @@ def assert_continues(expected, workdir):
         for step in range(5, 9):
             assert actual[name][step] == pytest.approx(expected[name][step], rel=1e-5), (name, step)
     assert actual["val_ema/bits_per_dim"][8] == pytest.approx(expected["val_ema/bits_per_dim"][8], rel=1e-5)
+
+
+def test_a_finished_run_started_again_ends(sharded, tmp_path, data_dir):
+    workdir = tmp_path / "run"
+    shutil.copytree(sharded, workdir)
+    log = run_on_xla(workdir, sharded_bindings(data_dir), devices=4)
+    assert "from step 8." in log
 
 
 def test_sigterm_saves_and_asks_for_a_restart(sharded, tmp_path, data_dir):
