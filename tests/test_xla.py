@@ -33,16 +33,24 @@ SIZES = {
 }
 
 
-def start_on_xla(workdir, gin_bindings, devices=1, program="main", *more):
+def start_on_xla(workdir, gin_bindings, devices=1, *more):
     args = command(workdir, gin_bindings, "experiments/digits.gin", "--device=xla", *more)
-    args[2] = f"jetformer.{program}"
     return start(args, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(devices))
 
 
-def run_on_xla(workdir, gin_bindings, devices=1, program="main", *more, returncode=0):
-    process = start_on_xla(workdir, gin_bindings, devices, program, *more)
+def run_on_xla(workdir, gin_bindings, devices=1, *more, returncode=0):
+    process = start_on_xla(workdir, gin_bindings, devices, *more)
     _, log = process.communicate(timeout=400)
     assert process.returncode == returncode, log[-5000:]
+    return log
+
+
+def run_job(program, workdir, *flags):
+    """Runs a program on two devices of XLA, or on the CPU, on what a workdir holds."""
+    args = [sys.executable, "-m", f"jetformer.{program}", f"--workdir={workdir}", *flags]
+    process = start(args, PJRT_DEVICE="CPU", CPU_NUM_DEVICES="2")
+    _, log = process.communicate(timeout=400)
+    assert process.returncode == 0, log[-5000:]
     return log
 
 
@@ -184,9 +192,10 @@ def test_checkpoints_of_four_devices_are_read_by_the_cpu_loop(sharded, tmp_path,
 
 
 def test_checkpoints_of_the_cpu_loop_are_read_by_four_devices(sharded, tmp_path, data_dir):
-    run(tmp_path, data_dir, **SIZES, train__total_steps=4)
-    run_on_xla(tmp_path, sharded_bindings(data_dir, "{'fsdp': -1}"), devices=4)
-    assert_continues(sharded, tmp_path)
+    run(tmp_path / "cpu", data_dir, **SIZES, train__total_steps=8)
+    workdir = half_of(tmp_path / "cpu", tmp_path / "run")
+    run_on_xla(workdir, sharded_bindings(data_dir, "{'fsdp': -1}"), devices=4)
+    assert_continues(sharded, workdir)
 
 
 def assert_continues(expected, workdir):
@@ -222,17 +231,12 @@ def test_jobs_of_their_own_read_it(sharded, tmp_path, data_dir):
     """Evaluation and sampling on two devices and on the CPU, from a checkpoint of four."""
     workdir = tmp_path / "run"
     shutil.copytree(sharded, workdir)
-    log = run_on_xla(workdir, [], 2, "evaluate")
-    assert "Step 8" in log
+    assert "Step 8" in run_job("evaluate", workdir, "--device=xla")
     trained, evaluated = scalars(workdir), scalars(workdir / "eval")
     assert evaluated["val_ema/bits_per_dim"][8] == pytest.approx(trained["val_ema/bits_per_dim"][8], rel=1e-5)
-    grid = ["train.samples = @ClassGrid()"]
-    run_on_xla(workdir, grid, 2, "sample", f"--output={tmp_path / 'xla.png'}")
-    args = command(workdir, grid, "experiments/digits.gin", f"--output={tmp_path / 'cpu.png'}")
-    args[2] = "jetformer.sample"
-    process = start(args)
-    _, log = process.communicate(timeout=200)
-    assert process.returncode == 0, log
+    grid = "--gin_bindings=train.samples = @ClassGrid()"
+    for device in ("xla", "cpu"):
+        run_job("sample", workdir, f"--device={device}", grid, f"--output={tmp_path / device}.png")
     assert (tmp_path / "xla.png").read_bytes() == (tmp_path / "cpu.png").read_bytes()
 
 

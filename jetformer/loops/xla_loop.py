@@ -15,6 +15,7 @@ Nothing else touches the device. Dimensions: B batch over all devices.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import sys
 import time
@@ -103,8 +104,15 @@ def _keep_examples_apart(module: nn.Module, args, output) -> None:
 
 
 def compile(function: Callable) -> Callable:
-    """Traces what `function` does to the device as one graph, and cuts it off at its end."""
-    return torch_xla.compile(function)
+    """Traces what `function` does to the device as one graph, and cuts it off at its end; a tensor that it returns is
+    whole on every device."""
+
+    @functools.wraps(function)
+    def whole(*args):
+        result = function(*args)
+        return _everywhere(result) if isinstance(result, Tensor) else result
+
+    return torch_xla.compile(whole)
 
 
 def to_host(values: list[Tensor]) -> np.ndarray:
@@ -296,7 +304,8 @@ def train_steps(
 
 
 def _everywhere(values: Tensor) -> Tensor:
-    """Says that all devices hold all of `values`: to bring them to the host takes no exchange between hosts."""
+    """Says that all devices hold all of `values`: to bring them to the host takes no exchange between hosts, which
+    torch_xla would compile anew each time."""
     xs.mark_sharding(values, xs.get_global_mesh(), (None,) * values.ndim)
     return values
 
