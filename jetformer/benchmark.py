@@ -1,147 +1,436 @@
-"""Measure the training step of an experiment, on made-up data.
+"""Measure an experiment on made-up data: its training step, where time and memory go, its flow, and sampling.
 
     python -m jetformer.benchmark --gin_file=experiments/cpu_benchmark.gin
 
-The step is the training loop's own. Beside it, in the same process and in turn with it, runs a product of two float32
-matrices of 2048 × 2048: machines differ and are shared, the ratio says more than the time.
+The step is the training loop's own. Beside it, in the same process and in turn with it, runs a matrix product: machines
+differ and are shared, a ratio says more than a time. `--json=FILE` keeps the figures, `--compare=FILE` sets them beside
+those of another run, `--profile=DIR` writes a trace of some steps, for TensorBoard's profiler (pip install
+torch-tb-profiler).
 """
 
+import collections
 import contextlib
 import itertools
+import json
+import pathlib
 import platform
+import resource
 import statistics
 import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from absl import app, flags
-from torch import nn
+from torch import Tensor, nn
 
 from jetformer import program, runtime
 
 flags.adopt_module_key_flags(program)
 flags.DEFINE_integer("steps", 20, "How many steps to measure.", lower_bound=1)
 flags.DEFINE_integer("warmup", 3, "How many steps to run before.", lower_bound=1)
+flags.DEFINE_integer("samples", 8, "How many images to sample at a time; 0 for no sampling.", lower_bound=0)
+flags.DEFINE_string("json", None, "A file to write the figures to.")
+flags.DEFINE_string("compare", None, "A file that --json wrote: its figures are set beside these.")
+flags.DEFINE_string("profile", None, "A directory to write a trace of three steps to.")
 FLAGS = flags.FLAGS
 
-MATMUL_SIZE = 2048
+PHASES = ("data", "forward", "backward", "optimizer")
 
 
-def matmul_parameters(model: nn.Module) -> int:
-    """How many parameters are multiplied with every token: the weights of all linear layers."""
+def linear_parameters(model: nn.Module) -> int:
+    """How many parameters the weights of all linear layers have."""
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
 
 
-def synthetic_batches(model: nn.Module, batch_size: int):
-    """One random batch, for ever: images uint8 `[B, H, W, C]`, texts of one token."""
+def model_flops(model: nn.Module, batch_size: int, text_length: int) -> int:
+    """Floating-point operations of the matrix products of a training step, by formula.
+
+    A forward pass has 2 · P · T for each linear layer of P weights that T tokens go through, and 4 · W · T · S for each
+    attention of width W of T queries to S keys (masked ones too). The backward pass has twice as many. What activation
+    checkpointing computes twice counts once.
+    """
+    from jetformer.models.decoder import Decoder
+    from jetformer.models.jet import Jet
+    from jetformer.models.jetformer import JetFormer
+
+    linear = lambda module, tokens: 2 * linear_parameters(module) * tokens
+    attention = lambda width, tokens: 4 * width * tokens * tokens
+
+    def of_flow(flow: Jet) -> int:
+        tokens = flow.patchify.num_tokens
+        total = linear(flow, tokens)
+        for coupling in flow.couplings:
+            encoder = coupling.dnn.vit
+            total += len(encoder.blocks) * attention(coupling.dnn.posemb.shape[-1], tokens)
+        return total
+
+    def of_jetformer(model: JetFormer) -> int:
+        decoder: Decoder = model.decoder
+        image = model.num_image_tokens
+        text = text_length * model.num_vocab_repeats
+        sequence = image + text + (1 if model.boi_id is None else 2) - 1
+        total = 0 if model.flow is None else of_flow(model.flow)
+        total += linear(decoder, sequence)
+        for block in decoder.blocks:
+            total += attention(block.attn.num_heads * block.attn.head_dim, sequence)
+        total += linear(model.image_emb, image) + linear(model.image_head, image)
+        return total + 2 * model.text_emb.weight.numel() * text_length
+
+    forward = of_flow(model) if isinstance(model, Jet) else of_jetformer(model)
+    return 3 * batch_size * forward
+
+
+def counted_flops(run, batch: dict[str, np.ndarray]) -> int:
+    """What torch's FlopCounterMode counts in a training step, on the meta device, where nothing is computed."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = run.check_model()
+    # The head adds up products in place.
+    in_place = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        tensors = {name: torch.tensor(array, device="meta") for name, array in batch.items()}
+        draws = run.objective.draw(model, tensors, torch.empty(run.batch_size, 2, dtype=torch.int32), train=True)
+        loss, _ = run.objective(model, tensors, draws, noise_scale=run.noise_scale)
+        loss.backward()
+    return counter.get_total_flops()
+
+
+def synthetic_batch(model: nn.Module, batch_size: int) -> dict[str, np.ndarray]:
+    """A random batch: images uint8 `[B, H, W, C]`, and for a JetFormer texts of one token."""
     rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.integers(0, 256, (batch_size, *model.image_shape), dtype=np.uint8),
-        "text": rng.integers(0, model.bos_id, (batch_size, 1), dtype=np.int32),
-        "text_mask": np.ones((batch_size, 1), bool),
-        "text_loss": np.ones((batch_size, 1), bool),
-    }
-    return itertools.repeat(batch)
+    batch = {"image": rng.integers(0, 256, (batch_size, *model.image_shape), dtype=np.uint8)}
+    if hasattr(model, "bos_id"):
+        batch |= {
+            "text": rng.integers(0, model.bos_id, (batch_size, 1), dtype=np.int32),
+            "text_mask": np.ones((batch_size, 1), bool),
+            "text_loss": np.ones((batch_size, 1), bool),
+        }
+    return batch
 
 
-def measure_matmul(device: torch.device) -> float:
-    """Seconds that a float32 product of two 2048 × 2048 matrices takes; under XLA on the host's CPU by PyTorch."""
-    a = torch.ones(MATMUL_SIZE, MATMUL_SIZE, device="cpu" if device.type == "xla" else device)
-    _synchronize(device)
-    start = time.perf_counter()
-    a @ a
-    _synchronize(device)
-    return time.perf_counter() - start
+class Clock:
+    """Seconds by what they were spent on; waits for the device at every look."""
+
+    def __init__(self, synchronize: Callable[[], None]):
+        self._synchronize = synchronize
+        self.reset()
+
+    def reset(self) -> None:
+        self.seconds = collections.Counter()
+        self._last = self._now()
+
+    def __call__(self, name: str) -> None:
+        """What was done since the last look is `name`."""
+        now = self._now()
+        self.seconds[name] += now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        self._synchronize()
+        return time.perf_counter()
 
 
-def measure(run, machine: runtime.Runtime, steps: int, warmup: int) -> dict:
-    """Times training steps of a `train.Run` and matrix products in turn.
+class Machine:
+    """What is measured of a device, whichever it is: time, memory, and the rate of a product of two matrices, which are
+    as large as it takes for the full rate, and of the dtype that the model multiplies in (on a CPU float32)."""
+
+    def __init__(self, where: runtime.Runtime, loop, autocast_dtype: str | None):
+        self.runtime = where
+        accelerator = where.device.type == "cuda" or _on_tpu(where)
+        self.matmul_size = 8192 if accelerator else 2048
+        self.dtype = getattr(torch, autocast_dtype) if accelerator and autocast_dtype else torch.float32
+        self._matrix = torch.ones(self.matmul_size, self.matmul_size, dtype=self.dtype, device=where.device)
+        self._multiply = loop.compile(lambda: self._matrix @ self._matrix)
+        self.time_matmul()
+
+    def synchronize(self) -> None:
+        """Waits until the device has done what it was given."""
+        device = self.runtime.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "xla":
+            import torch_xla.core.xla_model as xm
+
+            xm.wait_device_ops()
+
+    def time(self, function: Callable[[], object]) -> float:
+        """Seconds that a call takes, with all that it makes the device do."""
+        self.synchronize()
+        start = time.perf_counter()
+        function()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def time_matmul(self) -> float:
+        """Seconds that the product takes that everything is compared with."""
+        return self.time(self._multiply)
+
+    def peak_memory(self) -> int:
+        """Bytes: of a GPU's memory by this process's tensors; elsewhere of the process."""
+        if self.runtime.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.runtime.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _on_tpu(where: runtime.Runtime) -> bool:
+    if where.device.type != "xla":
+        return False
+    import torch_xla.runtime as xr
+
+    return xr.device_type() == "TPU"
+
+
+def measure(run, where: runtime.Runtime, *, steps: int, warmup: int, samples: int, profile: str | None) -> dict:
+    """Measures a `train.Run`.
+
+    Args:
+      run: the experiment.
+      where: on which device; every process of several measures itself.
+      steps, warmup: how many training steps to measure, and to run before.
+      samples: how many images to sample at a time; 0: none.
+      profile: a directory for a trace of three more steps; None: none.
 
     Returns:
-      parameters, matmul_parameters, tokens (image tokens a step), flops (6 · matmul_parameters · tokens: a
-      multiplication and an addition, forward once and backward twice), step_seconds and matmul_seconds (lists); under
-      XLA also trace_seconds (list), compilations and compile_seconds, the number of graphs and the time for all.
+      A dictionary for JSON. Seconds are lists with an entry for each step: step (of the loop as it is), matmul (in turn
+      with them), and the phases data, forward, backward, optimizer (of other steps, which wait for the device after
+      each). flops is of all processes' step, by `model_flops`; bytes are of this process.
     """
     from jetformer import train
 
-    run.check_mesh(machine)
-    device, loop = machine.device, train.loop_of(machine)
-    loop.set_up(run.mesh, None)
-    state = run.build_state(machine)
+    run.check_mesh(where)
+    loop = train.loop_of(where)
+    loop.set_up(run.mesh, None, run.matmul_precision)
+    machine = Machine(where, loop, run.autocast)
+    state = run.build_state(where)
     model = state.model
-    training = loop.train_steps(
-        model=model,
-        objective=run.objective,
-        optimizer=state.optimizer,
-        ema=state.ema,
-        batches=synthetic_batches(model, run.batch_size),
-        start_step=0,
-        total_steps=steps + warmup,
-        schedule=lambda step: 1e-3,
-        noise_curriculum=lambda step: run.noise_scale,
-        runtime=machine,
-        seed=run.seed,
-        grad_clip_norm=run.grad_clip_norm,
-        grad_accum_steps=run.grad_accum_steps,
-        ema_decay=run.ema_decay,
-        autocast_dtype=run.autocast,
-    )
-    step_seconds, matmul_seconds, trace_seconds = [], [], []
-    with contextlib.closing(training):
-        for _ in range(steps + warmup):
-            matmul_seconds.append(measure_matmul(device))
-            start = time.perf_counter()
-            step = next(training)
-            loop.to_host([step.values])  # waits for the device
-            step_seconds.append(time.perf_counter() - start)
-            trace_seconds.append(step.seconds.get("trace", 0.0))
-    counters = loop.counters()
-    tokens = run.batch_size * model.num_image_tokens
-    return {
+    whole = synthetic_batch(model, run.batch_size)
+    size = run.batch_size // where.process_count
+    local = {name: array[where.process_index * size :][:size] for name, array in whole.items()}
+    clock = Clock(machine.synchronize)
+
+    def training(count: int, on_phase: Callable[[str], None]) -> Iterator:
+        return loop.train_steps(
+            runner=state.runner,
+            objective=run.objective,
+            optimizer=state.optimizer,
+            ema=state.ema,
+            batches=itertools.repeat(local),
+            start_step=0,
+            total_steps=count,
+            schedule=lambda step: 1e-3,
+            noise_curriculum=lambda step: run.noise_scale,
+            runtime=where,
+            seed=run.seed,
+            grad_clip_norm=run.grad_clip_norm,
+            grad_accum_steps=run.grad_accum_steps,
+            ema_decay=run.ema_decay,
+            autocast_dtype=run.autocast,
+            on_phase=on_phase,
+        )
+
+    seconds = collections.defaultdict(list)
+    with contextlib.closing(training(warmup + steps, lambda name: None)) as stepping:
+        start = time.perf_counter()
+        for number in range(warmup + steps):
+            matmul = machine.time_matmul()
+            step = machine.time(lambda: next(stepping))
+            if number == 0:
+                first_step = time.perf_counter() - start
+            if number >= warmup:
+                seconds["matmul"].append(matmul)
+                seconds["step"].append(step)
+    peak = machine.peak_memory()
+    if where.device.type != "xla":  # which runs a step as one graph
+        with contextlib.closing(training(steps + 1, clock)) as stepping:
+            for number in range(steps + 1):
+                clock.reset()
+                next(stepping)
+                if number > 0:  # the first sets up
+                    for name in PHASES:
+                        seconds[name].append(clock.seconds[name])
+    if profile is not None:
+        with contextlib.closing(training(3, lambda name: None)) as stepping:
+            _profile(stepping, profile, machine)
+
+    results = {
+        "on": where.describe(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "processes": where.process_count,
+        "batch_size": run.batch_size,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "matmul_parameters": matmul_parameters(model),
-        "tokens": tokens,
-        "flops": 6 * matmul_parameters(model) * tokens,
-        "step_seconds": step_seconds[warmup:],
-        "matmul_seconds": matmul_seconds[warmup:],
-    } | (
-        {
-            "trace_seconds": trace_seconds[warmup:],
-            "compilations": counters["xla/compilations"],
-            "compile_seconds": counters["xla/compile_seconds"],
-        }
-        if counters
-        else {}
-    )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def report(run, machine: runtime.Runtime, results: dict) -> str:
-    """The measurements as text."""
-    step, matmul = (statistics.median(results[f"{name}_seconds"]) for name in ("step", "matmul"))
-    fastest, slowest = (f(results["step_seconds"]) for f in (min, max))
-    step_rate, matmul_rate = results["flops"] / step / 1e9, 2 * MATMUL_SIZE**3 / matmul / 1e9
-    rows = {
-        "on": f"{machine.describe()}, torch {torch.__version__}, Python {platform.python_version()}",
-        "parameters": f"{results['parameters']:,}",
-        "of them in matrices": f"{results['matmul_parameters']:,}",
-        "image tokens a step": f"{results['tokens']:,}",
-        "step": f"{step:.3f} s (median of {len(results['step_seconds'])}; {fastest:.3f} to {slowest:.3f})",
-        "images/s": f"{run.batch_size / step:.1f}",
-        "6 · matrices · tokens": f"{results['flops'] / 1e9:.1f} GFLOP a step, {step_rate:.0f} GFLOP/s",
-        f"{MATMUL_SIZE}³ product": f"{matmul_rate:.0f} GFLOP/s",
-        "ratio": f"{step_rate / matmul_rate:.2f}",
+        "linear_parameters": linear_parameters(model),
+        "image_tokens": run.batch_size * (getattr(model, "num_image_tokens", None) or model.patchify.num_tokens),
+        "flops": model_flops(model, run.batch_size, text_length=1),
+        "counted_flops": counted_flops(run, whole),
+        "matmul_size": machine.matmul_size,
+        "seconds": dict(seconds),
+        "first_step_seconds": first_step,
+        "counters": loop.counters(),
+        "bytes": {"peak": peak} | _bytes_of(state, run, local, loop, where),
     }
-    if "trace_seconds" in results:
-        trace = statistics.median(results["trace_seconds"])
-        rows |= {
-            "tracing": f"{trace:.3f} s ({trace / step:.0%} of a step)",
-            "compiling": f"{results['compilations']:.0f} graphs in {results['compile_seconds']:.1f} s",
-        }
+    model.eval()
+    flow = model if not hasattr(model, "flow") else model.flow
+    with torch.no_grad(), loop.gathered(state.runner):
+        if flow is not None:
+            results["flow"] = _measure_flow(flow, size, machine, loop, steps, warmup)
+        if samples and hasattr(model, "bos_id"):
+            results["sampling"] = _measure_sampling(model, samples, machine, loop)
+    return results
+
+
+def _profile(stepping: Iterator, directory: str, machine: Machine) -> None:
+    if machine.runtime.device.type == "xla":
+        import torch_xla.debug.profiler as xp
+
+        xp.start_trace(directory)
+        collections.deque(stepping, maxlen=0)
+        machine.synchronize()
+        xp.stop_trace()
+        return
+    writes = torch.profiler.tensorboard_trace_handler(directory)
+    with torch.profiler.profile(on_trace_ready=writes, profile_memory=True):
+        collections.deque(stepping, maxlen=0)
+        machine.synchronize()
+
+
+def _bytes_of(state, run, batch: dict[str, np.ndarray], loop, where: runtime.Runtime) -> dict[str, int]:
+    """What this process keeps, in bytes: parameters, gradients, optimizer, average, and what the forward pass saves
+    for the backward pass (not under XLA, which decides itself)."""
+    sizes = lambda tensors: sum(loop.local(x).nbytes for x in tensors)
+    parameters = sizes(state.model.parameters())
+    kept = {
+        "parameters": parameters,
+        "gradients": parameters,
+        "optimizer": sizes(x for values in state.optimizer.state.values() for x in values.values()),
+        "average": sizes(state.ema.values()) if state.ema else 0,
+    }
+    if where.device.type == "xla":
+        return kept
+    from jetformer import prng
+
+    saved: dict[int, int] = {}
+    own = {loop.local(p).untyped_storage().data_ptr() for p in state.model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = loop.local(tensor).untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    part = {name: array[: len(array) // run.grad_accum_steps] for name, array in batch.items()}
+    part = loop.to_device(part, where.device)
+    keys = prng.example_keys(0, torch.arange(len(part["image"]), dtype=torch.int32, device=where.device))
+    draws = run.objective.draw(state.model, part, keys, train=True)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        loop.autocast(where.device, run.autocast),
+    ):
+        loss, _ = state.runner(run.objective, part, draws, noise_scale=run.noise_scale)
+    loss.backward()  # FSDP2 expects it
+    state.optimizer.zero_grad()
+    return kept | {"saved_activations": sum(saved.values())}
+
+
+def _measure_flow(flow: nn.Module, batch_size: int, machine: Machine, loop, steps: int, warmup: int) -> dict:
+    """Seconds of the flow's two directions, in turn, for a batch, without gradients."""
+    x = torch.rand(batch_size, *flow.image_shape, device=machine.runtime.device) * 2 - 1
+    forward, inverse = loop.compile(lambda: flow(x)[0]), loop.compile(lambda: flow.inverse(x)[0])
+    pairs = [(machine.time(forward), machine.time(inverse)) for _ in range(warmup + steps)][warmup:]
+    forwards, inverses = map(list, zip(*pairs, strict=True))
+    return {"batch_size": batch_size, "forward_seconds": forwards, "inverse_seconds": inverses}
+
+
+def _measure_sampling(model: nn.Module, count: int, machine: Machine, loop) -> dict:
+    """Seconds of sampling `count` images at once, three times."""
+    from jetformer import prng
+    from jetformer.sampling.decode import sample_images
+
+    device = machine.runtime.device
+    text = torch.zeros(count, 1, dtype=torch.int64, device=device)
+    keys = prng.example_keys(0, torch.arange(count, dtype=torch.int32)).to(device)
+    call = lambda: sample_images(model, text, keys, compile=loop.compile)
+    call()
+    seconds = [machine.time(call) for _ in range(3)]
+    return {"images": count, "tokens": count * model.num_image_tokens, "seconds": seconds}
+
+
+def figures(results: dict) -> dict[str, float]:
+    """What one would compare of two measurements, by name."""
+    median = {name: statistics.median(values) for name, values in results["seconds"].items()}
+    rate = results["flops"] / median["step"]
+    matmul_rate = 2 * results["matmul_size"] ** 3 / median["matmul"] * results["processes"]
+    simple = 6 * results["linear_parameters"] * results["image_tokens"] / median["step"]
+    values = {f"{name} s": seconds for name, seconds in median.items()}
+    values |= {
+        "images/s": results["batch_size"] / median["step"],
+        "model GFLOP/s": rate / 1e9,
+        "share of matmul": rate / matmul_rate,
+        "6PT share of matmul": simple / matmul_rate,
+        "peak GB": results["bytes"]["peak"] / 1e9,
+    }
+    if "flow" in results:
+        flow = {name: statistics.median(results["flow"][f"{name}_seconds"]) for name in ("forward", "inverse")}
+        values |= {f"flow {name} images/s": results["flow"]["batch_size"] / s for name, s in flow.items()}
+    if "sampling" in results:
+        seconds = statistics.median(results["sampling"]["seconds"])
+        values["sampled images/s"] = results["sampling"]["images"] / seconds
+        values["sampled tokens/s"] = results["sampling"]["tokens"] / seconds
+    return values
+
+
+def report(results: dict) -> str:
+    """The figures as a table for people."""
+    values, seconds = figures(results), results["seconds"]
+
+    def spread(name: str) -> str:
+        low, median, high = (1e3 * s for s in (min(seconds[name]), values[f"{name} s"], max(seconds[name])))
+        return f"{median:.1f} ms (median of {len(seconds[name])}; {low:.1f} to {high:.1f})"
+
+    gigabytes = lambda count: f"{count / 1e9:.3f} GB"
+    rows = {
+        "on": f"{results['on']}, torch {results['torch']}, Python {results['python']}",
+        "parameters": f"{results['parameters']:,}, {results['linear_parameters']:,} of them in matrices (P)",
+        "batch": f"{results['batch_size']} images, {results['image_tokens']:,} image tokens (T)",
+        "step": spread("step"),
+        "first step": f"{results['first_step_seconds']:.1f} s",
+    }
+    rows |= {f"  {name}": spread(name) for name in PHASES if name in seconds}
+    size = results["matmul_size"]
+    rows |= {
+        "images/s": f"{values['images/s']:.1f}",
+        "model FLOPs": f"{results['flops'] / 1e9:.1f} GFLOP a step ({results['counted_flops'] / 1e9:.1f} counted), "
+        f"{values['model GFLOP/s']:.0f} GFLOP/s",
+        f"{size}³ product": f"{2 * size**3 / values['matmul s'] / 1e9:.0f} GFLOP/s in {results['dtype']}",
+        "share": f"{values['share of matmul']:.2f} of the product's rate; "
+        f"{values['6PT share of matmul']:.2f} counting 6 · P · T only",
+    }
+    if results["counters"]:
+        counters = results["counters"]
+        rows["compiled"] = f"{counters['xla/compilations']:.0f} graphs in {counters['xla/compile_seconds']:.1f} s"
+    rows |= {f"memory, {name.replace('_', ' ')}": gigabytes(count) for name, count in results["bytes"].items()}
+    for direction in ("forward", "inverse") if "flow" in results else ():
+        median = statistics.median(results["flow"][f"{direction}_seconds"])
+        rows[f"flow {direction}"] = f"{median * 1e3:.1f} ms, {values[f'flow {direction} images/s']:.1f} images/s"
+    if "sampling" in results:
+        rows["sampling"] = (
+            f"{values['sampled images/s']:.2f} images/s, {values['sampled tokens/s']:.0f} tokens/s, "
+            f"{results['sampling']['images']} images at a time"
+        )
+    return _table(rows)
+
+
+def compare(ours: dict, theirs: dict) -> str:
+    """The figures of two measurements and their ratios, as a table."""
+    a, b = figures(ours), figures(theirs)
+    rows = {"": f"{'this':>12} {'other':>12} {'ratio':>8}"}
+    rows |= {name: f"{a[name]:12.4g} {b[name]:12.4g} {a[name] / b[name]:8.3f}" for name in a if name in b}
+    return _table(rows)
+
+
+def _table(rows: dict[str, str]) -> str:
     width = max(map(len, rows))
     return "\n".join(f"{name:>{width}}  {value}" for name, value in rows.items())
 
@@ -149,13 +438,22 @@ def report(run, machine: runtime.Runtime, results: dict) -> str:
 def main(argv: list[str]) -> None:
     program.no_arguments(argv)
     with program.one_line_errors():
-        machine = runtime.initialize(FLAGS.device)
+        theirs = None if FLAGS.compare is None else json.loads(pathlib.Path(FLAGS.compare).read_text())
+        where = runtime.initialize(FLAGS.device)
         from jetformer import config, train
 
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
         run = config.call(train.Run)
-        results = measure(run, machine, FLAGS.steps, FLAGS.warmup)
-    print(report(run, machine, results))
+        results = measure(
+            run, where, steps=FLAGS.steps, warmup=FLAGS.warmup, samples=FLAGS.samples, profile=FLAGS.profile
+        )
+        if where.process_index > 0:
+            return
+        if FLAGS.json is not None:
+            pathlib.Path(FLAGS.json).write_text(json.dumps(results, indent=2))
+        print(report(results))
+        if theirs is not None:
+            print(f"\nbeside {FLAGS.compare}, on {theirs['on']}:\n{compare(results, theirs)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import gin
 from upath import UPath
 
 from jetformer import objectives, optim
-from jetformer.data import pipeline
+from jetformer.data import dataset
 from jetformer.models import decoder, jet, jetformer, patches
 from jetformer.sampling import grid
 
@@ -32,7 +32,7 @@ for _configurable in (
     optim.make_schedule,
     patches.PatchPCA,
     patches.Patchify,
-    pipeline.Data,
+    dataset.Data,
 ):
     gin.external_configurable(_configurable, module=_configurable.__module__.rpartition(".")[2])
 
@@ -92,7 +92,7 @@ def call(function: Callable) -> Any:
 
 
 # What of a model's arguments may change between two parts of a run: it changes no function of the parameters.
-_NOT_ARCHITECTURE = ("activation_checkpointing", "dropout", "head_block", "head_dtype", "path")
+_NOT_ARCHITECTURE = ("dropout", "head_block", "head_dtype", "path")
 
 
 def architecture() -> dict[str, str]:

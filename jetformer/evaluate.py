@@ -72,12 +72,12 @@ def follow(
       once: evaluate the newest checkpoint only, whether it has been or not.
 
     Raises:
-      ValueError: with `once`, if there is no checkpoint; on several hosts.
+      ValueError: with `once`, if there is no checkpoint; in several processes.
     """
     from jetformer import checkpoint, train
 
     if machine.process_count > 1:
-        raise ValueError("jetformer.evaluate runs on one host: start it on one, with all of its devices")
+        raise ValueError("jetformer.evaluate is one process: start it with python, on one host")
     while True:
         newest = checkpoint.latest(workdir)
         if newest is None and once:

@@ -17,10 +17,10 @@ FLAGS = flags.FLAGS
 
 def main(argv: list[str]) -> None:
     program.no_arguments(argv)
-    if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.INFO)
     with program.one_line_errors():
         machine = runtime.initialize(FLAGS.device)
+        if not FLAGS["verbosity"].present:  # of several processes one says how it goes
+            logging.set_verbosity(logging.INFO if machine.process_index == 0 else logging.WARNING)
         from jetformer import config, train
 
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)

@@ -132,12 +132,12 @@ class JetFormerObjective:
     def normalizers(self, batch: Batch, draws: Draws, train: bool) -> dict[str, Tensor]:
         """How many examples the loss averages over, by modality.
 
-        They are of the whole batch that a step sees: a part of it (gradient accumulation) is scored with the whole's,
-        so that the parts' losses add up.
+        A part of what a step sees (gradient accumulation, one of several processes) is scored with the sum of all
+        parts' normalizers, so that the parts' losses add up.
         """
         _, _, text_counts, image_counts = self._roles(batch, draws, train)
         if self.loss_on_prefix:
-            return {"text": text_counts.sum().clamp(min=1), "image": image_counts.sum().clamp(min=1)}
+            return {"text": text_counts.sum(), "image": image_counts.sum()}
         size = torch.full_like(text_counts.sum(), len(text_counts))
         return {"text": size, "image": size}
 
@@ -189,6 +189,7 @@ class JetFormerObjective:
         text, batch_size = batch["text"], len(batch["image"])
         text_first, dropped, text_counts, image_counts = self._roles(batch, draws, train)
         normalizers = normalizers or self.normalizers(batch, draws, train)
+        normalizers = {name: count.clamp(min=1) for name, count in normalizers.items()}
 
         # RGB noise as if it had been added to the 8-bit image, then dequantization.
         dtype = model.image_emb.weight.dtype

@@ -208,12 +208,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float | Tensor) 
 
 
 @torch.no_grad()
-def global_norm(tensors) -> Tensor:
-    """Euclidean norm of all tensors together."""
-    return torch.nn.utils.get_total_norm(tensors)
-
-
-@torch.no_grad()
 def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
     """ema ← decay · ema + (1 - decay) · parameter, in place, for every parameter by name."""
     parameters = dict(model.named_parameters())

@@ -4,11 +4,13 @@ Programs import this and `runtime` first, and the rest of the package after `run
 TensorFlow, before which torch_xla has to be imported.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch.distributed as dist
 from absl import app, flags, logging
 
 from jetformer import preemption
@@ -25,8 +27,9 @@ flags.DEFINE_enum(
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program in one line for a user's mistake, a place that cannot be read or written, a diverged run, or
-    one that was asked to stop, with a code of its own.
+    """Ends the program in one line for a user's mistake, a place that cannot be read or written, a diverged run, a
+    process lost, or one that was asked to stop, with a code of its own. What all processes of a run would say one of
+    them says.
 
     --verbosity=1 shows where it came from.
     """
@@ -35,11 +38,28 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except preemption.Preempted:
-        print("stopped: start the same command again to go on", file=sys.stderr)
+        _say("stopped: start the same command again to go on")
         sys.exit(preemption.EXIT_CODE)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         logging.debug("", exc_info=True)
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        _say(f"error: {' '.join(str(error).split())}")
+        sys.exit(1)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # whose errors have no type
+            raise
+        logging.debug("", exc_info=True)
+        _say("error: another process of this run has ended; what it said before tells why")
+        sys.exit(1)
+
+
+def _say(message: str) -> None:
+    """Prints a line, unless another process that torchrun started has printed the same."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun's own store, which outlives its processes.
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        if store.add(f"jetformer/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{message}", 1) > 1:
+            return
+    print(message, file=sys.stderr, flush=True)
 
 
 def _stop(signum: int, frame) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import sys
 from typing import Any
 
@@ -34,7 +35,8 @@ class Runtime:
     def barrier(self) -> None:
         """Waits until all processes are here."""
         if self.process_count > 1:
-            dist.barrier()
+            # Of a CPU tensor: that goes over gloo, which notices at once where a process has ended.
+            dist.all_reduce(torch.zeros(()))
 
     def agree_on(self, name: str, value: Any) -> None:
         """Compares a value between processes.
@@ -50,10 +52,11 @@ class Runtime:
 
     def describe(self) -> str:
         """The devices in words."""
+        processes = f" in each of {self.process_count} processes" if self.process_count > 1 else ""
         if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
+            return torch.cuda.get_device_name(self.device) + processes
         if self.device.type == "cpu":
-            return f"{torch.get_num_threads()} CPU threads"
+            return f"{torch.get_num_threads()} CPU threads{processes}"
         return f"{self.device_count} XLA device(s) ({os.environ['PJRT_DEVICE']}) of {self.process_count} process(es)"
 
 
@@ -65,24 +68,43 @@ def initialize(device: str) -> Runtime:
     Args:
       device: "cpu", "cuda", "xla", or "auto" for a TPU or a GPU where there is one.
 
+    Started by torchrun, this process is one of several, each with a device of its own.
+
     Raises:
-      ValueError: if there is no such device, or several processes were started where one is wanted.
+      ValueError: if there is no such device, or not one for each process.
       ImportError: for "xla" without a torch_xla that loads.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "training runs in one process on a host, with all of its devices: start it with python, not torchrun"
-        )
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
+    by_torchrun = "LOCAL_RANK" in os.environ
+    if device == "xla" or (device == "auto" and _on_tpu_host()):
+        if by_torchrun:
+            raise ValueError("--device=xla drives all devices of a host from one process: use python, not torchrun")
+        return _initialize_xla()
+    count = torch.cuda.device_count()
+    if device == "cuda" and not count:
         raise ValueError(
             "--device=cuda, but torch sees no CUDA device: use --device=cpu, or install a CUDA build of torch"
         )
-    if device == "xla" or (device == "auto" and _on_tpu_host()):
-        return _initialize_xla()
     if device == "auto":
-        device = "cuda" if available else "cpu"
-    return Runtime(torch.device(device))
+        device = "cuda" if count else "cpu"
+    return _initialize_torchrun(device, count) if by_torchrun else Runtime(torch.device(device))
+
+
+def _initialize_torchrun(device: str, cuda_count: int) -> Runtime:
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if device == "cuda" and local_rank >= cuda_count:
+        raise ValueError(
+            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes on a host with {cuda_count} CUDA device(s): "
+            f"use --nproc-per-node={cuda_count}"
+        )
+    # Gloo as well: checkpoints and preemption are agreed on by the hosts, beside what the devices do.
+    backend, device = ("cpu:gloo,cuda:nccl", f"cuda:{local_rank}") if device == "cuda" else ("gloo", "cpu")
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    # A process that waits here for one that has failed hears of nothing but the signal itself.
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    dist.init_process_group(backend)
+    signal.signal(signal.SIGTERM, handler)
+    return Runtime(torch.device(device), dist.get_rank(), dist.get_world_size(), dist.get_world_size())
 
 
 def _on_tpu_host() -> bool:
@@ -117,11 +139,8 @@ def _import_torch_xla() -> None:
 def _initialize_xla() -> Runtime:
     _import_torch_xla()
     import torch_xla
-    import torch_xla.backends
     import torch_xla.runtime as xr
 
-    # Left to itself a TPU multiplies float32 in bfloat16.
-    torch_xla.backends.set_mat_mul_precision("highest")
     xr.use_spmd()
     runtime = Runtime(torch_xla.device(), xr.process_index(), xr.process_count(), xr.global_runtime_device_count())
     if runtime.process_count > 1:

@@ -10,23 +10,26 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gin
 import numpy as np
 import torch
 from absl import logging
-from clu import metric_writers
 from torch import Tensor, nn
 from upath import UPath
 
-from jetformer import checkpoint, config, metrics, optim
-from jetformer.data.pipeline import Data, peek
+from jetformer import checkpoint, config, optim
+from jetformer.data.dataset import Data
 from jetformer.loops import steps
+from jetformer.models import remat
 from jetformer.models.initializers import init_weights
 from jetformer.preemption import Preempted, Preemption
 from jetformer.runtime import Runtime, derive_seed, resolve_mesh
 from jetformer.sampling.grid import save_png
+
+if TYPE_CHECKING:
+    from clu.metric_writers import MetricWriter
 
 # What draws of different purposes are seeded with, beside the run's seed.
 _INIT, _EVALUATION, _SAMPLES = 1, 2, 3
@@ -67,8 +70,15 @@ class Run:
       samples: called with model, seed and compile, gives a picture uint8 `[H, W, C]`; None for none.
       sample_steps: sample every so many steps, and at the end; None: at the end only.
       autocast: "bfloat16" to multiply in it, with parameters, gradients and likelihoods in float32; None: in float32.
+      matmul_precision: of products of float32: "highest", float32; "high", TensorFloat32 on GPUs and three bfloat16
+        products on TPUs; "medium", bfloat16.
+      activation_checkpointing: what is computed anew in the backward pass and not kept: "none", "blocks" of the
+        decoder, "couplings" of the flow, or "everything", both.
+      compile: what torch.compile compiles: "blocks" of the decoder and couplings of the flow, each by itself; "step",
+        the whole forward pass; None: nothing. The image head's likelihood is compiled with either. (XLA compiles the
+        whole step whatever this says.)
       mesh: over which devices: sizes of the axes "data" and "fsdp". A batch is cut up over both, large parameters over
-        "fsdp"; -1 takes the rest of the devices. None: all in "data".
+        "fsdp"; -1 takes the rest of the devices. None: all in "data". With torchrun "data" is DDP, "fsdp" is FSDP2.
       compilation_cache: local directory where XLA keeps compiled graphs for the next start; None: in the workdir, or
         where that is at a URL, in ~/.cache/jetformer.
     """
@@ -97,6 +107,9 @@ class Run:
     samples: Callable[..., np.ndarray] | None = None
     sample_steps: int | None = None
     autocast: str | None = None
+    matmul_precision: str = "highest"
+    activation_checkpointing: str = "none"
+    compile: str | None = None
     mesh: dict[str, int] | None = None
     compilation_cache: str | None = None
 
@@ -116,8 +129,14 @@ class Run:
             raise ValueError(
                 f"train.compilation_cache = {self.compilation_cache!r}: XLA writes to local directories only"
             )
-        if self.autocast not in (None, "bfloat16"):
-            raise ValueError(f"train.autocast = {self.autocast!r}: give 'bfloat16' or None")
+        for name, choices in (
+            ("autocast", (None, "bfloat16")),
+            ("matmul_precision", ("highest", "high", "medium")),
+            ("activation_checkpointing", remat.POLICIES),
+            ("compile", (None, "blocks", "step")),
+        ):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"train.{name} = {value!r}: give one of {', '.join(map(repr, choices))}")
 
     def steps(self) -> int:
         """How many steps the run has.
@@ -215,7 +234,9 @@ class Run:
     def build_state(self, runtime: Runtime, to_train: bool = True) -> "State":
         """Model, optimizer (to train) and moving average at step 0."""
         loop = loop_of(runtime)
-        model = loop.place(self.build_model(), runtime)
+        model = self.build_model()
+        remat.set_policy(model, self.activation_checkpointing)
+        runner = loop.place(model, runtime, mesh=self.mesh, compile=self.compile, autocast_dtype=self.autocast)
         optimizer = None
         if to_train:
             optimizer = self.optimizer(model)
@@ -224,17 +245,22 @@ class Run:
         if self.ema_decay:
             ema = {name: p.detach().clone() for name, p in model.named_parameters()}
             loop.place_state(ema.values())
-        return State(model, optimizer, ema)
+        return State(runner, optimizer, ema, loop.exchange)
 
 
 @dataclasses.dataclass
 class State:
-    """What training changes: the model, its optimizer (None: it is not to be trained), and the moving average of its
-    parameters (None: there is none)."""
+    """What training changes: the model in its runner, its optimizer (None: it is not to be trained), and the moving
+    average of its parameters (None: there is none), with how the loop exchanges these two."""
 
-    model: nn.Module
+    runner: steps.Runner
     optimizer: torch.optim.Optimizer | None
     ema: dict[str, Tensor] | None
+    exchange: Callable[[nn.Module, dict[str, Tensor]], None]
+
+    @property
+    def model(self) -> nn.Module:
+        return self.runner.model
 
     def tensors(self) -> dict[str, Any]:
         """All of it as nested dictionaries of tensors, to save and to restore in place."""
@@ -251,15 +277,11 @@ class State:
         if self.ema is None:
             yield
             return
-        parameters = dict(self.model.named_parameters())
-        kept = {name: p.data for name, p in parameters.items()}
-        for name, p in parameters.items():
-            p.data = self.ema[name]
+        self.exchange(self.model, self.ema)
         try:
             yield
         finally:
-            for name, p in parameters.items():
-                p.data = kept[name]
+            self.exchange(self.model, self.ema)
 
 
 def loop_of(runtime: Runtime) -> ModuleType:
@@ -303,6 +325,9 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
       NonFiniteLoss: if the loss stops being finite; the last checkpoint is from before.
       Preempted: on SIGTERM, after saving.
     """
+    from jetformer import metrics  # this and the data bring TensorFlow
+    from jetformer.data.pipeline import peek
+
     loop = loop_of(runtime)
     run.check_mesh(runtime)
     run.check_model()
@@ -318,7 +343,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
         noise_scale=run.noise_scale,
         noise_min=run.noise_min,
     )
-    loop.set_up(run.mesh, _compilation_cache(run, workdir))
+    loop.set_up(run.mesh, _compilation_cache(run, workdir), run.matmul_precision)
     state = run.build_state(runtime)
     start_step = restore(workdir, state, runtime)
     runtime.agree_on("the step to go on from", start_step)
@@ -359,7 +384,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     progress = metrics.create_progress(writer, total_steps)
     meter = _Meter(run, state.model, loop, writer)
     training = loop.train_steps(
-        model=state.model,
+        runner=state.runner,
         objective=run.objective,
         optimizer=state.optimizer,
         ema=state.ema,
@@ -437,7 +462,7 @@ def evaluate(
     `each_batch` is called after every batch.
     """
     score = lambda: loop_of(runtime).evaluate(
-        model=state.model,
+        runner=state.runner,
         objective=run.objective,
         batches=run.eval_batches(runtime),
         runtime=runtime,
@@ -460,9 +485,10 @@ def sample(run: Run, state: State, seed: int, runtime: Runtime) -> np.ndarray:
     """
     if run.samples is None:
         raise ValueError("the experiment has no samples: bind train.samples, for example to @ClassGrid()")
-    state.model.eval()
-    with state.averaged():
-        return run.samples(state.model, seed=seed, compile=loop_of(runtime).compile)
+    loop = loop_of(runtime)
+    state.runner.eval()
+    with state.averaged(), loop.gathered(state.runner), loop.autocast(runtime.device, run.autocast):
+        return state.runner(run.samples, seed=seed, compile=loop.compile)
 
 
 def write_samples(
@@ -470,7 +496,7 @@ def write_samples(
     state: State,
     workdir: UPath,
     step: int,
-    writer: metric_writers.MetricWriter,
+    writer: "MetricWriter",
     runtime: Runtime,
 ) -> None:
     """Writes the experiment's picture as PNG and to TensorBoard."""
@@ -513,7 +539,7 @@ def load(
     run = dataclasses.replace(configured(workdir, gin_files, gin_bindings), mesh={"fsdp": -1})
     if checkpoint.latest(workdir) is None:
         raise ValueError(f"{workdir} has no complete checkpoint")
-    loop_of(runtime).set_up(run.mesh, _compilation_cache(run, workdir))
+    loop_of(runtime).set_up(run.mesh, _compilation_cache(run, workdir), run.matmul_precision)
     state = run.build_state(runtime, to_train=False)
     return run, state, restore(workdir, state, runtime)
 
@@ -531,7 +557,7 @@ class _Meter:
     What was measured is brought to the host in a thread of its own: training goes on meanwhile.
     """
 
-    def __init__(self, run: Run, model: nn.Module, loop: ModuleType, writer: metric_writers.MetricWriter):
+    def __init__(self, run: Run, model: nn.Module, loop: ModuleType, writer: "MetricWriter"):
         self._run, self._model, self._loop, self._writer = run, model, loop, writer
         self._thread = ThreadPoolExecutor(1)
         self._pending: list[Future] = []
@@ -571,8 +597,7 @@ class _Meter:
         pending, self._pending = self._pending, []
         for future in pending:
             future.result()
-        parameters = [p.detach() for p in self._model.parameters()]
-        norm = self._loop.compile(optim.global_norm)(parameters)
+        norm = self._loop.global_norm(self._model.parameters())
         self._pending.append(self._thread.submit(self._write, list(self._steps), last, norm, self._since))
         self._steps, self._since = [], time.perf_counter()
 

@@ -55,6 +55,11 @@ def command(workdir, gin_bindings, gin_file="experiments/digits.gin", *more) -> 
     return [sys.executable, "-m", "jetformer.main", *flags]
 
 
+def torchrun(args, processes) -> list[str]:
+    """A command line of `python -m …`, in several processes of this host."""
+    return [*args[:2], "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *args[1:]]
+
+
 def start(args, **environment) -> subprocess.Popen:
     """Starts a program, with its output in pipes."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

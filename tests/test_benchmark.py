@@ -1,28 +1,77 @@
 """The benchmark measures what it says."""
 
+import json
+import statistics
+import sys
+
 import pytest
 import torch
 
 from jetformer import benchmark, config, train
 from jetformer.runtime import Runtime
-from runs import bindings
+from runs import bindings, start
+
+EXPERIMENTS = ("digits", "cifar10", "imagenet64", "imagenet256", "benchmark_cpu", "benchmark_head", "benchmark_flow")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_formula_is_what_torch_counts(name):
+    """All products of a step, forward and backward. (The first layer's input has no gradient.)"""
+    config.parse([f"experiments/{name}.gin"], ["train.batch_size = 4", "train.activation_checkpointing = 'none'"])
+    run = config.call(train.Run)
+    model = run.check_model()
+    counted = benchmark.counted_flops(run, benchmark.synthetic_batch(model, 4))
+    assert benchmark.model_flops(model, 4, text_length=1) == pytest.approx(counted, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def results(data_dir):
+    config.parse(["experiments/digits.gin"], bindings(data_dir, train__grad_accum_steps=2))
+    run = config.call(train.Run)
+    return benchmark.measure(run, Runtime(torch.device("cpu")), steps=3, warmup=1, samples=2, profile=None)
 
 
 @pytest.mark.slow
-def test_benchmark(data_dir):
-    config.parse(["experiments/digits.gin"], bindings(data_dir))
-    run = config.call(train.Run)
-    results = benchmark.measure(run, Runtime(torch.device("cpu")), steps=3, warmup=1)
-    assert len(results["step_seconds"]) == len(results["matmul_seconds"]) == 3
-    assert results["tokens"] == 16 * 16
-    model = run.build_model()
-    matrices = sum(p.numel() for name, p in model.named_parameters() if name.endswith("weight") and p.ndim == 2)
-    assert results["matmul_parameters"] == matrices - model.text_emb.weight.numel()
-    assert results["flops"] == 6 * results["matmul_parameters"] * results["tokens"]
+def test_what_is_measured(results):
+    assert {name: len(values) for name, values in results["seconds"].items()} == {
+        **{"step": 3, "matmul": 3},
+        **{"data": 3, "forward": 3, "backward": 3, "optimizer": 3},
+    }
+    medians = {name: statistics.median(values) for name, values in results["seconds"].items()}
+    assert sum(medians[name] for name in benchmark.PHASES) > 0.3 * medians["step"]
+    assert results["image_tokens"] == 16 * 16
+    sizes = results["bytes"]
+    assert sizes["parameters"] == sizes["gradients"] == sizes["average"] == 4 * results["parameters"]
+    assert 2 * sizes["parameters"] < sizes["optimizer"] < 2.1 * sizes["parameters"]
+    assert 0 < sizes["saved_activations"] < sizes["peak"]
+    assert results["sampling"]["tokens"] == 2 * 16
+    assert results["flow"]["batch_size"] == 16
 
-    seconds = {"step_seconds": [2.0, 1.0, 3.0], "matmul_seconds": [0.5, 0.5, 0.5]}
-    text = benchmark.report(run, Runtime(torch.device("cpu")), results | seconds | {"flops": 10e9})
-    assert "2.000 s (median of 3; 1.000 to 3.000)" in text
-    assert "10.0 GFLOP a step, 5 GFLOP/s" in text
-    ratio = 5 / (2 * 2048**3 / 0.5 / 1e9)
-    assert text.endswith(f"{ratio:.2f}")
+
+@pytest.mark.slow
+def test_figures(results):
+    seconds = {"step": [2.0, 1.0, 3.0], "matmul": [0.5, 0.5, 0.5]}
+    made_up = json.loads(json.dumps(results)) | {"seconds": seconds, "flops": 10_000_000_000}
+    figures = benchmark.figures(made_up)
+    assert figures["model GFLOP/s"] == 5
+    assert figures["share of matmul"] == pytest.approx(5 / (2 * 2048**3 / 0.5 / 1e9))
+    assert figures["images/s"] == 8
+    assert "2000.0 ms (median of 3; 1000.0 to 3000.0)" in benchmark.report(made_up)
+    slower = made_up | {"seconds": seconds | {"step": [4.0]}}
+    line = next(line for line in benchmark.compare(slower, made_up).splitlines() if "step s" in line)
+    assert line.split() == ["step", "s", "4", "2", "2.000"]
+
+
+@pytest.mark.slow
+def test_program(tmp_path, data_dir):
+    args = [sys.executable, "-m", "jetformer.benchmark", "--device=cpu", "--gin_file=experiments/digits.gin"]
+    args += [f"--gin_bindings={binding}" for binding in bindings(data_dir)]
+    args += ["--steps=1", "--warmup=1", "--samples=1", f"--json={tmp_path}/a.json", f"--profile={tmp_path}/trace"]
+    for more in ([], [f"--compare={tmp_path}/a.json"]):
+        process = start([*args, *more])
+        output, log = process.communicate(timeout=200)
+        assert process.returncode == 0, log
+    assert "of the product's rate" in output
+    assert f"beside {tmp_path}/a.json" in output
+    (trace, _) = sorted((tmp_path / "trace").iterdir())
+    assert "traceEvents" in json.loads(trace.read_text())

@@ -12,7 +12,9 @@ DIRECTORY = pathlib.Path(__file__).parent.parent / "experiments"
 PARAMETERS = {
     "digits": 530_736,
     "cifar10": 77_102_976,
-    "cpu_benchmark": 23_734_528,
+    "benchmark_cpu": 23_734_528,
+    "benchmark_flow": 13_314_432,
+    "benchmark_head": 29_095_776,
     "imagenet64": 396_212_224,
     "imagenet256": 1_068_477_440,
     "imagenet256_1p3b": 2_657_488_896,

@@ -17,15 +17,23 @@ def test_auto_is_a_gpu_where_there_is_one():
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="torch sees no CUDA device"):
         runtime.initialize("cuda")
 
 
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="runs in one process"):
-        runtime.initialize("cpu")
+def test_more_processes_than_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"started 4 processes on a host with 2 CUDA device\(s\): use"):
+        runtime.initialize("cuda")
+
+
+def test_xla_is_not_started_by_torchrun(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="use python, not torchrun"):
+        runtime.initialize("xla")
 
 
 def test_xla_without_torch_xla(monkeypatch):

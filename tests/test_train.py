@@ -172,7 +172,7 @@ def test_an_architecture_that_shows_in_no_shape(finished, data_dir):
         run(finished, data_dir, Jet__scale_factor=4.0)
     assert (finished / config.CONFIG_FILE).read_text() == before
     # What changes no function of the parameters may change, and a default may be spelt out.
-    run(finished, data_dir, Decoder__activation_checkpointing=True, Jet__scale_factor=2.0)
+    run(finished, data_dir, train__activation_checkpointing='"everything"', Jet__scale_factor=2.0)
 
 
 @pytest.mark.slow

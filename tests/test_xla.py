@@ -111,7 +111,7 @@ def test_losses_are_those_of_the_cpu_loop(digits_on_cpu, tmp_path, data_dir, dev
     ("overrides", "tolerance"),
     [
         ({"train__grad_accum_steps": 2}, 1e-5),
-        ({"Decoder__activation_checkpointing": True, "Jet__activation_checkpointing": True}, 1e-5),
+        ({"train__activation_checkpointing": '"everything"'}, 1e-5),
         ({"train__autocast": '"bfloat16"', "JetFormer__head_dtype": '"bfloat16"'}, 1e-2),
     ],
     ids=["accumulation", "checkpointing", "bfloat16"],

@@ -1,19 +1,22 @@
 """Input pipelines: a TFDS data set and a preprocessing string in, batches of numpy arrays out.
 
-Training data is a function of (seed, epoch, process): which example comes when, and what the random
-ops do to it, is the same in every run, so a run that resumes at step n is the run that never
-stopped. Getting to step n decodes nothing: whole epochs are skipped by counting, the rest as
-undecoded records, because the order of things is
+Training data is a function of (seed, step): which example comes when, and what the random ops do to
+it, is the same in every run, so a run that resumes at step n is the run that never stopped. Nor does
+it matter how many processes share a batch: a split is cut into streams (`num_streams`), each of which
+fills its place in every batch, and each process reads those that fill its part.
 
-    files, shuffled -> records, interleaved -> shuffle -> skip -> deserialize -> pp -> batch
+Getting to step n decodes nothing: whole epochs are skipped by counting, the rest as undecoded
+records, because the order of things is, in each stream,
 
-The shuffle buffer holds encoded records too, which makes it small.
+    files, shuffled -> records, interleaved -> shuffle -> skip
+
+and over a process's streams, deserialize -> pp -> batch. The shuffle buffers hold encoded records
+too, which makes them small.
 
 Arrays are read-only views of TensorFlow's memory. TensorFlow does not show in this module's
 signatures, and never takes a GPU.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -30,57 +33,10 @@ tf.config.set_visible_devices([], "GPU")
 Batch = dict[str, np.ndarray]
 FileInstruction = tfds.core.utils.shard_utils.FileInstruction
 
-# How many files are read at the same time. Part of what the order of examples depends on.
+# How many files a stream reads at the same time. Part of what the order of examples depends on.
 _CYCLE_LENGTH = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """What an experiment trains and is evaluated on.
-
-    Attributes:
-      name: TFDS data set, see `train_batches`.
-      pp: preprocessing string of training, see `jetformer.data.preprocess`.
-      pp_eval: of evaluation; None is `pp`.
-      train_split: TFDS split to train on.
-      eval_split: TFDS split to evaluate on.
-      shuffle_buffer_size: how many encoded examples are shuffled at a time.
-      data_dir: where TFDS keeps prepared data; None is its default, `~/tensorflow_datasets`.
-    """
-
-    name: str
-    pp: str
-    pp_eval: str | None = None
-    train_split: str = "train"
-    eval_split: str = "validation"
-    shuffle_buffer_size: int = 25_000
-    data_dir: str | None = None
-
-    def prepare(self) -> None:
-        """Prepares the data set where that has not been done (see `prepare`), and looks that both splits exist."""
-        prepare(self.name, self.data_dir)
-        for split in (self.train_split, self.eval_split):
-            num_examples(self.name, split, self.data_dir)
-
-    def num_train_examples(self) -> int:
-        """How many examples an epoch of training has; see `num_examples`."""
-        return num_examples(self.name, self.train_split, self.data_dir)
-
-    def train_batches(self, **kwargs) -> Iterator[Batch]:
-        """See `train_batches`."""
-        return train_batches(
-            self.name,
-            self.train_split,
-            self.pp,
-            shuffle_buffer_size=self.shuffle_buffer_size,
-            data_dir=self.data_dir,
-            **kwargs,
-        )
-
-    def eval_batches(self, **kwargs) -> Iterator[Batch]:
-        """See `eval_batches`."""
-        pp = self.pp if self.pp_eval is None else self.pp_eval
-        return eval_batches(self.name, self.eval_split, pp, data_dir=self.data_dir, **kwargs)
+# As many streams as a host commonly has GPUs: for fewer processes the batches are the same.
+_NUM_STREAMS = 8
 
 
 def train_batches(
@@ -100,9 +56,9 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Endless shuffled batches, the ones from step `start_step` on.
 
-    Each process reads its own part of the split, all parts of one size (what is over, fewer
-    examples than there are processes, is not read). Batches run across the ends of epochs, so
-    every example is seen equally often.
+    Each process reads its own part of the split, as `num_streams` streams or some of them; their
+    parts differ by one example at most. A stream goes through its part again and again, each time in
+    another order, and batches run across the ends.
 
     Args:
       name: TFDS data set, e.g. `digits`, `imagenet_resized/64x64`, `imagenet2012:5.1.0`. Prepared
@@ -114,7 +70,7 @@ def train_batches(
       start_step: the first batch is the one a run from step 0 has at this step.
       process_index: this process, of `process_count`.
       process_count: processes that share the batch.
-      shuffle_buffer_size: examples, per process, still encoded.
+      shuffle_buffer_size: examples, per stream, still encoded.
       data_dir: where TFDS keeps its data; its default where None.
       num_parallel_calls: examples preprocessed at the same time.
       prefetch: batches kept ready.
@@ -130,34 +86,52 @@ def train_batches(
         raise ValueError(f"shuffle_buffer_size {shuffle_buffer_size} is not positive: 1 is no shuffle")
     builder = _prepared_builder(name, data_dir, process_count)
     num_total = _num_examples(_file_instructions(builder, split))
-    if num_total < process_count:
+    streams = num_streams(batch_size, process_count)
+    if num_total < streams:
         raise ValueError(
-            f"split {split!r} of {name!r} has {num_total} example(s), too few to train on with "
+            f"split {split!r} of {name!r} has {num_total} example(s), too few to train on with {streams} streams and "
             f"{process_count} process(es)"
         )
-    part = tfds.even_splits(split, process_count, drop_remainder=True)[process_index]
-    shards = _file_instructions(builder, part)
+    parts = tfds.even_splits(split, streams)
+    per_stream = batch_size // streams
 
-    # Seeds go from (seed, process) over the epoch and the example's index in it to the op.
-    process_seed = tf.constant([seed, process_index], tf.int64)
+    # Seeds go from (seed, stream) over the epoch and the example's index in it to the op.
     fold_in = tf.random.experimental.stateless_fold_in
 
-    def epoch_records(epoch: tf.Tensor) -> tf.data.Dataset:
-        epoch_seed = fold_in(process_seed, epoch)
-        records = _read(shards, shuffle_seed=epoch_seed)
-        records = records.shuffle(shuffle_buffer_size, seed=epoch_seed[0], reshuffle_each_iteration=False)
-        return records.enumerate().map(lambda i, record: (epoch_seed, i, record))
+    def stream(index: int) -> tf.data.Dataset:
+        shards = _file_instructions(builder, parts[index])
+        stream_seed = tf.constant([seed, index], tf.int64)
+
+        def epoch_records(epoch: tf.Tensor) -> tf.data.Dataset:
+            epoch_seed = fold_in(stream_seed, epoch)
+            records = _read(shards, shuffle_seed=epoch_seed)
+            records = records.shuffle(shuffle_buffer_size, seed=epoch_seed[0], reshuffle_each_iteration=False)
+            return records.enumerate().map(lambda i, record: (epoch_seed, i, record))
+
+        first_epoch, skip = divmod(start_step * per_stream, _num_examples(shards))
+        return tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch_records).skip(skip)
 
     run = _deserialize_and_preprocess(builder, pp)
 
     def example(epoch_seed, index, record):
         return run(record, {"_seed": fold_in(epoch_seed, index)})
 
-    first_epoch, skip = divmod(start_step * local_batch_size, _num_examples(shards))
-    ds = tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch_records).skip(skip)
+    local_streams = streams // process_count
+    first_stream = process_index * local_streams
+    turns = tf.data.Dataset.range(local_batch_size).map(lambda i: i // per_stream).repeat()
+    ds = tf.data.Dataset.choose_from_datasets(
+        [stream(i) for i in range(first_stream, first_stream + local_streams)], turns
+    )
     ds = _map(ds, example, num_parallel_calls)
     ds = ds.batch(local_batch_size, drop_remainder=True).prefetch(prefetch)
     return ds.as_numpy_iterator()
+
+
+def num_streams(batch_size: int, process_count: int) -> int:
+    """Into how many streams training data are cut: the greatest common divisor of the batch size and 8, so that all
+    numbers of processes that divide it see the same batches; for another number, as many as there are processes."""
+    streams = math.gcd(batch_size, _NUM_STREAMS)
+    return streams if streams % process_count == 0 else process_count
 
 
 def eval_batches(

@@ -1,12 +1,33 @@
-"""What the two loops have in common: what a step leaves behind."""
+"""What the two loops have in common: how they run a model, and what a step leaves behind."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jetformer import objectives
+
+
+class Runner(nn.Module):
+    """A model as one call: a function of it and more arguments.
+
+    An objective calls several of a model's methods. What has to know where its use begins and ends (DDP, FSDP2,
+    torch.compile) wraps this.
+
+    Attributes:
+      model: the model.
+      compiles: whether torch.compile is to compile an objective as a whole.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.compiles = False
+
+    def forward(self, function: Callable, *args, **kwargs):
+        return function(self.model, *args, **kwargs)
 
 
 @dataclasses.dataclass

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 import torch_xla
+import torch_xla.backends
 import torch_xla.debug.metrics as xla_metrics
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
@@ -46,15 +47,17 @@ _HOST_PREFETCH, _DEVICE_PREFETCH = 4, 2
 _COMPILED_BY = 2
 
 
-def set_up(mesh: dict[str, int] | None, cache_dir: str | None) -> None:
+def set_up(mesh: dict[str, int] | None, cache_dir: str | None, matmul_precision: str) -> None:
     """Makes the mesh that everything is laid out on; the first call counts, before anything is on the device.
 
     Args:
       mesh: see `runtime.resolve_mesh`.
       cache_dir: local directory of compiled graphs, which later processes take from there; None for none.
+      matmul_precision: see `train.matmul_precision`. (Left to itself a TPU multiplies float32 in bfloat16.)
     """
     if xs.get_global_mesh() is not None:
         return
+    torch_xla.backends.set_mat_mul_precision(matmul_precision)
     if cache_dir is not None:
         # Each host compiles for itself, and where a directory is shared, writes the same.
         xr.initialize_cache(cache_dir)
@@ -63,8 +66,10 @@ def set_up(mesh: dict[str, int] | None, cache_dir: str | None) -> None:
     xs.set_global_mesh(xs.Mesh(np.arange(count), tuple(sizes.values()), tuple(sizes)))
 
 
-def place(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """The model on the mesh: large parameters cut up over the axis fsdp, the rest on every device."""
+def place(model: nn.Module, runtime: Runtime, **how) -> steps.Runner:
+    """The model on the mesh: large parameters cut up over the axis fsdp, the rest on every device. How the torch loop
+    is to do it does not matter: the mesh is set up, and XLA compiles everything."""
+    del how
     model.to(runtime.device)
     place_state(model.parameters())
     for module in model.modules():
@@ -73,7 +78,7 @@ def place(model: nn.Module, runtime: Runtime) -> nn.Module:
         if isinstance(module, nn.ModuleList) and runtime.device_count > 1:
             for block in module:
                 block.register_forward_hook(_keep_examples_apart)
-    return model
+    return steps.Runner(model)
 
 
 @torch.no_grad()
@@ -101,6 +106,29 @@ def _keep_examples_apart(module: nn.Module, args, output) -> None:
     for tensor in output if isinstance(output, tuple) else (output,):
         if len(tensor) % mesh.size() == 0:  # samples may be fewer
             xs.mark_sharding(tensor, mesh, (("data", "fsdp"), *[None] * (tensor.ndim - 1)))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """A tensor as it is: it stands for all devices."""
+    return tensor
+
+
+def exchange(model: nn.Module, ema: dict[str, Tensor]) -> None:
+    """Exchanges the parameters' values and `ema`'s; nothing is computed."""
+    for name, parameter in model.named_parameters():
+        parameter.data, ema[name] = ema[name], parameter.data
+
+
+@contextlib.contextmanager
+def gathered(runner: steps.Runner) -> Iterator[None]:
+    """XLA gathers parameters where it needs them."""
+    del runner
+    yield
+
+
+def global_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all tensors together."""
+    return compile(torch.nn.utils.get_total_norm)([x.detach() for x in tensors])
 
 
 def compile(function: Callable) -> Callable:
@@ -163,9 +191,9 @@ def counters() -> dict[str, float]:
     }
 
 
-def autocast(dtype: str | None) -> contextlib.AbstractContextManager:
+def autocast(device: torch.device, dtype: str | None) -> contextlib.AbstractContextManager:
     """What the forward pass runs under: "bfloat16" for products in it, None for the parameters' own precision."""
-    return contextlib.nullcontext() if dtype is None else torch.autocast("xla", getattr(torch, dtype))
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, getattr(torch, dtype))
 
 
 class _Feed:
@@ -220,7 +248,7 @@ def _on_device(inputs: Iterator[dict[str, Tensor]], runtime: Runtime) -> Iterato
 
 def train_steps(
     *,
-    model: nn.Module,
+    runner: steps.Runner,
     objective,
     optimizer: torch.optim.Optimizer,
     ema: dict[str, Tensor] | None,
@@ -235,11 +263,13 @@ def train_steps(
     grad_accum_steps: int,
     ema_decay: float,
     autocast_dtype: str | None,
+    on_phase: Callable[[str], None] = lambda name: None,
 ) -> Iterator[steps.Step]:
     """Trains from `start_step` to `total_steps`, yielding after every update; arguments as in
     `torch_loop.train_steps`."""
     if start_step == total_steps:
         return
+    model = runner.model
     names: tuple[str, ...] = ()
     max_norm = float("inf") if grad_clip_norm is None else grad_clip_norm
 
@@ -267,8 +297,8 @@ def train_steps(
         loss, sums = 0.0, None
         parts = zip(objectives.split(batch, grad_accum_steps), objectives.split(draws, grad_accum_steps), strict=True)
         for part, part_draws in parts:
-            with autocast(autocast_dtype):
-                part_loss, terms = objective(model, part, part_draws, noise_scale=noise_scale, normalizers=normalizers)
+            with autocast(runtime.device, autocast_dtype):
+                part_loss, terms = runner(objective, part, part_draws, noise_scale=noise_scale, normalizers=normalizers)
             part_loss.backward()
             loss = loss + part_loss.detach()
             part_sums = objectives.sum_terms(terms)
@@ -317,7 +347,7 @@ def _compilations() -> int:
 @torch.no_grad()
 def evaluate(
     *,
-    model: nn.Module,
+    runner: steps.Runner,
     objective,
     batches: Iterator[dict[str, np.ndarray]],
     runtime: Runtime,
@@ -336,13 +366,13 @@ def evaluate(
     def eval_step(batch: dict[str, Tensor]) -> Tensor:
         nonlocal names
         mask, keys = batch.pop("_mask"), batch.pop("_keys")
-        draws = objective.draw(model, batch, keys, train=False)
-        with autocast(autocast_dtype):
-            _, terms = objective(model, batch, draws, train=False)
+        draws = objective.draw(runner.model, batch, keys, train=False)
+        with autocast(runtime.device, autocast_dtype):
+            _, terms = runner(objective, batch, draws, train=False)
         names, values = steps.pack(objectives.sum_terms(terms, mask))
         return _everywhere(values)
 
-    model.eval()
+    runner.eval()
     values = []
     with _on_device(inputs(), runtime) as device_batches:
         for batch in device_batches:

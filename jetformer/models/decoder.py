@@ -153,11 +153,12 @@ class Decoder(nn.Module):
       num_kv_heads: key/value heads: 1 is multi-query, `num_heads` multi-head, between them grouped-query attention.
       head_dim: H, even.
       dropout: probability of dropping an entry of what attention and MLP add, where `forward` is given keys for it.
-      activation_checkpointing: keep only each block's input for the backward pass and compute the rest anew.
 
     Raises:
       ValueError: if sizes do not divide.
     """
+
+    rematerializes = "blocks"  # see `remat.set_policy`
 
     def __init__(
         self,
@@ -168,11 +169,10 @@ class Decoder(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         dropout: float = 0.0,
-        activation_checkpointing: bool = False,
     ):
         super().__init__()
         self.width, self.num_kv_heads, self.head_dim, self.dropout = width, num_kv_heads, head_dim, dropout
-        self.activation_checkpointing = activation_checkpointing
+        self.rematerialize = False
         self.blocks = nn.ModuleList(
             DecoderBlock(width, mlp_dim, num_heads, num_kv_heads, head_dim, dropout) for _ in range(depth)
         )
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
             keys = (None, None)
             if dropout_keys is not None:
                 keys = prng.fold_in(dropout_keys, 2 * i), prng.fold_in(dropout_keys, 2 * i + 1)
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.rematerialize and torch.is_grad_enabled():
                 x = rematerialize(block, x, mask, angles, cache, keys)
             else:
                 x = block(x, mask, angles, cache, keys)

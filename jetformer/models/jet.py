@@ -214,11 +214,12 @@ class Jet(nn.Module):
       channels_coupling_projs: projections of the channel couplings, repeated likewise.
       spatial_coupling_projs: projections of the spatial couplings, repeated likewise.
       context_dim: size of the context's tokens, for cross-attention to a context; None for none.
-      activation_checkpointing: keep only each coupling's input for the backward pass and compute the rest anew.
 
     Raises:
       ValueError: if sizes do not divide, or a kind or projection is unknown.
     """
+
+    rematerializes = "couplings"  # see `remat.set_policy`
 
     def __init__(
         self,
@@ -233,12 +234,11 @@ class Jet(nn.Module):
         channels_coupling_projs: Sequence[str] = ("random",),
         spatial_coupling_projs: Sequence[str] = ("checkerboard", "checkerboard-inv"),
         context_dim: int | None = None,
-        activation_checkpointing: bool = False,
     ):
         super().__init__()
         self.image_shape = tuple(input_shape)
         self.patchify = Patchify(input_shape, ps)
-        self.activation_checkpointing = activation_checkpointing
+        self.rematerialize = False
         projections = {
             "channels": itertools.cycle(channels_coupling_projs),
             "spatial": itertools.cycle(spatial_coupling_projs),
@@ -277,7 +277,7 @@ class Jet(nn.Module):
             raise ValueError(f"images have shape {tuple(x.shape[1:])}, the flow is built for {self.image_shape}")
         x, logdet = self.patchify(x)
         for coupling in self.couplings:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.rematerialize and torch.is_grad_enabled():
                 x, coupling_logdet = rematerialize(coupling, x, context)
             else:
                 x, coupling_logdet = coupling(x, context)

@@ -2,8 +2,23 @@
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+# What is computed anew: blocks of the decoder, couplings of the flow, or both.
+POLICIES = ("none", "blocks", "couplings", "everything")
+
+
+def set_policy(model: nn.Module, policy: str) -> None:
+    """Says of which parts of a model only the inputs are kept for the backward pass.
+
+    Args:
+      model: modules in it that can have their parts computed anew name these in `rematerializes`.
+      policy: one of `POLICIES`.
+    """
+    for module in model.modules():
+        if hasattr(module, "rematerializes"):
+            module.rematerialize = policy in (module.rematerializes, "everything")
 
 
 def rematerialize(function: Callable, x: Tensor, *args):

@@ -88,31 +88,46 @@ def test_start_step_is_a_run_that_never_stopped(train, process):
 
 
 def test_every_epoch_is_another_order_of_all_examples(train):
-    order = ids(train(41, batch_size=4))  # 4 epochs, whose ends are inside batches
+    order = ids(train(164, batch_size=1))
     epochs = order.reshape(4, NUM_TRAIN)
     for epoch in epochs:
         assert sorted(epoch) == list(range(NUM_TRAIN))
     assert len({tuple(e) for e in epochs}) == 4
-    assert tuple(ids(train(41, batch_size=4, seed=4))) != tuple(order)
+    assert tuple(ids(train(164, batch_size=1, seed=4))) != tuple(order)
 
 
 def test_epochs_are_differently_augmented(train):
-    batches = train(41, batch_size=4)
+    batches = train(164, batch_size=1)
     images = np.concatenate([b["image"] for b in batches]).reshape(4, NUM_TRAIN, 8, 8, 3)
     by_id = [e[np.argsort(o)] for e, o in zip(images, ids(batches).reshape(4, -1), strict=True)]
     for a, b in itertools.pairwise(by_id):
         assert (a != b).any(axis=(1, 2, 3)).mean() > 0.5
 
 
-def test_processes_share_the_split(train):
-    parts = [train(10, batch_size=6, process_index=i, process_count=3, shuffle_buffer_size=99) for i in range(3)]
-    assert all(b["image"].shape == (2, 8, 8, 3) for part in parts for b in part)
-    # 41 examples: 13 each, 2 left over.
-    epoch = [set(ids(part)[:13]) for part in parts]
-    assert [len(e) for e in epoch] == [13, 13, 13]
-    assert len(set.union(*epoch)) == 39
-    for part, e in zip(parts, epoch, strict=True):
-        assert set(ids(part)) == e
+@pytest.mark.parametrize("process_count", [2, 4, 8])
+def test_batches_are_the_same_for_all_numbers_of_processes(train, process_count):
+    whole = train(9, batch_size=16, start_step=5)
+    parts = [
+        train(9, batch_size=16, start_step=5, process_index=i, process_count=process_count)
+        for i in range(process_count)
+    ]
+    for batch, *of_processes in zip(whole, *parts, strict=True):
+        together = {k: np.concatenate([b[k] for b in of_processes]) for k in batch}
+        assert_equal([batch], [together])
+
+
+@pytest.mark.parametrize(("process_count", "sizes"), [(1, [14, 14, 13]), (3, [14, 14, 13])])
+def test_streams_share_the_split(train, process_count, sizes, monkeypatch):
+    monkeypatch.setattr(pipeline, "_NUM_STREAMS", 3)
+    parts = [
+        train(14, batch_size=3, process_index=i, process_count=process_count, shuffle_buffer_size=99)
+        for i in range(process_count)
+    ]
+    assert all(b["image"].shape == (3 // process_count, 8, 8, 3) for part in parts for b in part)
+    streams = np.concatenate([np.stack([b["id"] for b in part], axis=1) for part in parts])
+    epoch = [set(ids) for ids in streams]
+    assert sorted(map(len, epoch), reverse=True) == sizes
+    assert set.union(*epoch) == set(range(NUM_TRAIN))
 
 
 def test_splits_of_splits(train, evaluate):

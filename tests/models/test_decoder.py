@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from jetformer import prng
+from jetformer.models import remat
 from jetformer.models.decoder import Decoder, KVCache, RMSNorm, apply_rope, rope_angles
 from jetformer.models.initializers import init_weights
 
 
-def decoder(num_kv_heads=1, dropout=0.0, activation_checkpointing=False):
+def decoder(num_kv_heads=1, dropout=0.0, policy="none"):
     model = Decoder(
         width=16,
         depth=2,
@@ -17,9 +18,9 @@ def decoder(num_kv_heads=1, dropout=0.0, activation_checkpointing=False):
         num_kv_heads=num_kv_heads,
         head_dim=8,
         dropout=dropout,
-        activation_checkpointing=activation_checkpointing,
     )
     init_weights(model, torch.Generator().manual_seed(0))
+    remat.set_policy(model, policy)
     return model.double()
 
 
@@ -98,8 +99,9 @@ def test_rms_norm_scales_by_one_plus_weight():
 def test_activation_checkpointing_repeats_dropout():
     """A block that is computed twice drops the same entries both times, so gradients agree."""
     gradients = []
-    for checkpointing in (False, True):
-        model = decoder(dropout=0.3, activation_checkpointing=checkpointing)
+    for policy in ("couplings", "blocks"):
+        model = decoder(dropout=0.3, policy=policy)
+        assert model.rematerialize == (policy == "blocks")
         x, positions = sequence()
         x.requires_grad_()
         y = model(x, mask=None, positions=positions, dropout_keys=KEYS)

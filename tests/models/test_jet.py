@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flows import assert_invertible, randomized
-from jetformer.models import jet
+from jetformer.models import jet, remat
 from jetformer.models.initializers import init_weights
 from jetformer.models.jet import Coupling, Jet, spatial_permutation
 
@@ -68,7 +68,9 @@ def test_jet_starts_as_the_identity():
 
 def test_activation_checkpointing_changes_nothing():
     plain = randomized(Jet((4, 4, 3), depth=2, emb_dim=8, num_heads=2, ps=2))
-    checkpointed = Jet((4, 4, 3), depth=2, emb_dim=8, num_heads=2, ps=2, activation_checkpointing=True).double()
+    checkpointed = Jet((4, 4, 3), depth=2, emb_dim=8, num_heads=2, ps=2).double()
+    remat.set_policy(checkpointed, "couplings")
+    assert checkpointed.rematerialize
     checkpointed.load_state_dict(plain.state_dict())
     x = torch.randn(2, 4, 4, 3, dtype=torch.float64)
     for model in (plain, checkpointed):

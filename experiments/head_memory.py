@@ -1,0 +1,58 @@
+"""Memory of the image head in training, for 256 and 4,096 tokens: peak of the process beyond weights, hidden states,
+targets and their gradients.
+
+    python experiments/head_memory.py
+
+Each number of tokens, and each way, runs in a process of its own. Measured results are in experiments/README.md.
+"""
+
+import resource
+import subprocess
+import sys
+
+import torch
+from torch.nn import functional as F
+
+from jetformer.models.mixture import MixtureHead
+
+WIDTH, DIM, MIXTURES = 64, 128, 1024
+
+
+def peak() -> int:
+    """The most that this process has held so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(way: str, tokens: int) -> None:
+    head = MixtureHead(WIDTH, DIM, MIXTURES)
+    torch.nn.init.normal_(head.linear.weight, std=0.1)
+    torch.nn.init.zeros_(head.linear.bias)
+    hidden = torch.randn(1, tokens, WIDTH, requires_grad=True)
+    target = torch.randn(1, tokens, DIM, requires_grad=True)
+    weight = torch.ones(1, tokens)
+    tensors = (hidden, target, *head.parameters())
+    for tensor in tensors:
+        tensor.grad = torch.zeros_like(tensor)  # so that they are part of what is there before
+    before = peak()
+    if way == "fused":
+        loss, _ = head(hidden, target, weight)
+    else:
+        logits = F.linear(hidden, head.linear.weight, head.linear.bias)
+        loss = -head.distribution(logits).log_prob(target).sum()
+    loss.backward()
+    print((peak() - before) / 1e9)
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        measure(sys.argv[1], int(sys.argv[2]))
+        return
+    for way, sizes in (("fused", (256, 4096)), ("plain", (256, 1024))):
+        for tokens in sizes:
+            args = [sys.executable, __file__, way, str(tokens)]
+            gigabytes = float(subprocess.run(args, capture_output=True, text=True, check=True).stdout)
+            print(f"{way} {tokens:5d} tokens: {gigabytes:.3f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What an experiment says of its data.
+
+TensorFlow, which reads them, is imported when they are first used: it takes seconds and half a gigabyte, and a
+benchmark or a sampler does without.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What an experiment trains and is evaluated on.
+
+    Attributes:
+      name: TFDS data set, see `pipeline.train_batches`.
+      pp: preprocessing string of training, see `jetformer.data.preprocess`.
+      pp_eval: of evaluation; None is `pp`.
+      train_split: TFDS split to train on.
+      eval_split: TFDS split to evaluate on.
+      shuffle_buffer_size: how many encoded examples each stream (see `pipeline.num_streams`) shuffles at a time.
+      data_dir: where TFDS keeps prepared data; None is its default, `~/tensorflow_datasets`.
+    """
+
+    name: str
+    pp: str
+    pp_eval: str | None = None
+    train_split: str = "train"
+    eval_split: str = "validation"
+    shuffle_buffer_size: int = 4096
+    data_dir: str | None = None
+
+    def prepare(self) -> None:
+        """Prepares the data set where that has not been done, and looks that both splits exist; see
+        `pipeline.prepare`."""
+        from jetformer.data import pipeline
+
+        pipeline.prepare(self.name, self.data_dir)
+        for split in (self.train_split, self.eval_split):
+            pipeline.num_examples(self.name, split, self.data_dir)
+
+    def num_train_examples(self) -> int:
+        """How many examples an epoch of training has; see `pipeline.num_examples`."""
+        from jetformer.data import pipeline
+
+        return pipeline.num_examples(self.name, self.train_split, self.data_dir)
+
+    def train_batches(self, **kwargs) -> Iterator[dict[str, np.ndarray]]:
+        """See `pipeline.train_batches`."""
+        from jetformer.data import pipeline
+
+        return pipeline.train_batches(
+            self.name,
+            self.train_split,
+            self.pp,
+            shuffle_buffer_size=self.shuffle_buffer_size,
+            data_dir=self.data_dir,
+            **kwargs,
+        )
+
+    def eval_batches(self, **kwargs) -> Iterator[dict[str, np.ndarray]]:
+        """See `pipeline.eval_batches`."""
+        from jetformer.data import pipeline
+
+        pp = self.pp if self.pp_eval is None else self.pp_eval
+        return pipeline.eval_batches(self.name, self.eval_split, pp, data_dir=self.data_dir, **kwargs)

@@ -1,0 +1,206 @@
+"""Several processes are one: DDP, FSDP2 and both give the losses of one process, and read each other's checkpoints;
+where one process fails, all end."""
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+
+import pytest
+
+from jetformer import checkpoint
+from runs import bindings, command, run, scalars, start, torchrun
+
+pytestmark = pytest.mark.slow
+
+# The last batch of evaluation is not full, and the second process has the smaller part of it.
+SIZES = {
+    "train__total_steps": 8,
+    "train__eval_steps": 4,
+    "train__keep_last": 9,
+    "Data__eval_split": '"validation[:41]"',
+}
+DDP, FSDP, BOTH = "{'data': -1}", "{'fsdp': -1}", "{'data': 2, 'fsdp': 2}"
+
+
+def start_several(workdir, gin_bindings, processes=2, **environment):
+    args = torchrun(command(workdir, gin_bindings), processes)
+    return start(args, **{"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | environment)
+
+
+def run_several(workdir, gin_bindings, processes=2, returncode=0):
+    process = start_several(workdir, gin_bindings, processes)
+    _, log = process.communicate(timeout=300)
+    assert process.returncode == returncode, log[-8000:]
+    return log
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, data_dir):
+    """A run in one process."""
+    workdir = tmp_path_factory.mktemp("one")
+    run(workdir, data_dir, **SIZES)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def cut_up(tmp_path_factory, data_dir):
+    """The same run in two processes, by FSDP2."""
+    workdir = tmp_path_factory.mktemp("cut_up")
+    run_several(workdir, bindings(data_dir, **SIZES, train__mesh=FSDP))
+    return workdir
+
+
+def assert_equal_from(first, expected, workdir, rel=1e-5):
+    expected, actual = scalars(expected), scalars(workdir)
+    for name in ("train/loss", "grad_norm", "param_norm", "val/bits_per_dim", "val_ema/bits_per_dim"):
+        for step in expected[name]:
+            if step >= first:
+                assert actual[name][step] == pytest.approx(expected[name][step], rel=rel), (name, step)
+
+
+@pytest.mark.parametrize(
+    ("processes", "mesh", "overrides"),
+    [
+        (2, DDP, {}),
+        (4, BOTH, {}),
+        (2, DDP, {"train__grad_accum_steps": 4}),
+        (2, FSDP, {"train__grad_accum_steps": 2, "train__activation_checkpointing": '"everything"'}),
+        (2, FSDP, {"train__compile": '"blocks"'}),
+    ],
+    ids=["ddp", "both", "ddp accumulation", "fsdp accumulation checkpointing", "fsdp compiled"],
+)
+def test_losses_are_those_of_one_process(one, tmp_path, data_dir, processes, mesh, overrides):
+    log = run_several(tmp_path, bindings(data_dir, **SIZES, train__mesh=mesh, **overrides), processes)
+    assert_equal_from(1, one, tmp_path)
+    picture = "samples/000000008.png"
+    assert (tmp_path / picture).read_bytes() == (one / picture).read_bytes()
+    assert log.count("[8] val/bits_per_dim=") == 1, "each process says how it goes"
+
+
+def test_fsdp_is_one_process(one, cut_up):
+    assert_equal_from(1, one, cut_up)
+
+
+def test_bfloat16_under_fsdp(one, tmp_path, data_dir):
+    overrides = {"train__autocast": '"bfloat16"', "JetFormer__head_dtype": '"bfloat16"'}
+    run_several(tmp_path, bindings(data_dir, **SIZES, train__mesh=FSDP, **overrides))
+    expected, actual = scalars(one), scalars(tmp_path)
+    for name in ("train/loss", "val/bits_per_dim"):
+        assert actual[name] == pytest.approx(expected[name], rel=1e-2)
+
+
+def half_of(workdir, to):
+    """A workdir at step 4 of another one."""
+    shutil.copytree(workdir / "checkpoints" / "000000004", to / "checkpoints" / "000000004")
+    return to
+
+
+@pytest.mark.parametrize(("written_by", "mesh"), [("one", FSDP), ("cut_up", DDP), ("cut_up", None)])
+def test_checkpoints_move(one, tmp_path, data_dir, request, written_by, mesh):
+    """From one process to FSDP2, from FSDP2 to DDP and to one process."""
+    half_of(request.getfixturevalue(written_by), tmp_path)
+    if mesh is None:
+        run(tmp_path, data_dir, **SIZES)
+    else:
+        log = run_several(tmp_path, bindings(data_dir, **SIZES, train__mesh=mesh))
+        assert "from step 4." in log
+    assert min(scalars(tmp_path)["train/loss"]) == 5
+    assert_equal_from(5, one, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batch_size = 17", "train.batch_size = 17 does not divide by the 2 devices"),
+        ("train.mesh = {'fspd': -1}", "give sizes of 'data' and 'fsdp'"),
+        ("train.mesh = {'fsdp': 3}", "does not fit 2 device(s)"),
+        ("train.compile = 'triton'", "train.compile = 'triton': give one of None, 'blocks', 'step'"),
+    ],
+)
+def test_a_mistake_ends_all_in_one_line(tmp_path, data_dir, override, message):
+    log = run_several(tmp_path / "run", [*bindings(data_dir), override], returncode=1)
+    lines = [line for line in log.splitlines() if "error: " in line]
+    assert len(lines) == 1, log
+    assert message in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def children(process):
+    return [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+
+
+def wait_for_checkpoint(process, workdir):
+    deadline = time.monotonic() + 200
+    while not checkpoint.steps(workdir):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("mesh", [DDP, FSDP])
+def test_one_is_killed_in_mid_run(tmp_path, data_dir, mesh):
+    overrides = {"train__total_steps": 100_000, "train__checkpoint_steps": 2, "train__eval_steps": None}
+    process = start_several(tmp_path, bindings(data_dir, **overrides, train__mesh=mesh))
+    wait_for_checkpoint(process, tmp_path)
+    both = children(process)
+    os.kill(both[1], signal.SIGKILL)
+    _, log = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in both)
+    # It is sooner told to stop, or sooner loses the connection.
+    assert "another process of this run has ended" in log or "SIGTERM" in log
+
+
+def test_a_host_that_fails_to_start_stops_the_other(tmp_path, data_dir):
+    """Two hosts with a process each, of which one is given an experiment that is not there."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    hosts = []
+    for gin_file in ("experiments/digits.gin", "experiments/missing.gin"):
+        args = ["launch/gpu.sh", f"--gin_file={gin_file}", f"--workdir={tmp_path}/run", "--device=cpu"]
+        args += [f"--gin_bindings={binding}" for binding in bindings(data_dir)]
+        environment = {"NPROC": "1", "NNODES": "2", "RDZV_ENDPOINT": f"localhost:{port}", "PYTHON": sys.executable}
+        hosts.append(start(args, OMP_NUM_THREADS="1", RDZV_ID=f"test{port}", **environment))
+    logs = [host.communicate(timeout=120)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [1, 1], logs
+    assert sum("missing.gin" in line for line in logs[1].splitlines() if line.startswith("error: ")) == 1, logs[1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_gpu_sh_saves_on_sigterm(tmp_path, data_dir):
+    args = ["launch/gpu.sh", *command(tmp_path, bindings(data_dir, train__total_steps=100_000))[3:]]
+    process = start(args, NPROC="2", OMP_NUM_THREADS="1", PYTHON=sys.executable)
+    wait_for_checkpoint(process, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=100)
+    assert process.returncode == 75, log[-5000:]
+    assert f"Stopped on SIGTERM after step {checkpoint.latest(tmp_path)}, which is saved." in log
+
+
+def test_gpu_sh_asks_for_what_it_misses():
+    process = start(["launch/gpu.sh", "--workdir=x"], NNODES="2")
+    _, log = process.communicate(timeout=20)
+    assert process.returncode == 2
+    assert log == "error: NNODES=2 hosts need RDZV_ENDPOINT=HOST:PORT, where they meet\n"
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True)])
+def test_gpu_slurm(tmp_path, code, requeued):
+    """With stand-ins for Slurm's programs."""
+    for name, script in (
+        ("srun", f'echo "srun $* $NNODES $RDZV_ENDPOINT" >> {tmp_path}/calls; exit {code}'),
+        ("scontrol", f'[[ $1 == show ]] && printf "node3\\nnode7\\n"; echo "scontrol $*" >> {tmp_path}/calls'),
+    ):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[3,7]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "123456"}
+    process = start(["bash", "launch/gpu.slurm", "--workdir=x"], PATH=f"{tmp_path}:{os.environ['PATH']}", **slurm)
+    process.communicate(timeout=20)
+    assert process.returncode == code
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "srun --kill-on-bad-exit=0 launch/gpu.sh --workdir=x 2 node3:23456" in calls
+    assert ("scontrol requeue 123456" in calls) == requeued
