@@ -160,7 +160,7 @@ def counters() -> dict[str, float]:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a parameter, which shares memory with it."""
-    return tensor.tolocal() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(tensor: Tensor) -> Tensor:
