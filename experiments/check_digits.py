@@ -53,7 +53,7 @@ def main(_):
     labels = torch.arange(10).repeat_interleave(SAMPLES_PER_CLASS)
     state.model.eval()
     with state.averaged():
-        samples = sample_images(
+        samples, _ = sample_images(
             state.model, labels[:, None], prng.example_keys(0, torch.arange(len(labels), dtype=torch.int32))
         )
     predicted = classifier.predict(flatten(samples.numpy()))

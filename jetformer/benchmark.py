@@ -1,6 +1,6 @@
 """Measure an experiment on made-up data: its training step, where time and memory go, its flow, and sampling.
 
-    python -m jetformer.benchmark --gin_file=experiments/cpu_benchmark.gin
+    python -m jetformer.benchmark --gin_file=experiments/benchmark_cpu.gin
 
 The step is the training loop's own. Beside it, in the same process and in turn with it, runs a matrix product: machines
 differ and are shared, a ratio says more than a time. `--json=FILE` keeps the figures, `--compare=FILE` sets them beside
@@ -29,7 +29,7 @@ from jetformer import program, runtime
 flags.adopt_module_key_flags(program)
 flags.DEFINE_integer("steps", 20, "How many steps to measure.", lower_bound=1)
 flags.DEFINE_integer("warmup", 3, "How many steps to run before.", lower_bound=1)
-flags.DEFINE_integer("samples", 8, "How many images to sample at a time; 0 for no sampling.", lower_bound=0)
+flags.DEFINE_integer("samples", 8, "How many images (or texts) to sample at a time; 0 for no sampling.", lower_bound=0)
 flags.DEFINE_string("json", None, "A file to write the figures to.")
 flags.DEFINE_string("compare", None, "A file that --json wrote: its figures are set beside these.")
 flags.DEFINE_string("profile", None, "A directory to write a trace of three steps to.")
@@ -53,6 +53,7 @@ def model_flops(model: nn.Module, batch_size: int, text_length: int) -> int:
     from jetformer.models.decoder import Decoder
     from jetformer.models.jet import Jet
     from jetformer.models.jetformer import JetFormer
+    from jetformer.models.language_model import LanguageModel
 
     linear = lambda module, tokens: 2 * linear_parameters(module) * tokens
     attention = lambda width, tokens: 4 * width * tokens * tokens
@@ -65,20 +66,24 @@ def model_flops(model: nn.Module, batch_size: int, text_length: int) -> int:
             total += len(encoder.blocks) * attention(coupling.dnn.posemb.shape[-1], tokens)
         return total
 
+    def of_decoder(decoder: Decoder, tokens: int) -> int:
+        widths = (block.attn.num_heads * block.attn.head_dim for block in decoder.blocks)
+        return linear(decoder, tokens) + sum(attention(width, tokens) for width in widths)
+
     def of_jetformer(model: JetFormer) -> int:
-        decoder: Decoder = model.decoder
         image = model.num_image_tokens
         text = text_length * model.num_vocab_repeats
         sequence = image + text + (1 if model.boi_id is None else 2) - 1
         total = 0 if model.flow is None else of_flow(model.flow)
-        total += linear(decoder, sequence)
-        for block in decoder.blocks:
-            total += attention(block.attn.num_heads * block.attn.head_dim, sequence)
+        total += of_decoder(model.decoder, sequence)
         total += linear(model.image_emb, image) + linear(model.image_head, image)
         return total + 2 * model.text_emb.weight.numel() * text_length
 
-    forward = of_flow(model) if isinstance(model, Jet) else of_jetformer(model)
-    return 3 * batch_size * forward
+    def of_language_model(model: LanguageModel) -> int:
+        return of_decoder(model.decoder, text_length) + linear(model.text_head, text_length)
+
+    of_model = {Jet: of_flow, JetFormer: of_jetformer, LanguageModel: of_language_model}
+    return 3 * batch_size * of_model[type(model)](model)
 
 
 def counted_flops(run, batch: dict[str, np.ndarray]) -> int:
@@ -96,16 +101,21 @@ def counted_flops(run, batch: dict[str, np.ndarray]) -> int:
     return counter.get_total_flops()
 
 
-def synthetic_batch(model: nn.Module, batch_size: int) -> dict[str, np.ndarray]:
-    """A random batch: images uint8 `[B, H, W, C]`, and for a JetFormer texts of one token."""
+def text_length_of(run, model: nn.Module) -> int:
+    """How many tokens the experiment's texts have; 0 for a flow alone."""
+    return run.data.text_length() if hasattr(model, "bos_id") else 0
+
+
+def synthetic_batch(model: nn.Module, batch_size: int, text_length: int) -> dict[str, np.ndarray]:
+    """A random batch: images uint8 `[B, H, W, C]` and texts of T tokens, whichever of these the model reads."""
     rng = np.random.default_rng(0)
-    batch = {"image": rng.integers(0, 256, (batch_size, *model.image_shape), dtype=np.uint8)}
-    if hasattr(model, "bos_id"):
-        batch |= {
-            "text": rng.integers(0, model.bos_id, (batch_size, 1), dtype=np.int32),
-            "text_mask": np.ones((batch_size, 1), bool),
-            "text_loss": np.ones((batch_size, 1), bool),
-        }
+    batch = {}
+    if hasattr(model, "image_shape"):
+        batch["image"] = rng.integers(0, 256, (batch_size, *model.image_shape), dtype=np.uint8)
+    if text_length:
+        shape = batch_size, text_length
+        batch["text"] = rng.integers(0, model.bos_id, shape, dtype=np.int32)
+        batch |= {name: np.ones(shape, bool) for name in ("text_mask", "text_loss")}
     return batch
 
 
@@ -204,7 +214,8 @@ def measure(run, where: runtime.Runtime, *, steps: int, warmup: int, samples: in
     machine = Machine(where, loop, run.autocast)
     state = run.build_state(where)
     model = state.model
-    whole = synthetic_batch(model, run.batch_size)
+    text_length = text_length_of(run, model)
+    whole = synthetic_batch(model, run.batch_size, text_length)
     size = run.batch_size // where.process_count
     local = {name: array[where.process_index * size :][:size] for name, array in whole.items()}
     clock = Clock(machine.synchronize)
@@ -262,8 +273,9 @@ def measure(run, where: runtime.Runtime, *, steps: int, warmup: int, samples: in
         "batch_size": run.batch_size,
         "parameters": sum(p.numel() for p in model.parameters()),
         "linear_parameters": linear_parameters(model),
-        "image_tokens": run.batch_size * (getattr(model, "num_image_tokens", None) or model.patchify.num_tokens),
-        "flops": model_flops(model, run.batch_size, text_length=1),
+        "examples": "images" if "image" in whole else "texts",
+        "tokens": run.batch_size * _num_tokens(model, text_length),
+        "flops": model_flops(model, run.batch_size, text_length),
         "counted_flops": counted_flops(run, whole),
         "matmul_size": machine.matmul_size,
         "seconds": dict(seconds),
@@ -272,13 +284,18 @@ def measure(run, where: runtime.Runtime, *, steps: int, warmup: int, samples: in
         "bytes": {"peak": peak} | _bytes_of(state, run, local, loop, where),
     }
     model.eval()
-    flow = model if not hasattr(model, "flow") else model.flow
+    flow = getattr(model, "flow", model if not text_length else None)
     with torch.no_grad(), loop.gathered(state.runner):
         if flow is not None:
             results["flow"] = _measure_flow(flow, size, machine, loop, steps, warmup)
-        if samples and hasattr(model, "bos_id"):
-            results["sampling"] = _measure_sampling(model, samples, machine, loop)
+        if samples and text_length:
+            results["sampling"] = _measure_sampling(model, text_length, samples, machine, loop)
     return results
+
+
+def _num_tokens(model: nn.Module, text_length: int) -> int:
+    """T: image tokens of an image, or tokens of a text."""
+    return getattr(model, "num_image_tokens", text_length) or model.patchify.num_tokens
 
 
 def _profile(stepping: Iterator, directory: str, machine: Machine) -> None:
@@ -343,18 +360,43 @@ def _measure_flow(flow: nn.Module, batch_size: int, machine: Machine, loop, step
     return {"batch_size": batch_size, "forward_seconds": forwards, "inverse_seconds": inverses}
 
 
-def _measure_sampling(model: nn.Module, count: int, machine: Machine, loop) -> dict:
-    """Seconds of sampling `count` images at once, three times."""
+def _measure_sampling(model: nn.Module, text_length: int, count: int, machine: Machine, loop) -> dict:
+    """Seconds of sampling `count` images or texts at once, five times, by guidance: token by token, and of images also
+    with the flow's inverse and the likelihood."""
     from jetformer import prng
-    from jetformer.sampling.decode import sample_images
+    from jetformer.models.mixture import MixtureHead
+    from jetformer.sampling import decode
+    from jetformer.sampling.guidance import Guidance
 
     device = machine.runtime.device
-    text = torch.zeros(count, 1, dtype=torch.int64, device=device)
     keys = prng.example_keys(0, torch.arange(count, dtype=torch.int32)).to(device)
-    call = lambda: sample_images(model, text, keys, compile=loop.compile)
-    call()
-    seconds = [machine.time(call) for _ in range(3)]
-    return {"images": count, "tokens": count * model.num_image_tokens, "seconds": seconds}
+    results = {"count": count, "tokens": count * _num_tokens(model, text_length)}
+
+    def of_texts() -> None:
+        none = torch.empty(count, 0, dtype=torch.int64, device=device)
+        # No token ends a text: all are of full length.
+        lengths = {"max_length": text_length, "vocab_size": model.bos_id, "eos_id": model.bos_id}
+        decode.sample_text(model, keys, text=none, compile=loop.compile, **lengths)
+
+    if not hasattr(model, "image_shape"):
+        return results | {"seconds": {"none": {"tokens": _repeated(of_texts, machine)}}}
+    text = torch.zeros(count, text_length, dtype=torch.int64, device=device)
+    results["seconds"] = {}
+    for guidance in (Guidance(), Guidance("density", 1.0)):
+        if guidance.on and not isinstance(model.image_head, MixtureHead):
+            continue
+        call = lambda sample, guidance=guidance: sample(model, text, keys, guidance=guidance, compile=loop.compile)
+        results["seconds"][guidance.mode] = {
+            "tokens": _repeated(lambda call=call: call(decode.sample_latents), machine),
+            "images": _repeated(lambda call=call: call(decode.sample_images), machine),
+        }
+    return results
+
+
+def _repeated(function: Callable[[], object], machine: Machine) -> list[float]:
+    """Seconds of five calls, after one that sets up."""
+    function()
+    return [machine.time(function) for _ in range(5)]
 
 
 def figures(results: dict) -> dict[str, float]:
@@ -362,10 +404,10 @@ def figures(results: dict) -> dict[str, float]:
     median = {name: statistics.median(values) for name, values in results["seconds"].items()}
     rate = results["flops"] / median["step"]
     matmul_rate = 2 * results["matmul_size"] ** 3 / median["matmul"] * results["processes"]
-    simple = 6 * results["linear_parameters"] * results["image_tokens"] / median["step"]
+    simple = 6 * results["linear_parameters"] * results["tokens"] / median["step"]
     values = {f"{name} s": seconds for name, seconds in median.items()}
     values |= {
-        "images/s": results["batch_size"] / median["step"],
+        f"{results['examples']}/s": results["batch_size"] / median["step"],
         "model GFLOP/s": rate / 1e9,
         "share of matmul": rate / matmul_rate,
         "6PT share of matmul": simple / matmul_rate,
@@ -375,9 +417,12 @@ def figures(results: dict) -> dict[str, float]:
         flow = {name: statistics.median(results["flow"][f"{name}_seconds"]) for name in ("forward", "inverse")}
         values |= {f"flow {name} images/s": results["flow"]["batch_size"] / s for name, s in flow.items()}
     if "sampling" in results:
-        seconds = statistics.median(results["sampling"]["seconds"])
-        values["sampled images/s"] = results["sampling"]["images"] / seconds
-        values["sampled tokens/s"] = results["sampling"]["tokens"] / seconds
+        sampling = results["sampling"]
+        for guidance, seconds in sampling["seconds"].items():
+            how = "" if guidance == "none" else f", {guidance} guidance"
+            values[f"sampled tokens/s{how}"] = sampling["tokens"] / statistics.median(seconds["tokens"])
+            if "images" in seconds:
+                values[f"sampled images/s{how}"] = sampling["count"] / statistics.median(seconds["images"])
     return values
 
 
@@ -393,14 +438,14 @@ def report(results: dict) -> str:
     rows = {
         "on": f"{results['on']}, torch {results['torch']}, Python {results['python']}",
         "parameters": f"{results['parameters']:,}, {results['linear_parameters']:,} of them in matrices (P)",
-        "batch": f"{results['batch_size']} images, {results['image_tokens']:,} image tokens (T)",
+        "batch": f"{results['batch_size']} {results['examples']}, {results['tokens']:,} tokens of theirs (T)",
         "step": spread("step"),
         "first step": f"{results['first_step_seconds']:.1f} s",
     }
     rows |= {f"  {name}": spread(name) for name in PHASES if name in seconds}
     size = results["matmul_size"]
     rows |= {
-        "images/s": f"{values['images/s']:.1f}",
+        f"{results['examples']}/s": f"{values[results['examples'] + '/s']:.1f}",
         "model FLOPs": f"{results['flops'] / 1e9:.1f} GFLOP a step ({results['counted_flops'] / 1e9:.1f} counted), "
         f"{values['model GFLOP/s']:.0f} GFLOP/s",
         f"{size}³ product": f"{2 * size**3 / values['matmul s'] / 1e9:.0f} GFLOP/s in {results['dtype']}",
@@ -414,11 +459,14 @@ def report(results: dict) -> str:
     for direction in ("forward", "inverse") if "flow" in results else ():
         median = statistics.median(results["flow"][f"{direction}_seconds"])
         rows[f"flow {direction}"] = f"{median * 1e3:.1f} ms, {values[f'flow {direction} images/s']:.1f} images/s"
-    if "sampling" in results:
-        rows["sampling"] = (
-            f"{values['sampled images/s']:.2f} images/s, {values['sampled tokens/s']:.0f} tokens/s, "
-            f"{results['sampling']['images']} images at a time"
-        )
+    for guidance, taken in results["sampling"]["seconds"].items() if "sampling" in results else ():
+        count, tokens = results["sampling"]["count"], results["sampling"]["tokens"]
+        how = "sampling" if guidance == "none" else f"{guidance} guidance"
+        median = statistics.median(taken["tokens"])
+        rows[how] = f"{count} {results['examples']} at a time: {median:.3f} s, {tokens / median:.0f} tokens/s"
+        if "images" in taken:
+            median = statistics.median(taken["images"])
+            rows[how] += f"; with the flow's inverse {median:.3f} s, {count / median:.2f} images/s"
     return _table(rows)
 
 

@@ -15,8 +15,8 @@ from upath import UPath
 
 from jetformer import objectives, optim
 from jetformer.data import dataset
-from jetformer.models import decoder, jet, jetformer, patches
-from jetformer.sampling import grid
+from jetformer.models import decoder, jet, jetformer, language_model, patches
+from jetformer.sampling import grid, guidance
 
 CONFIG_FILE = "config.gin"  # in the workdir: all that was parsed, includes resolved
 OPERATIVE_CONFIG_FILE = "operative_config.gin"  # in the workdir: all that was used, defaults included
@@ -24,10 +24,14 @@ OPERATIVE_CONFIG_FILE = "operative_config.gin"  # in the workdir: all that was u
 for _configurable in (
     decoder.Decoder,
     grid.ClassGrid,
+    grid.PromptGrid,
+    guidance.Guidance,
     jet.Jet,
     jetformer.JetFormer,
+    language_model.LanguageModel,
     objectives.JetFormerObjective,
     objectives.JetObjective,
+    objectives.TextObjective,
     optim.make_optimizer,
     optim.make_schedule,
     patches.PatchPCA,

@@ -1,4 +1,4 @@
-"""The two training objectives, JetFormer's and Jet's, and bits per dim.
+"""The training objectives of JetFormer, of Jet and of text alone, and bits per dim.
 
 An objective is a pure function of a model, a batch and its random draws. `draw` makes the draws, those of an example
 from the example's key (`jetformer.prng`), so that any step can be replayed and a batch can be cut up and shared anyhow;
@@ -19,12 +19,13 @@ from torch.nn import functional as F
 
 from jetformer import prng
 from jetformer.models.jetformer import JetFormer
+from jetformer.models.language_model import LanguageModel
 
 Batch = dict[str, Tensor]
 Draws = dict[str, Tensor]
-# What is measured, by name: values [B], and which examples they count for, bool [B].
+# What is measured, by name: values [B, ...], and which of them count, bool [B, ...].
 Terms = dict[str, tuple[Tensor, Tensor]]
-# The same summed over examples: sum and count, both 0-dimensional. Sums of parts add up to the sum of the whole.
+# The same summed: sum and count, both 0-dimensional. Sums of parts add up to the sum of the whole.
 Sums = dict[str, tuple[Tensor, Tensor]]
 
 _LN2 = math.log(2)
@@ -32,6 +33,25 @@ _LOG_2PI = math.log(2 * math.pi)
 
 # What an example's key is folded with for each of its draws.
 _TEXT_FIRST, _DEQUANT, _RGB_NOISE, _DROP_PREFIX, _INPUT_NOISE_STD, _INPUT_NOISE, _DROPOUT = range(7)
+
+
+def check_has(batch: Batch, *keys: str) -> None:
+    """Looks for what an objective reads.
+
+    Raises:
+      ValueError: if the batch lacks one of the keys.
+    """
+    for key in keys:
+        if key not in batch:
+            raise ValueError(
+                f"the batch has no {key!r}: the preprocessing must make it (label_as_text makes a text of a label, "
+                "caption one of a text)"
+            )
+
+
+def batch_size(batch: Batch) -> int:
+    """B."""
+    return len(next(iter(batch.values())))
 
 
 def standard_normal_nll(x: Tensor) -> Tensor:
@@ -45,10 +65,11 @@ def to_unit_range(pixels: Tensor) -> Tensor:
 
 
 def sum_terms(terms: Terms, mask: Tensor | None = None) -> Sums:
-    """Sums each term over the examples it counts for, of those where `mask` (bool `[B]`) is true."""
+    """Sums each term over what counts, of the examples where `mask` (bool `[B]`) is true."""
     sums = {}
     for name, (value, counts) in terms.items():
-        counts = counts if mask is None else counts & mask
+        if mask is not None:
+            counts = counts & mask.view(-1, *[1] * (counts.ndim - 1))
         # Not value · counts: what does not count may not be finite.
         sums[name] = (value.where(counts, 0.0).sum(), counts.sum())
     return sums
@@ -66,7 +87,7 @@ def add_sums(a: Sums, b: Sums) -> Sums:
 
 
 def means(sums: Sums) -> dict[str, Tensor]:
-    """The mean of each term; a term that counted for no example is left at 0."""
+    """The mean of each term; a term of which nothing counted is left at 0."""
     return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
 
 
@@ -181,12 +202,8 @@ class JetFormerObjective:
         Raises:
           ValueError: if the batch lacks something, or its images have another shape than the model's.
         """
-        for key in ("image", "text", "text_loss"):
-            if key not in batch:
-                raise ValueError(
-                    f"the batch has no {key!r}: the preprocessing must make it (label_as_text makes a text of a label)"
-                )
-        text, batch_size = batch["text"], len(batch["image"])
+        check_has(batch, "image", "text", "text_loss")
+        text = batch["text"]
         text_first, dropped, text_counts, image_counts = self._roles(batch, draws, train)
         normalizers = normalizers or self.normalizers(batch, draws, train)
         normalizers = {name: count.clamp(min=1) for name, count in normalizers.items()}
@@ -229,7 +246,7 @@ class JetFormerObjective:
         # gradient, and its likelihoods without.
         bits = 1 / (math.prod(model.image_shape) * _LN2)
         image_weight = image_counts / normalizers["image"]
-        token_weight = (image_weight * bits)[:, None].expand(batch_size, tokens.shape[1])
+        token_weight = (image_weight * bits)[:, None].expand(-1, tokens.shape[1])
         loss_image_tokens, nll_tokens = model.image_head(image_hidden, tokens, token_weight)
         bits_tokens = (nll_tokens.sum(1) + factored_nll) * bits
         bits_logdet = logdet * bits - math.log2(127.5)
@@ -298,6 +315,7 @@ class JetObjective:
         """
         if not isinstance(noise_scale, Tensor) and noise_scale:
             raise ValueError("Jet's objective has no noise curriculum: leave train.noise_scale at 0")
+        check_has(batch, "image")
         normalizers = normalizers or self.normalizers(batch, draws, train)
         pixels = batch["image"].to(next(model.parameters()).dtype)
         if self.dequantize:
@@ -319,3 +337,48 @@ class JetObjective:
             "bits_per_dim_latents": (bits_latents, counts),
             "bits_per_dim_logdet": (bits_logdet, counts),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class TextObjective:
+    """Negative log-likelihood of texts under a `LanguageModel`, over tokens: long texts count for more."""
+
+    def draw(self, model: LanguageModel, batch: Batch, keys: Tensor, train: bool) -> Draws:
+        """The random draws of one step: in training with dropout dropout_keys int32 `[B, 2]`. See
+        `JetFormerObjective.draw`."""
+        del batch
+        return {"dropout_keys": prng.fold_in(keys, _DROPOUT)} if train and model.decoder.dropout else {}
+
+    def normalizers(self, batch: Batch, draws: Draws, train: bool) -> dict[str, Tensor]:
+        """How many tokens the loss averages over. See `JetFormerObjective.normalizers`."""
+        del draws, train
+        return {"text": batch["text_loss"].sum()}
+
+    def __call__(
+        self,
+        model: LanguageModel,
+        batch: Batch,
+        draws: Draws,
+        *,
+        noise_scale: Tensor | float = 0.0,
+        train: bool = True,
+        normalizers: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Terms]:
+        """Scores the texts of a batch: text int `[B, T]`, text_loss bool `[B, T]` and text_mask bool `[B, T]`, see
+        `JetFormerObjective.__call__`.
+
+        Returns:
+          The loss in nats per token, and text_bits_per_token by token.
+
+        Raises:
+          ValueError: if there is a noise curriculum, or the batch has no texts.
+        """
+        if not isinstance(noise_scale, Tensor) and noise_scale:
+            raise ValueError("texts have no noise curriculum: leave train.noise_scale at 0")
+        check_has(batch, "text", "text_loss")
+        normalizers = normalizers or self.normalizers(batch, draws, train)
+        text, counts = batch["text"], batch["text_loss"]
+        hidden = model(text, batch.get("text_mask"), draws.get("dropout_keys") if train else None)
+        nll = F.cross_entropy(model.text_logits(hidden).float().transpose(1, 2), text.long(), reduction="none")
+        loss = nll.where(counts, 0.0).sum() / normalizers["text"].clamp(min=1)
+        return loss, {"text_bits_per_token": (nll.detach() / _LN2, counts)}

@@ -4,6 +4,7 @@ Programs import this and `runtime` first, and the rest of the package after `run
 TensorFlow, before which torch_xla has to be imported.
 """
 
+import datetime
 import os
 import signal
 import sys
@@ -23,6 +24,8 @@ flags.DEFINE_enum(
     ["auto", "cpu", "cuda", "xla"],
     "What to run on; xla is all TPUs, or what PJRT_DEVICE says; auto is a TPU or a GPU where there is one.",
 )
+
+_STORE_TIMEOUT = datetime.timedelta(seconds=5)
 
 
 @contextmanager
@@ -55,10 +58,14 @@ def one_line_errors() -> Iterator[None]:
 def _say(message: str) -> None:
     """Prints a line, unless another process that torchrun started has printed the same."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # torchrun's own store, which outlives its processes.
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        if store.add(f"jetformer/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{message}", 1) > 1:
-            return
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            # torchrun's own store, which outlives the processes of its host; another host's may be gone.
+            store = dist.TCPStore(*address, is_master=False, timeout=_STORE_TIMEOUT)
+            if store.add(f"jetformer/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{message}", 1) > 1:
+                return
+        except dist.DistError:
+            logging.debug("", exc_info=True)
     print(message, file=sys.stderr, flush=True)
 
 

@@ -1,36 +1,402 @@
-"""Sample from a run: the picture that its experiment asks for, from its newest checkpoint.
+"""Sample from a trained model: images of classes or prompts, captions of images, the rest of an image, texts.
 
-    python -m jetformer.sample --workdir=/tmp/digits --output=/tmp/digits.png
+    python -m jetformer.sample --workdir=/tmp/digits --classes=3,7 --out=/tmp/samples
+    python -m jetformer.sample --workdir=/tmp/shapes --prompt="a red circle" --guidance_weight=2 --out=/tmp/samples
+    python -m jetformer.sample --workdir=/tmp/shapes --images='/tmp/samples/images/*' --task=caption --out=/tmp/texts
 
-Reads what the run has saved, whichever devices that was on. `--gin_bindings` change the picture, for example
-`--gin_bindings='ClassGrid.per_class = 4'`.
+Writes PNGs, a grid of them, a page to browse them (index.html) and samples.jsonl, where each line is an image with its
+prompt, seed, settings and likelihood. Sample i of a prompt has the seed --seed + i, and is the same whatever is sampled
+beside it. Started again with the same --out, it goes on with what is missing.
 """
 
+import contextlib
+import dataclasses
+import math
+import pathlib
+from collections.abc import Iterable, Iterator
+
+import numpy as np
 from absl import app, flags, logging
 from upath import UPath
 
 from jetformer import program, runtime
 
 flags.adopt_module_key_flags(program)
-flags.DEFINE_string("workdir", None, "The run's.", required=True)
-flags.DEFINE_string("output", None, "The PNG to write.", required=True)
-flags.DEFINE_integer("seed", 0, "Another seed, other samples.")
+flags.DEFINE_string("workdir", None, "A run's: its newest checkpoint, or that of --step.")
+flags.DEFINE_integer("step", None, "Which checkpoint of the workdir or repository; default: the newest.")
+flags.DEFINE_string("checkpoint", None, "A checkpoint of a run's workdir: …/checkpoints/000012000.")
+flags.DEFINE_string("hf_repo", None, "A repository on the Hugging Face Hub that holds a run's workdir: owner/name.")
+flags.DEFINE_string("hf_revision", None, "A branch, tag or commit of the repository.")
+flags.DEFINE_list("classes", None, "Class labels, as 0,1,2.")
+flags.DEFINE_multi_string("prompt", [], "What an image is to show; may be given several times.")
+flags.DEFINE_string("prompts", None, "A file with a prompt on each line.")
+flags.DEFINE_string("images", None, "Images to work on: a path or a pattern as '/data/*.png'.")
+flags.DEFINE_enum(
+    "task",
+    None,
+    ["caption", "complete"],
+    "What to do with --images: write captions; or keep the first --rows of each, and sample the rest.",
+)
+flags.DEFINE_integer("rows", None, "How many rows of pixels of an image are given to complete; default: half of them.")
+flags.DEFINE_integer(
+    "num_images",
+    None,
+    "How many samples of each class, prompt or image; default: 8, 1 with --images.",
+    lower_bound=1,
+)
+flags.DEFINE_integer("batch_size", 32, "How many samples at a time.", lower_bound=1)
+flags.DEFINE_enum(
+    "guidance", None, ["none", "density", "interp"], "How to guide; default: density if there is a --guidance_weight."
+)
+flags.DEFINE_float("guidance_weight", 0.0, "w of p(x | y)^(1+w) / p(x)^w.")
+flags.DEFINE_enum(
+    "guidance_schedule", "constant", ["constant", "linear", "cosine"], "The weight over an image's tokens."
+)
+flags.DEFINE_float("temperature", 1.0, "Multiplies the scales of image tokens' mixtures; divides a caption's logits.")
+flags.DEFINE_float("temperature_probs", 1.0, "Multiplies the log-weights of image tokens' mixtures.")
+flags.DEFINE_integer("top_k", None, "Captions: choose among so many of the most probable tokens.")
+flags.DEFINE_float("top_p", 1.0, "Captions: choose among the most probable tokens of at least this probability.")
+flags.DEFINE_integer("seed", 0, "Of each class's, prompt's or image's first sample; the others' follow.", lower_bound=0)
+flags.DEFINE_bool("ema", True, "Use the moving average of the parameters, if there is one.")
+flags.DEFINE_string("out", None, "A local directory to write to.", required=True)
 FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One sample: of which class, prompt or image (its name); the seed; the text's tokens and the image, where it is
+    given them."""
+
+    label: str
+    seed: int
+    text: np.ndarray | None = None
+    text_mask: np.ndarray | None = None
+    image: np.ndarray | None = None
+
+
+def source() -> tuple[UPath, int | None]:
+    """The workdir that the flags name, and the step; None for the newest."""
+    given = [name for name in ("workdir", "checkpoint", "hf_repo") if FLAGS[name].value is not None]
+    if len(given) != 1:
+        raise ValueError("give one of --workdir, --checkpoint and --hf_repo")
+    if FLAGS.hf_revision is not None and FLAGS.hf_repo is None:
+        raise ValueError("--hf_revision is of a --hf_repo")
+    if FLAGS.hf_repo is not None:
+        return download(FLAGS.hf_repo, FLAGS.hf_revision, FLAGS.step), FLAGS.step
+    if FLAGS.workdir is not None:
+        return UPath(FLAGS.workdir), FLAGS.step
+    directory = UPath(FLAGS.checkpoint.rstrip("/"))
+    if not directory.name.isdigit() or directory.parent.name != "checkpoints" or FLAGS.step is not None:
+        raise ValueError(
+            f"--checkpoint={FLAGS.checkpoint}: give …/checkpoints/NUMBER of a run's workdir, and no --step"
+        )
+    return directory.parent.parent, int(directory.name)
+
+
+def download(repo: str, revision: str | None, step: int | None) -> UPath:
+    """The workdir that a repository holds: its configuration and tokenizer, and the checkpoint of `step`, or all."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    checkpoints = "*" if step is None else f"{step:09d}"
+    try:
+        directory = snapshot_download(
+            repo, revision=revision, allow_patterns=["*.gin", "*.model", f"checkpoints/{checkpoints}/*"]
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(f"--hf_repo={repo}: {error}") from error
+    return UPath(directory)
+
+
+def given_prompts() -> list[str]:
+    """All prompts of the flags."""
+    if FLAGS.prompts is None:
+        return list(FLAGS.prompt)
+    return [*FLAGS.prompt, *UPath(FLAGS.prompts).read_text().splitlines()]
+
+
+def class_jobs(model, classes: list[str]) -> list[Job]:
+    """A job for each class."""
+    import torch
+
+    from jetformer.sampling.grid import check_tokens
+
+    jobs = []
+    for label in classes:
+        if not label.strip().isdigit():
+            raise ValueError(f"--classes: {label!r} is no class; give numbers, as 0,1,2")
+        text = np.array([int(label)])
+        check_tokens(torch.from_numpy(text)[None], model)
+        jobs.append(Job(f"class {int(label)}", FLAGS.seed, text))
+    return jobs
+
+
+def prompt_jobs(texts, prompts: list[str], whole: bool) -> list[Job]:
+    """A job for each prompt: a whole text, or the beginning of one."""
+    encoded = (texts.encode if whole else texts.encode_beginnings)(prompts)
+    for prompt in prompts:
+        if cut := texts.cut(prompt):
+            logging.warning("The prompt %r is too long; cut off: %r", prompt, cut)
+    rows = zip(prompts, encoded["text"], encoded["text_mask"], strict=True)
+    return [Job(prompt, FLAGS.seed, text, mask) for prompt, text, mask in rows]
+
+
+def tokenizing(run, workdir: UPath):
+    """How the run tokenizes texts: its own copy of the tokenizer, wherever the original is."""
+    from jetformer.train import TOKENIZER_FILE
+
+    copy = workdir / TOKENIZER_FILE
+    return run.data.texts(str(copy) if copy.exists() else None)
+
+
+def read_images(pattern: str, shape: tuple[int, int, int]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Images by path, uint8 `[H, W, C]` of the model's shape, resized where they have another; and what could not be
+    read."""
+    import fsspec
+    from PIL import Image, ImageOps
+
+    height, width, channels = shape
+    fs, _, paths = fsspec.get_fs_token_paths(pattern)
+    paths = [path for path in sorted(paths) if fs.isfile(path)]
+    if not paths:
+        raise ValueError(f"--images={pattern}: there is no such file")
+    images, unreadable = {}, []
+    for path in paths:
+        try:
+            with fs.open(path, "rb") as file, Image.open(file) as opened:
+                image = opened.convert("L" if channels == 1 else "RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # PIL has all three for damaged files
+            logging.warning("%s cannot be read and is left out: %s", path, error)
+            unreadable.append(path)
+            continue
+        if image.size != (width, height):
+            logging.warning("%s is %d × %d, resized to %d × %d", path, *image.size, width, height)
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        images[path] = np.asarray(image).reshape(shape)
+    return images, unreadable
+
+
+def batches(jobs: list[Job], size: int) -> Iterator[tuple[list[Job], list[Job]]]:
+    """Jobs in groups of `size`, each also filled up to it, so that all have one shape."""
+    if len(jobs) < size:
+        size = len(jobs)
+    for first in range(0, len(jobs), size):
+        group = jobs[first : first + size]
+        yield group, group + group[-1:] * (size - len(group))
+
+
+def stacked(arrays: Iterable[np.ndarray | None], device):
+    """Arrays as one tensor; None if they are None."""
+    import torch
+
+    arrays = list(arrays)
+    return None if arrays[0] is None else torch.from_numpy(np.stack(arrays)).to(device)
+
+
+class Images:
+    """Images of classes or prompts; or, of images whose first rows are given, the rest."""
+
+    def __init__(self, run, model, workdir: UPath, compile):
+        from jetformer.sampling.grid import ClassGrid, PromptGrid
+        from jetformer.sampling.guidance import Guidance
+
+        self._compile = compile
+        self._guidance = Guidance(
+            FLAGS.guidance or ("density" if FLAGS.guidance_weight else "none"),
+            FLAGS.guidance_weight,
+            FLAGS.guidance_schedule,
+        )
+        self._guidance.check(model.image_head)
+        run.check_guidance(self._guidance)
+        self.settings = {
+            "temperature": FLAGS.temperature,
+            "temperature_probs": FLAGS.temperature_probs,
+            "guidance": self._guidance.mode,
+            "guidance_weight": self._guidance.weight,
+            "guidance_schedule": self._guidance.schedule,
+        }
+        classes, prompts = FLAGS.classes, given_prompts()
+        if classes is None and not prompts and FLAGS.images is None:  # the experiment's own picture
+            if isinstance(run.samples, ClassGrid):
+                classes = [str(c) for c in range(run.samples.num_classes)]
+            elif isinstance(run.samples, PromptGrid):
+                prompts = list(run.samples.prompts)
+            else:
+                raise ValueError("nothing to sample: give --classes, --prompt, --prompts or --images")
+        if classes is not None and run.data.has_texts():
+            raise ValueError("the model reads texts, not classes: give --prompt or --prompts")
+        self.jobs = class_jobs(model, classes or [])
+        if prompts:
+            self.jobs += prompt_jobs(tokenizing(run, workdir), prompts, whole=True)
+        self.unreadable, self._num_given, self.num_tokens = [], 0, model.num_image_tokens
+        if FLAGS.images is not None:
+            if len(self.jobs) != 1:
+                raise ValueError(
+                    "--task=complete: give one --prompt, or one of --classes, which says what the images show"
+                )
+            (shown,) = self.jobs
+            self._num_given, rows = given_tokens(model, FLAGS.rows)
+            self.settings |= {"rows": rows, "prompt": shown.label}
+            images, self.unreadable = read_images(FLAGS.images, model.image_shape)
+            self.jobs = [dataclasses.replace(shown, label=path, image=image) for path, image in images.items()]
+            self.num_tokens -= self._num_given
+
+    def __call__(self, model, group: list[Job], keys, on_token) -> tuple[np.ndarray, list[dict[str, float]]]:
+        from jetformer.sampling import decode
+
+        pictures = stacked((job.image for job in group), keys.device)
+        given = None
+        if pictures is not None:
+            encoded = self._compile(lambda: decode.encode_images(model, pictures, keys))()
+            given = decode.Latents(*(x[:, : self._num_given] for x in encoded))
+        sampled, nats = decode.sample_images(
+            model,
+            stacked((job.text for job in group), keys.device),
+            keys,
+            text_mask=stacked((job.text_mask for job in group), keys.device),
+            given=given,
+            guidance=self._guidance,
+            temperature_scales=FLAGS.temperature,
+            temperature_probs=FLAGS.temperature_probs,
+            compile=self._compile,
+            on_token=on_token,
+        )
+        scale = -1 / (math.prod(model.image_shape) * math.log(2))
+        known = [{"log_likelihood": x, "bits_per_dim": x * scale} for x in nats.cpu().tolist()]
+        return sampled.cpu().numpy(), known
+
+
+class Texts:
+    """Texts: captions of images by a JetFormer, or by a language model how its prompts go on."""
+
+    def __init__(self, run, model, workdir: UPath, compile):
+        self._texts, self._compile = tokenizing(run, workdir), compile
+        self.settings = {"temperature": FLAGS.temperature, "top_k": FLAGS.top_k, "top_p": FLAGS.top_p}
+        self.unreadable, self.num_tokens = [], self._texts.length
+        prompts = given_prompts()
+        if FLAGS.classes is not None or (FLAGS.images is not None and prompts):
+            raise ValueError("--task=caption reads images only: leave out --classes, --prompt and --prompts")
+        if FLAGS.images is not None:
+            images, self.unreadable = read_images(FLAGS.images, model.image_shape)
+            self.jobs = [Job(path, FLAGS.seed, image=image) for path, image in images.items()]
+            return
+        # Without a prompt, whole texts.
+        self.jobs = prompt_jobs(self._texts, prompts or [""], whole=False)
+        longest = max(int(job.text_mask.sum()) for job in self.jobs)
+        self.num_tokens -= longest
+        if self.num_tokens < 1:
+            raise ValueError(f"the longest prompt has {longest} tokens, as many as a text: there is no room to go on")
+
+    def __call__(self, model, group: list[Job], keys, on_token) -> tuple[np.ndarray | None, list[dict]]:
+        from jetformer.sampling import decode
+
+        pictures, latents = stacked((job.image for job in group), keys.device), None
+        if pictures is not None:
+            latents = self._compile(lambda: decode.encode_images(model, pictures, keys).tokens)()
+        tokens, nats = decode.sample_text(
+            model,
+            keys,
+            image_tokens=latents,
+            text=stacked((job.text for job in group), keys.device),
+            text_mask=stacked((job.text_mask for job in group), keys.device),
+            max_length=self.num_tokens,
+            vocab_size=self._texts.tokenizer.vocab_size,
+            eos_id=self._texts.tokenizer.eos_id,
+            temperature=FLAGS.temperature,
+            top_k=FLAGS.top_k,
+            top_p=FLAGS.top_p,
+            compile=self._compile,
+            on_token=on_token,
+        )
+        tokens, nats = tokens.cpu().numpy(), nats.cpu().tolist()
+        scored = np.minimum((tokens != self._texts.tokenizer.eos_id).sum(1) + 1, self.num_tokens)
+        known = [
+            {"text": text, "log_likelihood": x, "bits_per_token": -x / math.log(2) / int(n)}
+            for text, x, n in zip(self._texts.decode(tokens), nats, scored, strict=True)
+        ]
+        return None if pictures is None else pictures.cpu().numpy(), known
+
+
+def sample_all(run, state, step: int, workdir: UPath, machine: runtime.Runtime, out: pathlib.Path) -> None:
+    """Samples what the flags ask for.
+
+    Raises:
+      ValueError: for what cannot be sampled; for images that could not be read, when all others are done.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from jetformer import prng, train
+    from jetformer.models.jetformer import JetFormer
+    from jetformer.models.language_model import LanguageModel
+    from jetformer.sampling import gallery
+
+    model, loop = state.model, train.loop_of(machine)
+    if not isinstance(model, JetFormer | LanguageModel):
+        raise ValueError(f"a {type(model).__name__} alone has nothing to sample tokens from: give a JetFormer's run")
+    if (FLAGS.images is None) != (FLAGS.task is None):
+        raise ValueError("--images and --task go together: give both, or neither")
+    if FLAGS.images is not None and isinstance(model, LanguageModel):
+        raise ValueError("a LanguageModel reads no images: leave out --images")
+    writes_text = FLAGS.task == "caption" or isinstance(model, LanguageModel)
+    task = (Texts if writes_text else Images)(run, model, workdir, loop.compile)
+    what = FLAGS.task or ("text" if writes_text else "image")
+    settings = {"task": what, "step": step, "ema": state.ema is not None and FLAGS.ema, **task.settings}
+
+    collected = gallery.Gallery(out, settings, key="prompt" if FLAGS.images is None else "image")
+    count = FLAGS.num_images or (1 if FLAGS.images is not None else 8)
+    jobs = [dataclasses.replace(job, seed=FLAGS.seed + i) for job in task.jobs for i in range(count)]
+    todo = [job for job in jobs if not collected.has(job.label, job.seed)]
+    if len(todo) < len(jobs):
+        logging.info("%d of %d samples are there already", len(jobs) - len(todo), len(jobs))
+
+    state.runner.eval()
+    average = state.averaged() if FLAGS.ema else contextlib.nullcontext()
+    with (
+        average,
+        loop.gathered(state.runner),
+        loop.autocast(machine.device, run.autocast),
+        tqdm(total=len(todo) * task.num_tokens, unit="tokens", unit_scale=True, disable=not todo) as progress,
+    ):
+        for group, filled in batches(todo, FLAGS.batch_size):
+            keys = torch.stack([prng.key(job.seed) for job in filled]).to(machine.device)
+            pictures, known = state.runner(task, filled, keys, lambda group=group: progress.update(len(group)))
+            for i, (job, facts) in enumerate(zip(group, known, strict=False)):
+                collected.add(job.label, job.seed, None if pictures is None else pictures[i], **facts)
+    if collected.records:
+        collected.finish()
+    logging.info("%d samples in %s: open %s", len(collected.records), out, out / gallery.PAGE_FILE)
+    if task.unreadable:
+        raise ValueError(
+            f"{len(task.unreadable)} of {len(task.unreadable) + len(task.jobs)} images could not be read: "
+            f"{', '.join(task.unreadable)}; the others are done"
+        )
+
+
+def given_tokens(model, rows: int | None) -> tuple[int, int]:
+    """How many image tokens the first rows of pixels are, and how many rows these tokens are."""
+    height, size = model.image_shape[0], model.image_shape[0] // model.patches.grid[0]
+    rows = height // 2 if rows is None else rows
+    if not 0 < rows < height or rows % size:
+        raise ValueError(f"--rows={rows}: give a multiple of the patch size, {size}, between 0 and {height}")
+    return rows // size * model.patches.grid[1], rows
 
 
 def main(argv: list[str]) -> None:
     program.no_arguments(argv)
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.INFO)
     with program.one_line_errors():
         machine = runtime.initialize(FLAGS.device)
+        if machine.process_count > 1:
+            raise ValueError("jetformer.sample is one process: start it with python, on one host")
         from jetformer import train
-        from jetformer.sampling.grid import save_png
 
-        run, state, step = train.load(UPath(FLAGS.workdir), FLAGS.gin_file, FLAGS.gin_bindings, machine)
-        picture = train.sample(run, state, FLAGS.seed, machine)
-        if machine.process_index == 0:
-            save_png(picture, UPath(FLAGS.output))
-    logging.set_verbosity(logging.INFO)
-    logging.info("Samples of step %d written to %s", step, FLAGS.output)
+        workdir, step = source()
+        if "://" in FLAGS.out:
+            raise ValueError(f"--out={FLAGS.out}: give a local directory")
+        run, state, step = train.load(workdir, FLAGS.gin_file, FLAGS.gin_bindings, machine, step)
+        sample_all(run, state, step, workdir, machine, pathlib.Path(FLAGS.out))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from absl import logging
 from torch import Tensor, nn
 from upath import UPath
 
-from jetformer import checkpoint, config, optim
+from jetformer import checkpoint, config, objectives, optim
 from jetformer.data.dataset import Data
 from jetformer.loops import steps
 from jetformer.models import remat
@@ -27,9 +27,12 @@ from jetformer.models.initializers import init_weights
 from jetformer.preemption import Preempted, Preemption
 from jetformer.runtime import Runtime, derive_seed, resolve_mesh
 from jetformer.sampling.grid import save_png
+from jetformer.sampling.guidance import Guidance
 
 if TYPE_CHECKING:
     from clu.metric_writers import MetricWriter
+
+TOKENIZER_FILE = "tokenizer.model"  # in the workdir, where the experiment reads texts
 
 # What draws of different purposes are seeded with, beside the run's seed.
 _INIT, _EVALUATION, _SAMPLES = 1, 2, 3
@@ -67,7 +70,7 @@ class Run:
       checkpoint_steps: save every so many steps, and at the end.
       keep_last: how many of the newest checkpoints to keep.
       keep_every: also keep those of steps that this divides; None: no others.
-      samples: called with model, seed and compile, gives a picture uint8 `[H, W, C]`; None for none.
+      samples: called with model, data, seed and compile, gives a picture uint8 `[H, W, C]`; None for none.
       sample_steps: sample every so many steps, and at the end; None: at the end only.
       autocast: "bfloat16" to multiply in it, with parameters, gradients and likelihoods in float32; None: in float32.
       matmul_precision: of products of float32: "highest", float32; "high", TensorFloat32 on GPUs and three bfloat16
@@ -185,8 +188,21 @@ class Run:
         with torch.device("meta"):
             model = config.call(self.model)
         if self.samples is not None:
-            self.samples.check(model)
+            self.samples.check(model, self.data)
+            self.check_guidance(self.samples.guidance)
         return model
+
+    def check_guidance(self, guidance: Guidance) -> None:
+        """Looks whether the model learns what guidance compares with.
+
+        Raises:
+          ValueError: if not.
+        """
+        if guidance.on and not self.objective.drop_labels_prob:
+            raise ValueError(
+                f"guidance {guidance.mode} compares with the model without text, which this one does not learn: its "
+                "JetFormerObjective.drop_labels_prob is 0. Sample without guidance, or train with 0.1"
+            )
 
     def check_batch(self, batch: dict[str, np.ndarray]) -> None:
         """Scores a batch on the meta device, where only shapes count and nothing is computed.
@@ -198,7 +214,7 @@ class Run:
         self.check_text(batch, model)
         with torch.device("meta"), torch.no_grad():
             tensors = {name: torch.tensor(array, device="meta") for name, array in batch.items()}
-            keys = torch.empty(len(batch["image"]), 2, dtype=torch.int32)
+            keys = torch.empty(objectives.batch_size(batch), 2, dtype=torch.int32)
             draws = self.objective.draw(model, tensors, keys, train=True)
             self.objective(model, tensors, draws, noise_scale=self.noise_scale)
 
@@ -215,8 +231,9 @@ class Run:
         for token in (batch["text"].min(), batch["text"].max()):
             if not 0 <= token < vocab_size:
                 raise ValueError(
-                    f"the data have a text token or label {token}, but JetFormer.vocab_size is {vocab_size}: the "
-                    "vocabulary has to be larger than the number of classes, with room for bos, boi and nolabel"
+                    f"the data have a text token or label {token}, but {type(model).__name__}.vocab_size is "
+                    f"{vocab_size}: the vocabulary has to be larger than the number of classes, or than the "
+                    "tokenizer's, with room for the model's special tokens"
                 )
 
     def build_schedule(self) -> Callable[[int], float]:
@@ -293,16 +310,16 @@ def loop_of(runtime: Runtime) -> ModuleType:
     return loop
 
 
-def restore(workdir: UPath, state: State, runtime: Runtime) -> int:
-    """Restores the newest complete checkpoint of the workdir into `state`; returns its step, 0 if there is none.
+def restore(workdir: UPath, state: State, runtime: Runtime, step: int | None = None) -> int:
+    """Restores a complete checkpoint of the workdir into `state`: that of `step`, or the newest; returns its step, 0 if
+    there is none.
 
     The checkpoint may come from other devices, and from more or fewer of them.
 
     Raises:
       ValueError: if the checkpoint is damaged or of another architecture.
     """
-    step = checkpoint.latest(workdir)
-    if step is None:
+    if step is None and (step := checkpoint.latest(workdir)) is None:
         return 0
     ours = config.architecture()
     for name, value in checkpoint.verify(workdir, step)["info"].get("architecture", {}).items():
@@ -368,6 +385,8 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if runtime.process_index == 0:
         config.save(workdir)
+        if run.data.has_texts():  # a workdir is all that sampling needs, wherever it is copied to
+            (workdir / TOKENIZER_FILE).write_bytes(run.data.texts().tokenizer.serialized())
     written = metrics.Metrics(workdir, runtime.process_index)
     writer = written.writer
     writer.write_texts(start_step, {"config": _markdown(gin.operative_config_str())})
@@ -488,7 +507,7 @@ def sample(run: Run, state: State, seed: int, runtime: Runtime) -> np.ndarray:
     loop = loop_of(runtime)
     state.runner.eval()
     with state.averaged(), loop.gathered(state.runner), loop.autocast(runtime.device, run.autocast):
-        return state.runner(run.samples, seed=seed, compile=loop.compile)
+        return state.runner(run.samples, run.data, seed=seed, compile=loop.compile)
 
 
 def write_samples(
@@ -527,9 +546,9 @@ def configured(workdir: UPath, gin_files: Sequence[str], gin_bindings: Sequence[
 
 
 def load(
-    workdir: UPath, gin_files: Sequence[str], gin_bindings: Sequence[str], runtime: Runtime
+    workdir: UPath, gin_files: Sequence[str], gin_bindings: Sequence[str], runtime: Runtime, step: int | None = None
 ) -> tuple[Run, State, int]:
-    """The experiment that a workdir holds, its newest complete checkpoint, and that one's step.
+    """The experiment that a workdir holds, a complete checkpoint (that of `step`, or the newest), and its step.
 
     Laid out over the devices of this job, whatever the run's mesh is, and without an optimizer.
 
@@ -537,11 +556,14 @@ def load(
       ValueError: if there is none, or it does not fit.
     """
     run = dataclasses.replace(configured(workdir, gin_files, gin_bindings), mesh={"fsdp": -1})
-    if checkpoint.latest(workdir) is None:
+    steps = checkpoint.steps(workdir)
+    if not steps:
         raise ValueError(f"{workdir} has no complete checkpoint")
+    if step is not None and step not in steps:
+        raise ValueError(f"{workdir} has no complete checkpoint of step {step}, but of {', '.join(map(str, steps))}")
     loop_of(runtime).set_up(run.mesh, _compilation_cache(run, workdir), run.matmul_precision)
     state = run.build_state(runtime, to_train=False)
-    return run, state, restore(workdir, state, runtime)
+    return run, state, restore(workdir, state, runtime, step)
 
 
 def _checked(run: Run, model: nn.Module, batches: Iterator[dict[str, np.ndarray]]):
@@ -630,7 +652,7 @@ class _Meter:
             "param_norm": param_norm,
             "learning_rate": last.learning_rate,
             "noise_scale": last.noise_scale,
-            "images_per_sec": len(measured) * self._run.batch_size / elapsed,
+            "examples_per_sec": len(measured) * self._run.batch_size / elapsed,
         }
         for name in last.seconds:
             scalars[f"{name}_fraction"] = sum(step.seconds[name] for step in measured) / elapsed

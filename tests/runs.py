@@ -30,7 +30,7 @@ SMALL = {
     "Decoder.mlp_dim": 32,
     "Decoder.head_dim": 8,
     "JetFormer.num_mixtures": 4,
-    "ClassGrid.per_class": 2,
+    "ClassGrid.num_images": 2,
 }
 
 

@@ -11,7 +11,10 @@ from jetformer import benchmark, config, train
 from jetformer.runtime import Runtime
 from runs import bindings, start
 
-EXPERIMENTS = ("digits", "cifar10", "imagenet64", "imagenet256", "benchmark_cpu", "benchmark_head", "benchmark_flow")
+EXPERIMENTS = (
+    *("digits", "cifar10", "imagenet64", "imagenet256", "shapes", "coco_captions", "tinystories"),
+    *("benchmark_cpu", "benchmark_head", "benchmark_flow", "benchmark_sampling"),
+)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -20,8 +23,9 @@ def test_the_formula_is_what_torch_counts(name):
     config.parse([f"experiments/{name}.gin"], ["train.batch_size = 4", "train.activation_checkpointing = 'none'"])
     run = config.call(train.Run)
     model = run.check_model()
-    counted = benchmark.counted_flops(run, benchmark.synthetic_batch(model, 4))
-    assert benchmark.model_flops(model, 4, text_length=1) == pytest.approx(counted, rel=0.01)
+    text_length = benchmark.text_length_of(run, model)
+    counted = benchmark.counted_flops(run, benchmark.synthetic_batch(model, 4, text_length))
+    assert benchmark.model_flops(model, 4, text_length) == pytest.approx(counted, rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +43,15 @@ def test_what_is_measured(results):
     }
     medians = {name: statistics.median(values) for name, values in results["seconds"].items()}
     assert sum(medians[name] for name in benchmark.PHASES) > 0.3 * medians["step"]
-    assert results["image_tokens"] == 16 * 16
+    assert results["tokens"] == 16 * 16
     sizes = results["bytes"]
     assert sizes["parameters"] == sizes["gradients"] == sizes["average"] == 4 * results["parameters"]
     assert 2 * sizes["parameters"] < sizes["optimizer"] < 2.1 * sizes["parameters"]
     assert 0 < sizes["saved_activations"] < sizes["peak"]
     assert results["sampling"]["tokens"] == 2 * 16
+    for guidance in ("none", "density"):
+        seconds = results["sampling"]["seconds"][guidance]
+        assert 0 < statistics.median(seconds["tokens"]) < 2 * statistics.median(seconds["images"])
     assert results["flow"]["batch_size"] == 16
 
 

@@ -1,16 +1,14 @@
-"""Evaluation and sampling as jobs of their own: the figures of training, each checkpoint once, deletions survived."""
+"""Evaluation as a job of its own: the figures of training, each checkpoint once, deletions survived."""
 
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from jetformer import checkpoint, evaluate, train
 from jetformer.runtime import Runtime
-from runs import command, run, scalars, start
+from runs import run, scalars
 
 pytestmark = pytest.mark.slow
 
@@ -90,21 +88,6 @@ def test_once(finished, tmp_path):
     shutil.rmtree(workdir / "checkpoints")
     with pytest.raises(ValueError, match="has no complete checkpoint"):
         follow(workdir, once=True)
-
-
-def test_the_picture_of_a_run(finished, tmp_path):
-    args = command(finished, [], "experiments/digits.gin", f"--output={tmp_path / 'a.png'}", "--seed=3")
-    args[2] = "jetformer.sample"
-    args = [arg for arg in args if not arg.startswith("--gin_file")]
-    process = start(args)
-    _, log = process.communicate(timeout=200)
-    assert process.returncode == 0, log
-    loaded, state, _ = train.load(finished, [], [], CPU)
-    expected = train.sample(loaded, state, 3, CPU).squeeze(-1)
-    with Image.open(tmp_path / "a.png") as image:
-        picture = np.asarray(image)
-    factor = picture.shape[1] // expected.shape[1]
-    assert np.array_equal(picture[::factor, ::factor], expected)
 
 
 def test_a_workdir_without_a_run(tmp_path):

@@ -23,7 +23,7 @@ from jetformer.models.jetformer import JetFormer
 from jetformer.models.mixture import MixtureHead, mixture_from_logits
 from jetformer.models.patches import Patchify, PatchPCA
 from jetformer.objectives import JetFormerObjective, JetObjective
-from jetformer.sampling.decode import ImageDecoder
+from jetformer.sampling.decode import CachedDecoder
 
 
 def golden(pattern, having="config"):
@@ -115,8 +115,9 @@ def test_decode_cached(file):
     model = load(jetformer_from_config(file.config), file.numpy("params"))
     tokens = inputs["forced_image_tokens"]
     text, text_mask, drop = (inputs.get(name) for name in ("text", "text_mask", "drop_prefix"))
-    decoder = ImageDecoder(model, text, text_mask, tokens.shape[1], drop)
     with torch.no_grad():
+        prefix = model.embed(text, tokens[:, :0], text_first=True, text_mask=text_mask, drop_prefix=drop, shift=False)
+        decoder = CachedDecoder(model, prefix, modality="image", num_steps=tokens.shape[1] - 1)
         logits = [model.image_head.logits(decoder.prefill())]
         logits += [model.image_head.logits(decoder.step(token)) for token in tokens[:, :-1].unbind(1)]
     expected = expected["image_logits"][..., head_order(model)]

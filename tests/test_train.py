@@ -41,7 +41,7 @@ def finished(tmp_path_factory, data_dir):
 def test_what_a_run_leaves_behind(finished):
     written = scalars(finished)
     for name in ("train/loss", "train/bits_per_dim", "grad_norm", "param_norm", "learning_rate",
-                 "noise_scale", "images_per_sec", "data_wait_fraction"):  # fmt: skip
+                 "noise_scale", "examples_per_sec", "data_wait_fraction"):  # fmt: skip
         assert sorted(written[name]) == list(range(1, 13)), name
     for name in ("val/bits_per_dim", "val_ema/bits_per_dim", "val/bits_per_dim_logdet"):
         assert sorted(written[name]) == [6, 12], name

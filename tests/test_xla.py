@@ -5,6 +5,7 @@ Each run is a process of its own, on XLA's CPU backend, which makes as many devi
 """
 
 import importlib.util
+import json
 import pickle
 import shutil
 import signal
@@ -12,8 +13,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from jetformer import checkpoint, prng
 from runs import bindings, command, run, scalars, start
@@ -234,10 +237,64 @@ def test_jobs_of_their_own_read_it(sharded, tmp_path, data_dir):
     assert "Step 8" in run_job("evaluate", workdir, "--device=xla")
     trained, evaluated = scalars(workdir), scalars(workdir / "eval")
     assert evaluated["val_ema/bits_per_dim"][8] == pytest.approx(trained["val_ema/bits_per_dim"][8], rel=1e-5)
-    grid = "--gin_bindings=train.samples = @ClassGrid()"
+    drawn, likelihoods = {}, {}
     for device in ("xla", "cpu"):
-        run_job("sample", workdir, f"--device={device}", grid, f"--output={tmp_path / device}.png")
-    assert (tmp_path / "xla.png").read_bytes() == (tmp_path / "cpu.png").read_bytes()
+        out = tmp_path / device
+        run_job("sample", workdir, f"--device={device}", "--classes=3,7", "--num_images=2", f"--out={out}")
+        records = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+        drawn[device] = [np.asarray(Image.open(out / record["file"])).astype(int) for record in records]
+        likelihoods[device] = [record["log_likelihood"] for record in records]
+    assert np.abs(np.subtract(drawn["xla"], drawn["cpu"])).max() <= 1
+    assert likelihoods["xla"] == pytest.approx(likelihoods["cpu"], rel=1e-4)
+
+
+def test_decoding_is_one_graph_for_all_tokens(tmp_path):
+    """With guidance and prompts of different lengths, and of text: what the CPU samples, compiled once, no fall-backs."""
+    code = """
+import sys
+from jetformer import runtime
+device = runtime.initialize(sys.argv[1]).device
+import torch
+from jetformer import prng, train
+from jetformer.sampling import decode
+from jetformer.sampling.guidance import Guidance
+from small_models import small_model
+loop = train.loop_of(runtime.Runtime(device))
+model = small_model(untie_output_vocab=True, num_mixtures=3).float().eval().to(device)
+mask = torch.tensor([[True, False, False], [True, True, True]])
+results = []
+for seed in range(3):
+    text = (torch.arange(6).view(2, 3) + seed).to(device)
+    keys = prng.example_keys(seed, torch.arange(2, dtype=torch.int32)).to(device)
+    images, nats = decode.sample_images(
+        model, text, keys, text_mask=mask.to(device), guidance=Guidance("density", 1.5), compile=loop.compile
+    )
+    picture = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    tokens = loop.compile(lambda: decode.encode_images(model, picture.to(device), keys).tokens)()
+    texts, text_nats = decode.sample_text(
+        model, keys, image_tokens=tokens, max_length=6, vocab_size=10, eos_id=1, top_p=0.9, compile=loop.compile
+    )
+    results.append([x.cpu() for x in (images, nats, texts, text_nats)])
+    counters = loop.counters()
+    print(counters)
+    if seed == 1:
+        compiled = counters.get("xla/compilations")
+assert counters.get("xla/compilations") == compiled, counters
+assert not counters.get("xla/fallbacks"), counters
+torch.save(results, sys.argv[2])
+"""
+    drawn = {}
+    for device in ("cpu", "xla"):
+        path = tmp_path / f"{device}.pt"
+        process = start([sys.executable, "-c", code, device, str(path)], PJRT_DEVICE="CPU", PYTHONPATH="tests")
+        _, log = process.communicate(timeout=400)
+        assert process.returncode == 0, log[-5000:]
+        drawn[device] = torch.load(path)
+    for actual, expected in zip(drawn["xla"], drawn["cpu"], strict=True):
+        assert (actual[0].int() - expected[0].int()).abs().max() <= 1
+        assert torch.equal(actual[2], expected[2])
+        for i in (1, 3):
+            torch.testing.assert_close(actual[i], expected[i], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

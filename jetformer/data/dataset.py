@@ -6,8 +6,12 @@ benchmark or a sampler does without.
 
 import dataclasses
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from jetformer.data.texts import Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,5 +68,25 @@ class Data:
         """See `pipeline.eval_batches`."""
         from jetformer.data import pipeline
 
-        pp = self.pp if self.pp_eval is None else self.pp_eval
-        return pipeline.eval_batches(self.name, self.eval_split, pp, data_dir=self.data_dir, **kwargs)
+        return pipeline.eval_batches(self.name, self.eval_split, self._pp_eval(), data_dir=self.data_dir, **kwargs)
+
+    def _pp_eval(self) -> str:
+        return self.pp if self.pp_eval is None else self.pp_eval
+
+    def texts(self, model: str | None = None) -> "Texts":
+        """How the experiment's texts are tokenized; see `texts.Texts`."""
+        from jetformer.data.texts import Texts
+
+        return Texts(self._pp_eval(), model)
+
+    def has_texts(self) -> bool:
+        """Whether the experiment's texts are tokenized; if not, they are class labels."""
+        from jetformer.data.texts import tokenizer_of
+
+        return tokenizer_of(self._pp_eval()) is not None
+
+    def text_length(self) -> int:
+        """T, how many tokens the experiment's texts have; see `texts.length_of`."""
+        from jetformer.data.texts import length_of
+
+        return length_of(self._pp_eval())

@@ -17,8 +17,10 @@ Arrays are read-only views of TensorFlow's memory. TensorFlow does not show in t
 signatures, and never takes a GPU.
 """
 
+import atexit
 import itertools
 import math
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -124,7 +126,7 @@ def train_batches(
     )
     ds = _map(ds, example, num_parallel_calls)
     ds = ds.batch(local_batch_size, drop_remainder=True).prefetch(prefetch)
-    return ds.as_numpy_iterator()
+    return _closed_at_exit(_batches(ds))
 
 
 def num_streams(batch_size: int, process_count: int) -> int:
@@ -171,7 +173,29 @@ def eval_batches(
     # What padding looks like where a process has no example of its own.
     template = examples(everything).take(1).batch(1)
     first = sum(map(_num_examples, parts[:process_index]))
-    return _padded(ds, template, num_batches, local_batch_size, first)
+    return _closed_at_exit(_padded(ds, template, num_batches, local_batch_size, first))
+
+
+def _batches(ds: tf.data.Dataset) -> Iterator[Batch]:
+    yield from ds.as_numpy_iterator()
+
+
+_unfinished = weakref.WeakSet()
+
+
+def _closed_at_exit(batches: Iterator[Batch]) -> Iterator[Batch]:
+    _unfinished.add(batches)
+    return batches
+
+
+@atexit.register
+def _close() -> None:
+    """Stops the threads that prepare batches.
+
+    One that runs Python (an op that tokenizes) while the interpreter ends can keep the process from ending.
+    """
+    for batches in list(_unfinished):
+        batches.close()
 
 
 def _padded(ds, template, num_batches: int, size: int, first: int) -> Iterator[Batch]:

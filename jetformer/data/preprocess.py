@@ -6,8 +6,9 @@ An example is a dict of tensors; every op takes one and returns one, from left t
 is big_vision's `pp` (https://github.com/google-research/big_vision, `pp/`), and an op with a name
 from there computes the same numbers. Arguments are Python literals, they are never evaluated.
 
-Adding an op is adding a function here: `@register` for one from dict to dict, `@register_keyed` for
-one from tensor to tensor, which gets the arguments `key`, `inkey` and `outkey` on top of its own.
+Adding an op is adding a function here: `@register` for one from dict to dict, `@register_keyed` or
+`@register_text` for one from tensor to tensor, which gets the arguments `key`, `inkey` and `outkey`
+on top of its own.
 
 Random ops are functions of the example's `_seed`, which the pipeline attaches: the same example at
 the same place of the same run is always augmented the same way. Two random ops of one string draw
@@ -19,7 +20,10 @@ import functools
 import inspect
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
+
+from jetformer.data import tokenizer
 
 Example = dict[str, tf.Tensor]
 Op = Callable[[Example], Example]
@@ -33,15 +37,15 @@ def register(builder: Callable[..., Op]) -> Callable[..., Op]:
     return builder
 
 
-def register_keyed(builder: Callable[..., Callable]) -> Callable[..., Op]:
+def register_keyed(builder: Callable[..., Callable], *, key: str = "image") -> Callable[..., Op]:
     """Makes `builder(*literals) -> (tensor -> tensor)` an op that reads and writes keys.
 
-    The op reads `inkey` and writes `outkey`; `key` (default "image") stands for both.
+    The op reads `inkey` and writes `outkey`; `key` (whose default is set here) stands for both.
     A function that has a second argument, `seed`, is random: it gets this op's own int seed [2].
     """
 
     @functools.wraps(builder)
-    def build(*args, key="image", inkey=None, outkey=None, **kwargs) -> Op:
+    def build(*args, key=key, inkey=None, outkey=None, **kwargs) -> Op:
         function = builder(*args, **kwargs)
         random = "seed" in inspect.signature(function).parameters
 
@@ -65,6 +69,9 @@ def register_keyed(builder: Callable[..., Callable]) -> Callable[..., Op]:
     return register(build)
 
 
+register_text = functools.partial(register_keyed, key="text")
+
+
 def parse(pp: str) -> Op:
     """Turns a preprocessing string into a function for `tf.data.Dataset.map`.
 
@@ -79,7 +86,7 @@ def parse(pp: str) -> Op:
       ValueError: the string cannot be read, an op does not exist, or its arguments do not fit. The
         function itself raises it, while the graph is built, where an op misses a key or a seed.
     """
-    ops = [_build(call, pp) for call in _calls(pp)]
+    ops = [_build(call, pp) for call in calls(pp)]
 
     # What an op raises reaches the user as it is, without AutoGraph's traceback in its message.
     @tf.autograph.experimental.do_not_convert
@@ -97,8 +104,8 @@ def parse(pp: str) -> Op:
     return preprocess
 
 
-def _calls(pp: str) -> list[ast.expr]:
-    """The ops of a string, unparsed: `a|b(1)` is a Python expression, so Python splits it."""
+def calls(pp: str) -> list[ast.expr]:
+    """The ops of a string as Python names and calls: `a|b(1)` is a Python expression, so Python splits it."""
     if not pp.strip():
         return []
     try:
@@ -108,11 +115,11 @@ def _calls(pp: str) -> list[ast.expr]:
             f"preprocessing string {pp!r} cannot be read ({e.msg}): "
             'write ops separated by "|", e.g. decode|resize(64)|flip_lr'
         ) from None
-    calls = []
+    found = []
     while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        calls.append(node.right)
+        found.append(node.right)
         node = node.left
-    return [node, *reversed(calls)]
+    return [node, *reversed(found)]
 
 
 def _build(call: ast.expr, pp: str) -> Op:
@@ -297,8 +304,65 @@ def copy(inkey, outkey) -> Op:
 
 @register
 def setdefault(key, value) -> Op:
-    """Sets `key` to a constant where the example does not have it."""
-    return lambda example: {key: tf.constant(value)} | example
+    """Sets `key` to a constant where the example does not have it, or has nothing in it, as no captions."""
+
+    def apply(example):
+        if key not in example:
+            return example | {key: tf.constant(value)}
+        given = example[key]
+        if given.shape.num_elements():
+            return example
+        if (given.dtype == tf.string) != (tf.constant(value).dtype == tf.string):
+            raise ValueError(f"preprocessing op 'setdefault': {key!r} is {given.dtype.name}, and {value!r} is not")
+        default = tf.broadcast_to(tf.constant(value, given.dtype), [n or 1 for n in given.shape])
+        return example | {key: tf.cond(tf.size(given) > 0, lambda: given, lambda: default)}
+
+    return apply
+
+
+@register
+def flatten() -> Op:
+    """Dicts in the example become keys of it: `captions`, a dict with `text`, becomes `captions/text`."""
+
+    def apply(example, prefix=""):
+        flat = {}
+        for key, value in example.items():
+            flat |= apply(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+        return flat
+
+    return apply
+
+
+@register_text
+def choice():
+    """[n, ...] -> one of the n, as one of several captions. Random."""
+
+    def apply(several, seed):
+        n = _size_of_some(several, "choice")
+        return several[tf.random.stateless_uniform([], seed, 0, n, tf.int32)]
+
+    return apply
+
+
+@register_text
+def first():
+    """[n, ...] -> the first of the n: what evaluation has in the place of `choice`."""
+
+    def apply(several):
+        with tf.control_dependencies([_size_of_some(several, "first")]):
+            return tf.identity(several[0])
+
+    return apply
+
+
+def _size_of_some(several: tf.Tensor, op: str) -> tf.Tensor:
+    """The n of a [n, ...], which is not 0."""
+    if several.shape.rank == 0:
+        raise ValueError(f"preprocessing op {op!r} takes one of several, and there is a scalar: leave it out")
+    n = tf.shape(several)[0]
+    message = f"preprocessing op {op}: an example has none to take: put a setdefault(…) before it"
+    with tf.control_dependencies([tf.debugging.assert_positive(n, message)]):
+        return tf.identity(n)
 
 
 # ---- Text. ---------------------------------------------------------------------------------------
@@ -317,3 +381,142 @@ def label_as_text(key="label") -> Op:
         return example | {"text": text, "text_mask": [True], "text_loss": [True]}
 
     return apply
+
+
+@register_text
+def lower():
+    """A text, or several, in lower case. UTF-8; big_vision's changes A to Z only."""
+
+    def apply(text):
+        if text.dtype != tf.string:
+            raise ValueError(f"preprocessing op 'lower' takes texts, not {text.dtype.name}")
+        return tf.strings.lower(text, encoding="utf-8")
+
+    return apply
+
+
+@register_text
+def tok(model, length=None, *, eos="no"):
+    """A text (scalar string) -> its tokens, int32 [n].
+
+    `model` is what `tokenizer.load` takes: a path, a URL, or the name of a public one. `eos="yes"`
+    appends its end of text. With a `length` that is [length], cut, or filled up with its padding.
+    """
+    if eos not in ("no", "yes"):
+        raise ValueError(f'eos is "no" or "yes", not {eos!r}')
+    tokens_of = _tokenize(model, "tok")
+    end = [tokenizer.load(model).eos_id] if eos == "yes" else []
+    if length is None:
+        return lambda text: tf.concat([tokens_of(text), tf.constant(end, tf.int32)], 0)
+    length, pad_id = _length(length), tokenizer.load(model).pad_id
+    if pad_id is None:
+        raise ValueError(f"tokenizer {model!r} has no padding: use tolen with a pad_value instead of a length")
+    return lambda text: _to_length(tf.concat([tokens_of(text), tf.constant(end, tf.int32)], 0), length, pad_id)
+
+
+@register
+def masked_concat(keys, outkey="text", **masks) -> Op:
+    """Concatenates vectors, and says in masks which of them a position comes from.
+
+    `masked_concat(["text", "eos"], text_mask=[1, 0])` sets `text` to both vectors and `text_mask`,
+    bool, to True where it is from the first.
+    """
+    for mask, values in masks.items():
+        if not isinstance(values, (list, tuple)) or len(values) != len(keys) or not set(values) <= {0, 1}:
+            raise ValueError(f"mask {mask} is a list of 0 and 1, one for each of {keys}, not {values!r}")
+
+    def apply(example):
+        parts = [_get(example, key, "masked_concat") for key in keys]
+        for key, part in zip(keys, parts, strict=True):
+            if part.shape.rank != 1:
+                raise ValueError(f"preprocessing op 'masked_concat' takes vectors, and {key!r} has shape {part.shape}")
+        filled = {
+            mask: tf.concat([tf.fill(tf.shape(p), bool(v)) for p, v in zip(parts, values, strict=True)], 0)
+            for mask, values in masks.items()
+        }
+        return example | {outkey: tf.concat(parts, 0)} | filled
+
+    return apply
+
+
+@register_text
+def tolen(length, pad_value):
+    """[n] -> [length]: cut at the end, or filled up with `pad_value` there."""
+    length = _length(length)
+    if not isinstance(pad_value, (int, float)):
+        raise ValueError(f"pad_value is a number, not {pad_value!r}")
+
+    def apply(vector):
+        if vector.shape.rank != 1 or vector.dtype == tf.string:
+            kind = f"{vector.dtype.name} of shape {vector.shape}"
+            raise ValueError(f"preprocessing op 'tolen' takes a vector of numbers, not {kind}")
+        return _to_length(vector, length, pad_value)
+
+    return apply
+
+
+@register
+def caption(model, length, pad="modelled", key="text") -> Op:
+    """A text (scalar string) becomes the tokens of a caption, its end and padding, [length].
+
+    Sets `text` int32, `text_mask` bool (others see this token) and `text_loss` bool (the token is
+    scored). What comes after the text `A B` (`/` is the end of text) depends on `pad`:
+
+    - "modelled": ends are padding, and tokens as any other. `A B / / /`, both masks all True.
+    - "ignored": the sequence goes on where the text ends. `A B / 0 0`; text_mask `1 1 0 0 0`:
+      in the place of the end, the token that begins the image, which has the same id, is seen;
+      text_loss `1 1 1 0 0`: the end is scored.
+
+    A longer text is cut, and has no end then.
+
+    Args:
+      model: what `tokenizer.load` takes: a path, a URL, or the name of a public one.
+      length: how many tokens, with the end.
+      pad: "modelled" or "ignored".
+      key: of the text.
+    """
+    if pad not in ("modelled", "ignored"):
+        raise ValueError(f'pad is "modelled" or "ignored", not {pad!r}')
+    length = _length(length)
+    tokens_of = _tokenize(model, "caption")
+    end = tokenizer.load(model).eos_id
+    modelled = pad == "modelled"
+
+    def apply(example):
+        tokens = tokens_of(_get(example, key, "caption"))
+        place = tf.range(length)
+        return example | {
+            "text": _to_length(tf.concat([tokens, [end]], 0), length, end if modelled else 0),
+            "text_mask": modelled | (place < tf.size(tokens)),
+            "text_loss": modelled | (place <= tf.size(tokens)),
+        }
+
+    return apply
+
+
+def _tokenize(model: str, op: str) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Returns encode(scalar string) -> int32 [n], without an end."""
+    encode = tokenizer.load(model).encode
+
+    def apply(text):
+        if text.dtype != tf.string or text.shape.rank not in (0, None):
+            kind = f"{text.dtype.name} of shape {text.shape}"
+            raise ValueError(f"preprocessing op {op!r} takes one text, not {kind}: choose one with choice or first")
+        # In a graph it gets bytes, otherwise an array of them.
+        to_array = lambda t: np.array(encode(np.asarray(t, object).item()), np.int32)
+        return tf.ensure_shape(tf.numpy_function(to_array, [text], tf.int32, stateful=False), [None])
+
+    return apply
+
+
+def _to_length(vector: tf.Tensor, length: int, pad_value) -> tf.Tensor:
+    vector = vector[:length]
+    vector = tf.pad(vector, [[0, length - tf.size(vector)]], constant_values=tf.cast(pad_value, vector.dtype))
+    vector.set_shape([length])
+    return vector
+
+
+def _length(length: int) -> int:
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"a length is a positive int, not {length!r}")
+    return length

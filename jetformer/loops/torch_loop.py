@@ -287,7 +287,7 @@ def train_steps(
         on_phase("data")
 
         model.train()
-        local_size = len(batch["image"])
+        local_size = objectives.batch_size(batch)
         first = runtime.process_index * local_size
         examples = torch.arange(first, first + local_size, dtype=torch.int32, device=device)
         draws = objective.draw(model, batch, prng.example_keys(derive_seed(seed, step), examples), train=True)

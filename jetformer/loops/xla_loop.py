@@ -132,13 +132,12 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def compile(function: Callable) -> Callable:
-    """Traces what `function` does to the device as one graph, and cuts it off at its end; a tensor that it returns is
+    """Traces what `function` does to the device as one graph, and cuts it off at its end; tensors that it returns are
     whole on every device."""
 
     @functools.wraps(function)
     def whole(*args):
-        result = function(*args)
-        return _everywhere(result) if isinstance(result, Tensor) else result
+        return torch.utils._pytree.tree_map_only(Tensor, _everywhere, function(*args))
 
     return torch_xla.compile(whole)
 
@@ -277,7 +276,7 @@ def train_steps(
         """In the loader's thread: this host's part of each step's batch, and the step's numbers."""
         for step in range(start_step, total_steps):
             batch = next(batches)
-            local_size = len(batch["image"])
+            local_size = objectives.batch_size(batch)
             first = runtime.process_index * local_size
             examples = torch.arange(first, first + local_size, dtype=torch.int32)
             # Copies: the arrays are views of memory that TensorFlow takes back.

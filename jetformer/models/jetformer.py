@@ -140,14 +140,16 @@ class JetFormer(nn.Module):
         tokens, factored = tokens.split((self.out_dim, self.factored_dim), dim=-1)
         return tokens, factored, logdet
 
-    def decode_image(self, tokens: Tensor, factored: Tensor) -> Tensor:
-        """Tokens `[B, L, D]` and factored-out dimensions `[B, L, F]` to the image `[B, H, W, C]`, clipped to [-1,
-        1]."""
+    def decode_image(self, tokens: Tensor, factored: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens `[B, L, D]` and factored-out dimensions `[B, L, F]` to the image `[B, H, W, C]`, whose values a sample
+        may have beyond [-1, 1], and log-determinants `[B]` in nats."""
         latents = torch.cat((tokens, factored), dim=-1)
+        logdet = 0.0
         if self.flow is not None:
-            latents, _ = self.flow.inverse(latents.unflatten(1, self.patches.grid))
+            latents, logdet = self.flow.inverse(latents.unflatten(1, self.patches.grid))
             latents = latents.flatten(1, 2)
-        return self.patches.inverse(latents)[0].clamp(-1.0, 1.0)
+        image, patches_logdet = self.patches.inverse(latents)
+        return image, logdet + patches_logdet
 
     # Sequences.
 

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from jetformer import prng
-
 _LOG_2PI = math.log(2 * math.pi)
 # Some 5 arrays of so many floats lie in a CPU's caches. (1024 mixtures of 48 dimensions, 512 tokens, 2 cores: 0.07 s,
 # to 0.27 s with everything at once.)
@@ -50,16 +48,6 @@ class Mixture(NamedTuple):
         components = -0.5 * (z.square() + _LOG_2PI).sum(-1) - self.scales.log().sum(-1)
         return torch.logsumexp(self.logits.log_softmax(-1) + components, dim=-1)
 
-    def sample(self, keys: Tensor) -> Tensor:
-        """One sample `[..., D]`, from `keys` int32 `[..., 2]`: a component by its weight, then its Gaussian."""
-        # Gumbel's trick picks a component without a loop over the batch and works on every device.
-        uniform = prng.uniform(prng.fold_in(keys, 0), self.logits.shape[-1:])
-        gumbel = -(-uniform.clamp(min=torch.finfo(uniform.dtype).tiny).log()).log()
-        chosen = (self.logits + gumbel).argmax(-1)[..., None, None]
-        chosen = chosen.expand(*self.locs.shape[:-2], 1, self.locs.shape[-1])
-        loc, scale = (y.gather(-2, chosen).squeeze(-2) for y in (self.locs, self.scales))
-        return loc + scale * prng.normal(prng.fold_in(keys, 1), loc.shape[-1:])
-
 
 class MultivariateGaussian(NamedTuple):
     """A Gaussian with full covariance for each token.
@@ -76,11 +64,6 @@ class MultivariateGaussian(NamedTuple):
         z = torch.linalg.solve_triangular(self.scale, (x - self.loc).unsqueeze(-1), upper=False)
         logdet = self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return -0.5 * (z.squeeze(-1).square() + _LOG_2PI).sum(-1) - logdet
-
-    def sample(self, keys: Tensor) -> Tensor:
-        """One sample `[..., D]`, from `keys` int32 `[..., 2]`."""
-        noise = prng.normal(prng.fold_in(keys, 1), self.loc.shape[-1:]).to(self.scale.dtype)
-        return self.loc + (self.scale @ noise.unsqueeze(-1)).squeeze(-1)
 
 
 def mixture_from_logits(
@@ -333,16 +316,62 @@ class MixtureHead(nn.Module):
     def _cast(self, x: Tensor, like: Tensor) -> Tensor:
         return x.to(self.dtype if self.dtype is torch.bfloat16 else like.dtype)
 
+    def _project(self, hidden: Tensor, rows: slice) -> Tensor:
+        """`[..., E]` to some of the numbers that describe a mixture, in float32 (or float64)."""
+        weight, bias = self.linear.weight, self.linear.bias
+        with _without_autocast(hidden.device):
+            y = F.linear(*(self._cast(x, weight) for x in (hidden, weight[rows], bias[rows])))
+        return y.to(weight.dtype)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """`[..., E]` to `[..., P]`, in float32 (or float64)."""
-        linear = self.linear
-        with _without_autocast(hidden.device):
-            y = F.linear(*(self._cast(x, linear.weight) for x in (hidden, linear.weight, linear.bias)))
-        return y.to(linear.weight.dtype)
+        return self._project(hidden, slice(None))
 
     def distribution(self, logits: Tensor, **temperatures: float) -> Mixture:
         """The mixture that `logits` `[..., P]` describe; see `mixture_from_logits`."""
         return mixture_from_logits(logits, self.num_mixtures, self.scale_tol, **temperatures)
+
+    # Sampling reads the parameters of one component for each token: of 1024, some 500 bytes for every megabyte.
+
+    def component_logits(self, hidden: Tensor) -> Tensor:
+        """`[B, E]` to the components' unnormalized log-weights `[B, K]`."""
+        return self._project(hidden, slice(self.num_mixtures))
+
+    def component(self, hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and raw scale (see `scale`), `[B, D]` each, of component `chosen` int64 `[B]` at `hidden` `[B, E]`."""
+        k = self.num_mixtures
+        weight, bias = (p[k:].unflatten(0, (2, k, -1)).index_select(1, chosen) for p in self.linear.parameters())
+        with _without_autocast(hidden.device):
+            h, weight, bias = (self._cast(x, self.linear.weight) for x in (hidden, weight, bias))
+            y = (weight @ h.unsqueeze(-1)).squeeze(-1) + bias
+        return tuple(y.to(self.linear.weight.dtype))
+
+    def scale(self, raw: Tensor) -> Tensor:
+        """Raw scales to standard deviations."""
+        return square_plus(raw).clamp(min=self.scale_tol)
+
+    def sample(
+        self,
+        hidden: Tensor,
+        gumbel: Tensor,
+        normal: Tensor,
+        temperature_scales: float = 1.0,
+        temperature_probs: float = 1.0,
+    ) -> Tensor:
+        """Samples tokens: a component by its weight, then its Gaussian.
+
+        Args:
+          hidden: `[B, E]`.
+          gumbel: `[B, K]`, standard Gumbel noise.
+          normal: `[B, D]`, standard normal noise.
+          temperature_scales, temperature_probs: see `mixture_from_logits`.
+
+        Returns:
+          `[B, D]`.
+        """
+        chosen = (self.component_logits(hidden) * temperature_probs + gumbel).argmax(-1)
+        loc, raw = self.component(hidden, chosen)
+        return loc + self.scale(raw) * temperature_scales * normal
 
 
 class MultivariateHead(nn.Module):
@@ -357,12 +386,13 @@ class MultivariateHead(nn.Module):
 
     def __init__(self, width: int, dim: int, scale_tol: float = 1e-6, dtype: str = "float32"):
         super().__init__()
-        self.dim, self.scale_tol = dim, _check_scale_tol(scale_tol)
+        self.dim, self.num_mixtures, self.scale_tol = dim, 1, _check_scale_tol(scale_tol)
         self.dtype = _head_dtype(dtype)
         self.linear = nn.Linear(width, dim * dim + dim)
 
     init_weights = MixtureHead.init_weights
     _cast = MixtureHead._cast
+    _project = MixtureHead._project
     logits = MixtureHead.logits
 
     def forward(self, hidden: Tensor, target: Tensor, token_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -370,11 +400,21 @@ class MultivariateHead(nn.Module):
         nll = -self.distribution(self.logits(hidden)).log_prob(target)
         return (nll * token_weight).sum(), nll.detach()
 
-    def distribution(
-        self, logits: Tensor, temperature_scales: float = 1.0, temperature_probs: float = 1.0
-    ) -> "MultivariateGaussian":
+    def sample(
+        self,
+        hidden: Tensor,
+        gumbel: Tensor,
+        normal: Tensor,
+        temperature_scales: float = 1.0,
+        temperature_probs: float = 1.0,
+    ) -> Tensor:
+        """As `MixtureHead.sample`; there is one component, and nothing to choose."""
+        del gumbel, temperature_probs
+        gaussian = self.distribution(self.logits(hidden), temperature_scales)
+        return gaussian.loc + (gaussian.scale @ normal.to(gaussian.scale.dtype).unsqueeze(-1)).squeeze(-1)
+
+    def distribution(self, logits: Tensor, temperature_scales: float = 1.0) -> "MultivariateGaussian":
         """The Gaussian that `logits` `[..., D² + D]` describe; `temperature_scales` multiplies its scale."""
-        del temperature_probs  # there is one component
         scales, locs = logits.split((self.dim**2, self.dim), dim=-1)
         scales = square_plus(scales.unflatten(-1, (self.dim, self.dim)))
         smallest = self.scale_tol * torch.eye(self.dim, dtype=scales.dtype, device=scales.device)

@@ -1,21 +1,30 @@
-"""Decoding with a key/value cache. The cache lives here, not in the model.
+"""Decoding with a key/value cache, of images and of text. The cache lives here, not in the model.
 
 Shapes never change from one decoded token to the next, and where a token goes is a tensor: to a compiler all steps are
 one and the same graph. Dimensions: B batch, T text tokens, L image tokens, D token dimension, F factored-out
-dimensions, E width, S tokens in all.
+dimensions, E width, S tokens in all, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from jetformer import prng
+from jetformer import objectives, prng
 from jetformer.models.decoder import KVCache
 from jetformer.models.jetformer import JetFormer
+from jetformer.models.language_model import LanguageModel
+from jetformer.sampling import guidance as guidance_lib
+from jetformer.sampling.guidance import Guidance
 
-# What a sample's key is folded with, beside the numbers of its image tokens.
-_FACTORED = -1
+Compile = Callable[[Callable], Callable]
+
+# What a sample's key is folded with, beside the numbers of its tokens.
+_FACTORED, _DEQUANT = -1, -2
+# Every so many text tokens decoding looks whether all texts have ended.
+_LOOK_EVERY = 8
 
 
 def right_align(x: Tensor, valid: Tensor) -> Tensor:
@@ -24,77 +33,188 @@ def right_align(x: Tensor, valid: Tensor) -> Tensor:
     return x.gather(1, order.view(*order.shape, *[1] * (x.ndim - 2)).expand_as(x))
 
 
-class ImageDecoder:
-    """Decodes the image tokens that follow a text prefix, one at a time.
+class CachedDecoder:
+    """Runs the model on what comes first, then on one token at a time.
 
     Prompts of different lengths are right-aligned, so that all write their next token to the same place of the cache;
     what pads them on the left is masked out. (big_vision: `prefill_cache`, `extend_cache`.)
 
     Args:
       model: the model, in evaluation mode.
-      text: `[B, T]`, token ids.
-      text_mask: bool `[B, T]`, which are valid; None: all.
-      num_tokens: how many image tokens will be decoded.
-      drop_prefix: bool `[B]`, whether to put `nolabel_id` in the place of the text.
+      prefix: what its `embed` returns, with shift=False.
+      modality: what is decoded, "image" or "text".
+      num_steps: how often `step` will be called.
     """
 
     def __init__(
         self,
-        model: JetFormer,
-        text: Tensor,
-        text_mask: Tensor | None,
-        num_tokens: int,
-        drop_prefix: Tensor | None = None,
+        model: JetFormer | LanguageModel,
+        prefix: tuple[Tensor, Tensor | None, Tensor],
+        *,
+        modality: str,
+        num_steps: int,
     ):
         self.model = model
-        if text_mask is None:
-            text_mask = torch.ones_like(text, dtype=torch.bool)
-        no_image = model.image_emb.weight.new_zeros(len(text), 0, model.out_dim)
-        self._prefix, mask, positions = model.embed(
-            text,
-            no_image,
-            text_first=True,
-            text_mask=text_mask,
-            drop_prefix=drop_prefix,
-            shift=False,
-        )
+        if modality == "image":
+            self._emb, self._norm = model.image_emb, model.image_norm
+        else:
+            self._emb, self._norm = model.text_emb, model.text_norm
+        x, mask, positions = prefix
+        batch_size, length = positions.shape
+        self._slots = torch.arange(length + num_steps, device=x.device)
+        if mask is None:
+            mask = (self._slots[:length, None] >= self._slots[:length]).expand(batch_size, -1, -1)
         # A valid token is one that itself is attended to.
         valid = mask.diagonal(dim1=1, dim2=2)
-        self._prefix = right_align(self._prefix, valid)
+        self._prefix = right_align(x, valid)
         rows = right_align(mask, valid)
         mask = right_align(rows.transpose(1, 2), valid).transpose(1, 2)
-        positions = right_align(positions, valid)
+        self._positions = right_align(positions, valid)
         valid = right_align(valid, valid)
-        length = valid.shape[1]
         # Rows of padding see themselves: attention over nothing is not defined, and nothing sees them.
         mask = mask | torch.eye(length, dtype=torch.bool, device=mask.device)
-        to_come = num_tokens - 1  # the last token is not fed back
-        self._mask = torch.cat((mask, mask.new_zeros(len(text), length, to_come)), dim=2)
-        self._positions = positions
+        self._mask = torch.cat((mask, mask.new_zeros(batch_size, length, num_steps)), dim=2)
         self._next_position = valid.sum(1)
-        self._valid = torch.cat((valid, valid.new_ones(len(text), to_come)), dim=1)
+        self._valid = torch.cat((valid, valid.new_ones(batch_size, num_steps)), dim=1)
         decoder = model.decoder
-        shape = (len(text), decoder.num_kv_heads, length + to_come, decoder.head_dim)
-        self._slots = torch.arange(length + to_come, device=text.device)
+        shape = (batch_size, decoder.num_kv_heads, length + num_steps, decoder.head_dim)
         self._next_slot = self._slots[length : length + 1]
         self._layers = [tuple(self._prefix.new_zeros(shape) for _ in range(2)) for _ in decoder.blocks]
 
     def _run(self, x: Tensor, mask: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         caches = [KVCache(k, v, slots) for k, v in self._layers]
         x = self.model.run_decoder(x, mask=mask, positions=positions, caches=caches)
-        return self.model.image_norm(x[:, -1])
+        return self._norm(x[:, -1])
 
     def prefill(self) -> Tensor:
-        """Runs the prefix; the hidden state `[B, E]` that predicts the first image token."""
+        """Runs the prefix; the hidden state `[B, E]` that predicts the first token."""
         return self._run(self._prefix, self._mask, self._positions, self._slots[: self._prefix.shape[1]])
 
     def step(self, token: Tensor) -> Tensor:
-        """Appends an image token `[B, D]`; the hidden state `[B, E]` that predicts the next."""
-        x = self.model.image_emb(token)[:, None]
+        """Appends an image token `[B, D]`, or the id `[B]` of a text token; the hidden state `[B, E]` that predicts the
+        next."""
         positions, self._next_position = self._next_position, self._next_position + 1
         slot, self._next_slot = self._next_slot, self._next_slot + 1
         mask = (self._valid & (self._slots <= slot))[:, None]
-        return self._run(x, mask, positions[:, None], slot)
+        return self._run(self._emb(token)[:, None], mask, positions[:, None], slot)
+
+
+class Latents(NamedTuple):
+    """An image as the model knows it.
+
+    tokens: `[B, L, D]`.
+    factored: `[B, L, F]`, the dimensions that were factored out.
+    """
+
+    tokens: Tensor
+    factored: Tensor
+
+
+@torch.no_grad()
+def sample_latents(
+    model: JetFormer,
+    text: Tensor,
+    keys: Tensor,
+    *,
+    text_mask: Tensor | None = None,
+    given: Latents | None = None,
+    guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
+    temperature_scales: float = 1.0,
+    temperature_probs: float = 1.0,
+    compile: Compile = lambda function: function,
+    on_token: Callable[[], None] = lambda: None,
+) -> Latents:
+    """Samples images as latents, token by token; arguments as in `sample_images`."""
+    guidance.check(model.image_head)
+    batch_size, total = len(text), model.num_image_tokens
+    device, dtype = text.device, model.image_emb.weight.dtype
+    if given is None:
+        sizes = (model.out_dim, model.factored_dim)
+        given = Latents(*(torch.empty(batch_size, 0, n, device=device, dtype=dtype) for n in sizes))
+    start = given.tokens.shape[1]
+    weights = guidance.weights(total).to(device)
+    drop = None
+    # Both halves of guidance are one batch: those given the text, then those without it.
+    twice = lambda x: torch.cat((x, x)) if guidance.on else x
+    if guidance.on:
+        drop = torch.arange(2 * batch_size, device=device) >= batch_size
+    numbers = torch.arange(total, device=device)
+    number = numbers[start : start + 1]
+
+    def pick(hidden: Tensor) -> Tensor:
+        return guidance_lib.sample_token(
+            model.image_head,
+            hidden,
+            noise.at(number),
+            guidance.mode,
+            weights.index_select(0, number).squeeze(0),
+            temperature_scales,
+            temperature_probs,
+        )
+
+    def draw() -> tuple[guidance_lib.Noise, Tensor]:
+        factored = prng.normal(prng.fold_in(keys, _FACTORED), (total, model.factored_dim)).to(dtype)
+        return guidance_lib.draw(model.image_head, keys, total, model.out_dim), factored
+
+    def prefill() -> tuple[CachedDecoder, Tensor]:
+        prefix = model.embed(
+            twice(text),
+            twice(given.tokens),
+            text_first=True,
+            text_mask=None if text_mask is None else twice(text_mask),
+            drop_prefix=drop,
+            shift=False,
+        )
+        # The last token is not fed back.
+        decoder = CachedDecoder(model, prefix, modality="image", num_steps=total - start - 1)
+        return decoder, pick(decoder.prefill())
+
+    def step(token: Tensor) -> Tensor:
+        nonlocal number
+        number = number + 1
+        return pick(decoder.step(twice(token)))
+
+    noise, factored = compile(draw)()
+    decoder, token = compile(prefill)()
+    on_token()
+    step = compile(step)
+    tokens = [token]
+    while start + len(tokens) < total:
+        tokens.append(step(tokens[-1]))
+        on_token()
+
+    def finish() -> Latents:
+        sampled = Latents(torch.stack(tokens, dim=1).to(dtype), factored[:, start:])
+        return Latents(*(torch.cat(pair, dim=1) for pair in zip(given, sampled, strict=True)))
+
+    return compile(finish)()
+
+
+@torch.no_grad()
+def decode_latents(
+    model: JetFormer, text: Tensor, latents: Latents, text_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Latents to images, and how likely they are.
+
+    Returns:
+      uint8 `[B, H, W, C]`, and log-likelihoods `[B]` in nats under the model given the texts: without guidance and at
+      temperature 1, however the latents were sampled; of pixel values in [0, 256), before they are cut to 8 bits.
+      Divided by -H · W · C · ln 2 they are the objective's bits per dim.
+    """
+    image, logdet = model.decode_image(*latents)
+    _, hidden = model(text, latents.tokens, text_first=True, text_mask=text_mask)
+    _, nll = model.image_head(hidden, latents.tokens, torch.ones_like(latents.tokens[..., 0]))
+    nll = nll.sum(1) + objectives.standard_normal_nll(latents.factored)
+    return to_uint8(image), -nll - logdet - math.prod(model.image_shape) * math.log(127.5)
+
+
+@torch.no_grad()
+def encode_images(model: JetFormer, images: Tensor, keys: Tensor) -> Latents:
+    """Images uint8 `[B, H, W, C]` to latents; their dequantization noise comes from `keys` int32 `[B, 2]`."""
+    noise = prng.uniform(prng.fold_in(keys, _DEQUANT), images.shape[1:])
+    pixels = images.to(model.image_emb.weight.dtype) + noise
+    tokens, factored, _ = model.encode_image(objectives.to_unit_range(pixels))
+    return Latents(tokens, factored)
 
 
 @torch.no_grad()
@@ -104,10 +224,9 @@ def sample_images(
     keys: Tensor,
     *,
     text_mask: Tensor | None = None,
-    temperature_scales: float = 1.0,
-    temperature_probs: float = 1.0,
-    compile: Callable[[Callable], Callable] = lambda function: function,
-) -> Tensor:
+    compile: Compile = lambda function: function,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
     """Samples images given texts (or class labels), token by token.
 
     A sample depends on its text and its key alone, not on the batch that it is in.
@@ -117,24 +236,94 @@ def sample_images(
       text: `[B, T]`, token ids.
       keys: int32 `[B, 2]`, see `jetformer.prng`.
       text_mask: bool `[B, T]`, which are valid; None: all.
+      given: the first tokens of the images, which are then not sampled; None: none.
+      guidance: see `Guidance`.
       temperature_scales: multiplies the standard deviations of the tokens' mixtures.
       temperature_probs: multiplies the log-weights of the tokens' mixtures.
-      compile: what the three stages (prefix, one token, flow) are compiled with.
+      compile: what the stages (noise, prefix, one token, flow) are compiled with.
+      on_token: called after each token of the batch.
 
     Returns:
-      uint8 `[B, H, W, C]`.
+      See `decode_latents`.
+
+    Raises:
+      ValueError: if the model cannot be guided like this.
     """
-    head, num_tokens = model.image_head, model.num_image_tokens
-    number = torch.zeros(len(text), dtype=torch.int32, device=text.device)  # of the next image token
+    latents = sample_latents(model, text, keys, text_mask=text_mask, compile=compile, **kwargs)
+    return compile(lambda: decode_latents(model, text, latents, text_mask))()
+
+
+@torch.no_grad()
+def sample_text(
+    model: JetFormer | LanguageModel,
+    keys: Tensor,
+    *,
+    image_tokens: Tensor | None = None,
+    text: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    max_length: int,
+    vocab_size: int,
+    eos_id: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    compile: Compile = lambda function: function,
+    on_token: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Tensor]:
+    """Samples texts token by token, given images by a `JetFormer`, or given how they begin by a `LanguageModel`.
+
+    Args:
+      model: the model, in evaluation mode.
+      keys: int32 `[B, 2]`, see `jetformer.prng`.
+      image_tokens: `[B, L, D]`, of a JetFormer; see `encode_images`.
+      text: `[B, T]`, how the texts begin, of a LanguageModel; T may be 0.
+      text_mask: bool `[B, T]`, which of `text` are valid; None: all.
+      max_length: how many tokens a text has at most, its end included.
+      vocab_size: V; the model's special tokens come after these, and are never part of a text.
+      eos_id: the token that ends a text.
+      temperature: divides the logits.
+      top_k: choose among the k most probable tokens; 1 is the most probable text token by token. None: among all.
+      top_p: choose among the most probable tokens that together have at least this probability.
+      compile: what the stages (prefix, one token) are compiled with.
+      on_token: called after each token of the batch.
+
+    Returns:
+      Token ids `[B, max_length]`, all `eos_id` from a text's end on; and log-likelihoods `[B]` in nats, at temperature
+      1 and of all tokens, the end included.
+
+    Raises:
+      ValueError: for a model of class labels, or options out of range.
+    """
+    if isinstance(model, JetFormer) and model.num_vocab_repeats != 1:
+        raise ValueError("the model repeats its vocabulary: its texts are class labels, which are not sampled")
+    if not (temperature > 0 and (top_k is None or top_k >= 1) and 0 < top_p <= 1):
+        raise ValueError(
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: give a positive temperature, a top_k of 1 or "
+            "more, a top_p in (0, 1]"
+        )
+    batch_size, device = len(keys), keys.device
+    number = torch.zeros(1, dtype=torch.int32, device=device)
+    ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
+    log_likelihood = torch.zeros(batch_size, device=device)
 
     def pick(hidden: Tensor) -> Tensor:
-        distribution = head.distribution(
-            head.logits(hidden), temperature_scales=temperature_scales, temperature_probs=temperature_probs
-        )
-        return distribution.sample(prng.fold_in(keys, number))
+        nonlocal ended, log_likelihood
+        log_probs = model.text_logits(hidden).float()[:, :vocab_size].log_softmax(-1)
+        gumbel = guidance_lib.gumbel(prng.fold_in(keys, number), vocab_size)
+        token = (keep_top(log_probs / temperature, top_k, top_p) + gumbel).argmax(-1)
+        token = token.masked_fill(ended, eos_id)
+        own = log_probs.gather(1, token[:, None]).squeeze(1)
+        log_likelihood = log_likelihood + own.masked_fill(ended, 0.0)
+        ended = ended | (token == eos_id)
+        return token
 
-    def prefill() -> tuple[ImageDecoder, Tensor]:
-        decoder = ImageDecoder(model, text, text_mask, num_tokens)
+    def prefill() -> tuple[CachedDecoder, Tensor]:
+        if isinstance(model, JetFormer):
+            no_text = torch.empty(batch_size, 0, dtype=torch.int64, device=device)
+            prefix = model.embed(no_text, image_tokens, text_first=False, shift=False)
+        else:
+            prefix = model.embed(text, text_mask, shift=False)
+        decoder = CachedDecoder(model, prefix, modality="text", num_steps=max_length - 1)
         return decoder, pick(decoder.prefill())
 
     def step(token: Tensor) -> Tensor:
@@ -142,19 +331,38 @@ def sample_images(
         number = number + 1
         return pick(decoder.step(token))
 
-    def finish(tokens: list[Tensor]) -> Tensor:
-        tokens = torch.stack(tokens, dim=1)
-        factored = prng.normal(prng.fold_in(keys, _FACTORED), (num_tokens, model.factored_dim))
-        return to_uint8(model.decode_image(tokens, factored))
+    def all_ended() -> bool:
+        return compile(lambda: ended.all())().item()
 
     decoder, token = compile(prefill)()
+    on_token()
     step = compile(step)
     tokens = [token]
-    while len(tokens) < num_tokens:
+    while len(tokens) < max_length:
+        if len(tokens) % _LOOK_EVERY == 0 and all_ended():
+            break
         tokens.append(step(tokens[-1]))
-    return compile(finish)(tokens)
+        on_token()
+    tokens += [torch.full_like(token, eos_id)] * (max_length - len(tokens))
+    return compile(lambda: (torch.stack(tokens, dim=1), log_likelihood))()
+
+
+def keep_top(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """Sets logits `[..., V]` to -inf, of all but the k largest, and of all but the largest that together have at least
+    probability top_p; the largest stays."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(-1)
+        before = probs.cumsum(-1) - probs  # of what is more probable
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(dropped, -math.inf)
+    return logits
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """Values in [-1, 1] to 8 bits: the pixel whose dequantization interval a value lies in."""
+    """Values in [-1, 1] to 8 bits: the pixel whose dequantization interval a value lies in, the nearest for those
+    beyond."""
     return ((image + 1) * 127.5).floor().clamp(0, 255).to(torch.uint8)

@@ -10,14 +10,15 @@ from torch.nn import functional as F
 from jetformer import prng
 from jetformer.models.initializers import init_weights
 from jetformer.models.mixture import (
-    Mixture,
     MixtureHead,
     MultivariateGaussian,
     MultivariateHead,
     _blocks,
     mixture_from_logits,
     mixture_nll,
+    square_plus,
 )
+from jetformer.sampling import guidance
 
 
 def head_inputs(tokens, width, k, d, dtype, seed=0, batch=1):
@@ -203,19 +204,45 @@ def assert_same_distribution(samples, cdf):
     assert stats.kstest(samples.numpy(), cdf).pvalue > 1e-3
 
 
+def head_with_bias(head, bias):
+    """A head whose density is the same for all hidden states."""
+    init_weights(head, torch.Generator())
+    with torch.no_grad():
+        head.linear.bias.copy_(bias)
+    return head
+
+
+def noise(size, num_mixtures, dim):
+    keys = prng.example_keys(0, torch.arange(size, dtype=torch.int32))
+    return guidance.gumbel(prng.fold_in(keys, 0), num_mixtures), prng.normal(prng.fold_in(keys, 1), (dim,))
+
+
+@torch.no_grad()
 def test_mixture_samples_follow_the_density():
-    logits, locs, scales = torch.tensor([0.0, 1.0]), torch.tensor([-2.0, 1.0]), torch.tensor([0.5, 1.0])
-    n = 4000
-    mixture = Mixture(logits.expand(n, 2), locs[:, None].expand(n, 2, 1), scales[:, None].expand(n, 2, 1))
-    keys = prng.example_keys(0, torch.arange(n, dtype=torch.int32))
-    samples = mixture.sample(keys)
-    weights = logits.softmax(0).numpy()
+    n, logits, locs, raw_scales = 4000, torch.tensor([0.0, 1.0]), torch.tensor([-2.0, 1.0]), torch.tensor([-1.5, 0.0])
+    head = head_with_bias(MixtureHead(4, 1, 2), torch.cat((logits, locs, raw_scales)))
+    samples = head.sample(torch.zeros(n, 4), *noise(n, 2, 1))
+    weights, scales = logits.softmax(0).numpy(), square_plus(raw_scales)
     cdf = lambda x: sum(
         w * stats.norm.cdf(x, m, s) for w, m, s in zip(weights, locs.numpy(), scales.numpy(), strict=True)
     )
     assert_same_distribution(samples[:, 0], cdf)
-    alone = Mixture(*(x[7:8] for x in mixture)).sample(keys[7:8])
-    assert torch.equal(samples[7:8], alone)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_a_component_is_that_of_the_mixture(dtype):
+    generator = torch.Generator().manual_seed(0)
+    head = MixtureHead(8, 3, 5, dtype=dtype)
+    for p in head.parameters():
+        p.normal_(generator=generator)
+    hidden, chosen = torch.randn(6, 8, generator=generator), torch.tensor([0, 4, 2, 2, 1, 3])
+    mixture = head.distribution(head.logits(hidden))
+    loc, raw = head.component(hidden, chosen)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(head.component_logits(hidden), mixture.logits)
+    torch.testing.assert_close(loc, mixture.locs[range(6), chosen], **close)
+    torch.testing.assert_close(head.scale(raw), mixture.scales[range(6), chosen], **close)
 
 
 def test_multivariate_gaussian_agrees_with_torch():
@@ -226,7 +253,11 @@ def test_multivariate_gaussian_agrees_with_torch():
     reference = torch.distributions.MultivariateNormal(loc, scale_tril=scale)
     x = torch.randn(5000, 3, generator=generator)
     torch.testing.assert_close(ours.log_prob(x), reference.log_prob(x))
-    samples = ours.sample(prng.example_keys(0, torch.arange(5000, dtype=torch.int32)))
+    head = MultivariateHead(4, 3)
+    raw = scale - 1 / scale.where(scale > 0, 1.0)  # what square_plus makes `scale` of
+    head = head_with_bias(head, torch.cat((raw.where(scale > 0, 0.0).flatten(), loc)))
+    with torch.no_grad():
+        samples = head.sample(torch.zeros(5000, 4), *noise(5000, 1, 3))
     covariance = scale @ scale.T
     for i in range(3):
         assert_same_distribution(samples[:, i], stats.norm(loc[i].item(), covariance[i, i].sqrt().item()).cdf)

@@ -1,14 +1,32 @@
 """Decoding with a cache: equal to the model without one, prompts of any length together, samples of the right
 distribution."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from jetformer import prng
-from jetformer.sampling.decode import ImageDecoder, right_align, sample_images, to_uint8
+from jetformer.objectives import JetFormerObjective
+from jetformer.sampling import decode
+from jetformer.sampling.decode import (
+    CachedDecoder,
+    Latents,
+    decode_latents,
+    encode_images,
+    keep_top,
+    right_align,
+    sample_images,
+    sample_latents,
+    sample_text,
+    to_uint8,
+)
 from jetformer.sampling.grid import ClassGrid
-from small_models import L, inputs, small_model
+from jetformer.sampling.guidance import Guidance, draw, sample_token
+from small_models import L, T, inputs, small_model
 
 OPTIONS = [{}, {"num_vocab_repeats": 2}, {"causal_mask_on_prefix": False}, {"per_modality_final_norm": True}]
 PADDED = [[True, True, True], [True, False, False], [True, True, False]]
@@ -30,7 +48,8 @@ def test_cached_equals_uncached(kwargs, text_mask):
     text_mask = torch.tensor(text_mask)
     drop = torch.tensor([False, False, True])
     _, expected = model(text, image, text_first=True, text_mask=text_mask, drop_prefix=drop)
-    decoder = ImageDecoder(model, text, text_mask, L, drop)
+    prefix = model.embed(text, image[:, :0], text_first=True, text_mask=text_mask, drop_prefix=drop, shift=False)
+    decoder = CachedDecoder(model, prefix, modality="image", num_steps=L - 1)
     hidden = [decoder.prefill(), *(decoder.step(token) for token in image[:, :-1].unbind(1))]
     torch.testing.assert_close(torch.stack(hidden, dim=1), expected)
 
@@ -49,9 +68,11 @@ def test_samples_follow_the_models_density():
     model = small_model(flow=None, out_dim=1, image_shape=(2, 2, 3), num_mixtures=3).float().eval()
     text = torch.full((4000, 1), 4)
     with torch.no_grad():
-        hidden = ImageDecoder(model, text[:1], None, 1).prefill()
+        no_image = torch.empty(1, 0, 1)
+        prefix = model.embed(text[:1], no_image, text_first=True, shift=False)
+        hidden = CachedDecoder(model, prefix, modality="image", num_steps=0).prefill()
         mixture = model.image_head.distribution(model.image_head.logits(hidden))
-    images = sample_images(model, text, keys(0, 4000))
+    images, _ = sample_images(model, text, keys(0, 4000))
     assert images.shape == (4000, 2, 2, 3)
     # The first pixel value, between the ends that clipping fills up.
     values = images[:, 0, 0, 0]
@@ -67,11 +88,11 @@ def test_samples_follow_the_models_density():
 def test_samples_are_a_function_of_text_and_key():
     model = small_model().float().eval()
     text = torch.arange(4)[:, None]
-    first, again, other = (sample_images(model, text, keys(seed, 4)) for seed in (0, 0, 1))
+    first, again, other = (sample_images(model, text, keys(seed, 4))[0] for seed in (0, 0, 1))
     assert first.dtype == torch.uint8
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    part = sample_images(model, text[[3, 1]], keys(0, 4)[[3, 1]])
+    part, _ = sample_images(model, text[[3, 1]], keys(0, 4)[[3, 1]])
     assert (part.int() - first[[3, 1]].int()).abs().max() <= 1
 
 
@@ -79,7 +100,7 @@ def test_low_temperature_is_the_mode():
     model = small_model(num_mixtures=1, out_dim=None).float().eval()
     text = torch.zeros(2, 1, dtype=torch.int64)
     kwargs = {"temperature_scales": 1e-6}
-    a, b = (sample_images(model, text, keys(s, 2), **kwargs) for s in (0, 1))
+    a, b = (sample_images(model, text, keys(s, 2), **kwargs)[0] for s in (0, 1))
     assert (a.int() - b.int()).abs().max() <= 1
 
 
@@ -92,10 +113,182 @@ def test_8_bits_survive_dequantization():
 
 def test_grid_has_a_row_for_each_class():
     model = small_model().float().eval()
-    picture = ClassGrid(num_classes=5, per_class=3)(model, seed=0)
+    picture = ClassGrid(num_classes=5, num_images=3)(model, None, seed=0)
     assert picture.shape == (5 * 5 + 1, 3 * 5 + 1, 3)
     labels = torch.arange(5).repeat_interleave(3)[:, None]
-    images = sample_images(model, labels, keys(0, 15))
+    images, _ = sample_images(model, labels, keys(0, 15))
     assert (picture[6:10, 11:15] == images[5].numpy()).all()
     assert (picture[::5] == picture[0, 0]).all()
     assert (picture[:, ::5] == picture[0, 0]).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 4), min_size=1, max_size=4),
+    given_tokens=st.integers(0, L - 1),
+    seed=st.integers(0, 2**31 - 1),
+)
+@torch.no_grad()
+def test_cached_equals_uncached_for_any_prompts(lengths, given_tokens, seed):
+    model = small_model().eval()
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, 10, (len(lengths), 4), generator=generator)
+    text_mask = torch.arange(4) < torch.tensor(lengths)[:, None]
+    image = torch.randn(len(lengths), L, model.out_dim, generator=generator).double()
+    _, expected = model(text, image, text_first=True, text_mask=text_mask)
+    start = image[:, :given_tokens]
+    prefix = model.embed(text, start, text_first=True, text_mask=text_mask, shift=False)
+    decoder = CachedDecoder(model, prefix, modality="image", num_steps=L - given_tokens - 1)
+    hidden = [decoder.prefill(), *(decoder.step(token) for token in image[:, given_tokens:-1].unbind(1))]
+    torch.testing.assert_close(torch.stack(hidden, dim=1), expected[:, given_tokens:])
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"boi_id": None}, {"causal_mask_on_prefix": False}, {"untie_output_vocab": True}]
+)
+@torch.no_grad()
+def test_cached_text_equals_uncached(kwargs):
+    model = small_model(**kwargs).eval()
+    text, image = inputs(model, batch=3)
+    expected, _ = model(text, image, text_first=False)
+    prefix = model.embed(text[:, :0], image, text_first=False, shift=False)
+    decoder = CachedDecoder(model, prefix, modality="text", num_steps=T - 1)
+    hidden = [decoder.prefill(), *(decoder.step(token) for token in text[:, :-1].unbind(1))]
+    torch.testing.assert_close(torch.stack(hidden, dim=1), expected)
+
+
+@torch.no_grad()
+def test_guided_equals_guiding_two_batches():
+    """Both halves in one forward pass, against a model run on the texts and one run on none."""
+    model = small_model(num_mixtures=3).float().eval()
+    text = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    text_mask = torch.tensor([[True, True], [True, False], [True, True]])
+    guidance = Guidance("density", 1.5, "linear")
+    latents = sample_latents(model, text, keys(0, 3), text_mask=text_mask, guidance=guidance)
+    noise = draw(model.image_head, keys(0, 3), L, model.out_dim)
+    _, given_text = model(text, latents.tokens, text_first=True, text_mask=text_mask)
+    all_dropped = torch.ones(3, dtype=torch.bool)
+    _, without = model(text, latents.tokens, text_first=True, text_mask=text_mask, drop_prefix=all_dropped)
+    for i, weight in enumerate(guidance.weights(L)):
+        hidden = torch.cat((given_text[:, i], without[:, i]))
+        expected = sample_token(model.image_head, hidden, noise.at(torch.tensor([i])), "density", weight)
+        torch.testing.assert_close(latents.tokens[:, i], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_given_of_an_image_stays():
+    model = small_model().eval()
+    images = torch.randint(0, 256, (2, 4, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    whole = encode_images(model, images, keys(0, 2))
+    given = Latents(*(x[:, :3] for x in whole))
+    text = torch.tensor([[1], [2]])
+    latents = sample_latents(model, text, keys(0, 2), given=given)
+    for kept, sampled in zip(given, latents, strict=True):
+        assert torch.equal(sampled[:, :3], kept)
+        assert sampled.shape[1] == L
+    assert not torch.equal(latents.tokens[:, 3], whole.tokens[:, 3])
+    # All of an image's latents are the image.
+    assert torch.equal(decode_latents(model, text, whole)[0], images)
+
+
+@pytest.mark.parametrize("text_mask", [None, [[True, False], [True, True]]])
+@torch.no_grad()
+def test_likelihoods_are_those_of_the_objective(text_mask):
+    """An image's bits per dim, encoded with its dequantization noise, by the objective and by the sampler."""
+    model = small_model().eval()
+    images = torch.randint(0, 256, (2, 4, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    text = torch.tensor([[1, 2], [3, 4]])
+    batch = {"image": images, "text": text, "text_loss": torch.ones_like(text, dtype=torch.bool)}
+    if text_mask is not None:
+        text_mask = batch["text_mask"] = torch.tensor(text_mask)
+    draws = {"dequant": prng.uniform(prng.fold_in(keys(7, 2), decode._DEQUANT), (4, 4, 3))}
+    _, terms = JetFormerObjective(text_prefix_prob=1.0)(model, batch, draws, train=False)
+    latents = encode_images(model, images, keys(7, 2))
+    _, log_likelihoods = decode_latents(model, text, latents, text_mask)
+    torch.testing.assert_close(-log_likelihoods / (48 * math.log(2)), terms["bits_per_dim"][0])
+
+
+VOCAB, EOS = 10, 1
+
+
+def texts(model, seed, size=3, **kwargs):
+    image = torch.randn(3, L, model.out_dim, generator=torch.Generator().manual_seed(0))[:size]
+    options = {"max_length": 12, "vocab_size": VOCAB, "eos_id": EOS} | kwargs
+    return image, *sample_text(model, keys(seed, 3)[:size], image_tokens=image, **options)
+
+
+@torch.no_grad()
+def test_texts_and_their_likelihoods():
+    model = small_model(untie_output_vocab=True).float().eval()
+    image, tokens, log_likelihoods = texts(model, 0)
+    assert tokens.shape == (3, 12)
+    assert tokens.max() < VOCAB
+    hidden, _ = model(tokens, image, text_first=False)
+    log_probs = model.text_logits(hidden)[..., :VOCAB].log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)
+    is_end = tokens == EOS
+    after_the_end = is_end.int().cumsum(1) - is_end.int() > 0
+    assert (tokens[after_the_end] == EOS).all()
+    assert after_the_end.any()
+    torch.testing.assert_close(log_likelihoods, log_probs.masked_fill(after_the_end, 0).sum(1))
+    _, again, _ = texts(model, 0)
+    assert torch.equal(tokens, again)
+    _, part, _ = texts(model, 0, size=2)
+    assert torch.equal(tokens[:2], part)
+    _, other, _ = texts(model, 1)
+    assert not torch.equal(tokens, other)
+
+
+@torch.no_grad()
+def test_the_most_probable_text():
+    """Whatever the seed; top-k of 1, a low temperature and a small top-p are the same."""
+    model = small_model(untie_output_vocab=True).float().eval()
+    image, tokens, _ = texts(model, 0, top_k=1)
+    for kwargs in ({"top_k": 1}, {"temperature": 1e-4}, {"top_p": 1e-6}):
+        assert torch.equal(texts(model, 5, **kwargs)[1], tokens)
+    hidden, _ = model(tokens, image, text_first=False)
+    best = model.text_logits(hidden)[..., :VOCAB].argmax(-1)
+    until_the_end = (tokens == EOS).int().cumsum(1) - (tokens == EOS).int() == 0
+    assert torch.equal(best[until_the_end], tokens[until_the_end])
+
+
+def test_the_first_tokens_follow_the_models_distribution():
+    model = small_model(untie_output_vocab=True).float().eval()
+    image = torch.randn(1, L, model.out_dim, generator=torch.Generator().manual_seed(0)).expand(4000, -1, -1)
+    tokens, log_likelihoods = sample_text(
+        model, keys(0, 4000), image_tokens=image, max_length=1, vocab_size=VOCAB, eos_id=EOS, top_k=4, temperature=1.5
+    )
+    with torch.no_grad():
+        hidden, _ = model(torch.zeros(1, 1, dtype=torch.int64), image[:1], text_first=False)
+        log_probs = model.text_logits(hidden)[0, 0, :VOCAB].log_softmax(-1)
+    torch.testing.assert_close(log_likelihoods, log_probs[tokens[:, 0]])
+    expected = keep_top(log_probs.double() / 1.5, 4, 1.0).softmax(-1)
+    expected = expected / expected.sum()
+    counts = tokens.flatten().bincount(minlength=VOCAB)
+    assert stats.chisquare(counts[expected > 0].numpy(), 4000 * expected[expected > 0].numpy()).pvalue > 1e-3
+    assert counts[expected == 0].sum() == 0
+
+
+def test_keep_top():
+    logits = torch.tensor([0.4, 0.1, 0.3, 0.2]).log()
+    kept = lambda *args: (keep_top(logits, *args) > -math.inf).tolist()
+    assert kept(None, 1.0) == [True] * 4
+    assert kept(2, 1.0) == [True, False, True, False]
+    assert kept(9, 1.0) == [True] * 4
+    assert kept(None, 0.5) == [True, False, True, False]
+    assert kept(None, 0.39) == [True, False, False, False]
+    assert kept(None, 0.75) == [True, False, True, True]
+    assert kept(2, 0.3) == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "message"),
+    [
+        ({}, {"temperature": 0.0}, "temperature 0.0"),
+        ({}, {"top_k": 0}, "top_k 0"),
+        ({}, {"top_p": 0.0}, "top_p 0.0"),
+        ({"num_vocab_repeats": 2}, {}, "class labels"),
+    ],
+)
+def test_texts_that_cannot_be_sampled(model, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        texts(small_model(**model).float(), 0, **kwargs)

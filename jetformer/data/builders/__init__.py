@@ -1,5 +1,7 @@
 """TFDS builders the package ships. Importing this makes them known to `tfds.builder(name)`."""
 
 from jetformer.data.builders.digits import Digits
+from jetformer.data.builders.shapes import Shapes
+from jetformer.data.builders.tinystories import TinyStories
 
-__all__ = ["Digits"]
+__all__ = ["Digits", "Shapes", "TinyStories"]

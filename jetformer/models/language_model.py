@@ -1,0 +1,78 @@
+"""The decoder as a plain language model, over the same text tokens as in JetFormer.
+
+Dimensions: B batch, T text tokens, E width, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from jetformer.models import initializers
+from jetformer.models.decoder import Decoder, RMSNorm
+from jetformer.models.jetformer import JetFormer
+
+
+class LanguageModel(nn.Module):
+    """A causal decoder over `[bos, text]`, where what stands at position i predicts token i + 1.
+
+    With the parameters of a `JetFormer` that has untie_output_vocab it gives a text that comes first the same
+    probabilities.
+
+    Args:
+      decoder: `Decoder`, called without arguments.
+      vocab_size: V, number of text tokens, with `bos_id`.
+      bos_id: token that begins a text.
+
+    Raises:
+      ValueError: if `bos_id` is not in the vocabulary.
+    """
+
+    def __init__(self, decoder: Callable[[], Decoder], vocab_size: int, bos_id: int):
+        super().__init__()
+        if not 0 <= bos_id < vocab_size:
+            raise ValueError(f"bos_id {bos_id} is not a token of a vocabulary of {vocab_size}")
+        self.vocab_size, self.bos_id = vocab_size, bos_id
+        self.decoder = decoder()
+        self.text_emb = nn.Embedding(vocab_size, self.decoder.width)
+        self.text_head = nn.Linear(self.decoder.width, vocab_size)
+        self.final_norm = RMSNorm(self.decoder.width)
+        self.text_norm = nn.Identity()
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        initializers.normal_(self.text_emb.weight, 1.0, generator)
+        initializers.lecun_normal_(self.text_head.weight, generator)
+        nn.init.zeros_(self.text_head.bias)
+
+    def embed(self, text: Tensor, text_mask: Tensor | None = None, *, shift: bool = True):
+        """Embeds `[bos, text]`, S tokens.
+
+        Args:
+          text: `[B, T]`, token ids; T may be 0.
+          text_mask: bool `[B, T]`, true for valid tokens; None: all are.
+          shift: cut off the last token, whose prediction has no target.
+
+        Returns:
+          Embeddings, attention mask and positions as `JetFormer.embed`.
+        """
+        bos = text.new_full((len(text), 1), self.bos_id)
+        ids = torch.cat((bos, text), dim=1)
+        index = torch.arange(ids.shape[1], device=text.device)
+        mask, positions = None, index.expand(ids.shape)
+        if text_mask is not None:
+            valid = torch.cat((torch.ones_like(bos, dtype=torch.bool), text_mask), dim=1)
+            mask, positions = (index[:, None] >= index) & valid[:, None], valid.long().cumsum(1) - 1
+        x = self.text_emb(ids)
+        if shift:
+            x, positions = x[:, :-1], positions[:, :-1]
+            mask = None if mask is None else mask[:, :-1, :-1]
+        return x, mask, positions
+
+    run_decoder = JetFormer.run_decoder
+    text_logits = JetFormer.text_logits
+
+    def forward(self, text: Tensor, text_mask: Tensor | None = None, dropout_keys: Tensor | None = None) -> Tensor:
+        """Hidden states `[B, T, E]` that predict the text, normalized, for `text_logits`; arguments as in `embed` and
+        `Decoder.forward`."""
+        x, mask, positions = self.embed(text, text_mask)
+        return self.run_decoder(x, mask=mask, positions=positions, dropout_keys=dropout_keys)

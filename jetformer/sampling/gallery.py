@@ -1,0 +1,175 @@
+"""What a sampling program leaves behind: a folder of PNGs, a line of JSON for each, a grid, and a page to browse them.
+Where texts are sampled without images, only the lines and the page.
+
+    <out>/images/a-red-circle_0003.png  …  samples.jsonl  grid.png  index.html
+
+A sample counts once its line is there, so an interrupted program goes on where it stopped.
+"""
+
+import hashlib
+import html
+import json
+import pathlib
+import re
+import textwrap
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from jetformer.sampling.grid import to_pil
+
+RECORDS_FILE, GRID_FILE, PAGE_FILE = "samples.jsonl", "grid.png", "index.html"
+
+_TILE = 128  # smallest size of an image in the grid, in pixels
+_GAP, _LINE = 4, 16
+
+_UNITS = {"bits_per_dim": "bits per dim", "bits_per_token": "bits per token"}
+
+_STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
+h2 { font-size: 1rem; margin: 1.5rem 0 .5rem }
+dl { display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; color: #555 }
+dd { margin: 0 }
+.row { display: flex; flex-wrap: wrap; gap: .5rem }
+figure { margin: 0; width: 144px }
+figure.text { width: 30rem }
+img { width: 144px; image-rendering: pixelated; display: block }
+figcaption { font-size: .75rem; color: #555 }
+"""
+
+
+def slug(label: str) -> str:
+    """A file name's part that says what `label` says, and is another one for another label."""
+    words = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:80]
+    if words.replace("-", " ") == label:
+        return words
+    return f"{words}-{hashlib.sha256(label.encode()).hexdigest()[:8]}".lstrip("-")
+
+
+class Gallery:
+    """Images and texts with what is known of each, in rows by label.
+
+    Args:
+      directory: made if it is not there.
+      settings: what all samples have in common. They are part of every record.
+      key: what a record calls the label, as "prompt".
+
+    Raises:
+      ValueError: if the directory holds samples with other settings.
+    """
+
+    def __init__(self, directory: pathlib.Path, settings: dict[str, Any], key: str = "prompt"):
+        self._directory, self._settings, self._key = directory, settings, key
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = directory / RECORDS_FILE
+        self.records: list[dict[str, Any]] = []
+        text = self._file.read_text() if self._file.exists() else ""
+        # The last line may have been cut off; its image is made again.
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            self._file.write_text(whole)
+        for line in whole.splitlines():
+            record = json.loads(line)
+            for name, value in settings.items():
+                if record.get(name) != value:
+                    raise ValueError(
+                        f"{directory} holds samples with {name} {record.get(name)}, not {value}: use another --out"
+                    )
+            self.records.append(record)
+        self._done = {(record[key], record["seed"]) for record in self.records}
+
+    def has(self, label: str, seed: int) -> bool:
+        """Whether the sample is there."""
+        return (label, seed) in self._done
+
+    def add(self, label: str, seed: int, image: np.ndarray | None, **known: Any) -> None:
+        """Adds a sample: its image uint8 `[H, W, C]`, if it has one, and what is known of it."""
+        record = {self._key: label, "seed": seed, **known, **self._settings}
+        if image is not None:
+            record["file"] = f"images/{slug(label)}_{seed:04d}.png"
+            path = self._directory / record["file"]
+            path.parent.mkdir(exist_ok=True)
+            with path.open("wb") as file:
+                to_pil(image).save(file, "PNG")
+        with self._file.open("a") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.records.append(record)
+        self._done.add((label, seed))
+
+    def rows(self) -> dict[str, list[dict[str, Any]]]:
+        """Records by label, each row by seed."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for record in self.records:
+            rows.setdefault(record[self._key], []).append(record)
+        return {label: sorted(row, key=lambda record: record["seed"]) for label, row in rows.items()}
+
+    def finish(self) -> None:
+        """Writes the grid and the page of all samples that are there."""
+        rows = self.rows()
+        if "file" in self.records[0]:
+            with (self._directory / GRID_FILE).open("wb") as file:
+                self._grid(rows).save(file, "PNG")
+        (self._directory / PAGE_FILE).write_text(self._page(rows))
+
+    def _grid(self, rows: dict[str, list[dict[str, Any]]]) -> Image.Image:
+        """A row of images for each label, under the label."""
+        images = {label: [self._tile(record) for record in row] for label, row in rows.items()}
+        width, height = next(iter(images.values()))[0].size
+        columns = max(map(len, images.values()))
+        font = ImageFont.load_default()
+        per_line = max(20, columns * (width + _GAP) // 7)
+        captions = {label: _wrapped(_caption(label, row), per_line) for label, row in rows.items()}
+        total = sum(len(lines) * _LINE + height + 2 * _GAP for lines in captions.values())
+        grid = Image.new("RGB", (max(columns * (width + _GAP) + _GAP, 160), total), "white")
+        draw = ImageDraw.Draw(grid)
+        y = _GAP
+        for label, lines in captions.items():
+            for line in lines:
+                draw.text((_GAP, y), line, fill="black", font=font)
+                y += _LINE
+            for i, image in enumerate(images[label]):
+                grid.paste(image, (_GAP + i * (width + _GAP), y))
+            y += height + 2 * _GAP
+        return grid
+
+    def _tile(self, record: dict[str, Any]) -> Image.Image:
+        with (self._directory / record["file"]).open("rb") as file:
+            image = Image.open(file).convert("RGB")
+        factor = max(1, _TILE // image.width)
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+    def _page(self, rows: dict[str, list[dict[str, Any]]]) -> str:
+        escape = lambda x: html.escape(str(x))
+        settings = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in self._settings.items())
+        parts = []
+        for label, row in rows.items():
+            figures = []
+            for record in row:
+                known = [f"seed {record['seed']}"]
+                known += [f"{record[unit]:.3f} {name}" for unit, name in _UNITS.items() if unit in record]
+                known += [record["text"]] if "text" in record else []
+                caption = f"<figcaption>{'<br>'.join(map(escape, known))}</figcaption>"
+                if "file" in record:
+                    file = escape(record["file"])
+                    picture = f'<a href="{file}"><img src="{file}" alt="{escape(label)}"></a>'
+                    figures.append(f"<figure>{picture}{caption}</figure>")
+                else:
+                    figures.append(f'<figure class="text">{caption}</figure>')
+            heading = escape(label) or "(no prompt)"
+            parts.append(f'<h2>{heading}</h2>\n<div class="row">\n' + "\n".join(figures) + "\n</div>")
+        return (
+            '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Samples</title>\n'
+            f"<style>{_STYLE}</style>\n<h1>{len(self.records)} samples</h1>\n<dl>{settings}</dl>\n"
+            + "\n".join(parts)
+            + "\n</html>\n"
+        )
+
+
+def _caption(label: str, row: list[dict[str, Any]]) -> str:
+    return " / ".join([label, *(record["text"] for record in row if "text" in record)])
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` characters that PIL's font can draw."""
+    return textwrap.wrap(text.encode("latin-1", "replace").decode("latin-1"), width) or [""]

@@ -1,0 +1,99 @@
+"""Prompts become the tokens that the data's preprocessing would make, and tokens become texts."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from jetformer.data import preprocess
+from jetformer.data.dataset import Data
+from jetformer.data.texts import Texts, length_of, tokenizer_of
+
+MODEL = "experiments/shapes.model"
+IGNORED = f"decode | choice(inkey='captions', outkey='text') | lower | caption('{MODEL}', 12, pad='ignored')"
+MODELLED = f"flatten | first(inkey='captions/text', outkey='text') | caption(model='{MODEL}', length=12) | keep('text')"
+BY_HAND = (
+    f"lower | tok('{MODEL}') | setdefault('eos', [1]) | masked_concat(['text', 'eos'], text_mask=[1, 0], "
+    "text_loss=[1, 1]) | tolen(12, pad_value=0) | tolen(12, pad_value=0, key='text_mask') | "
+    "tolen(12, pad_value=0, key='text_loss') | keep('text', 'text_mask', 'text_loss')"
+)
+
+
+@pytest.mark.parametrize("pp", [IGNORED, BY_HAND])
+def test_prompts_are_tokenized_as_the_data(pp):
+    texts = Texts(pp)
+    prompts = ["A red Circle", "a small blue cross at the top left"]
+    encoded = texts.encode(prompts)
+    for i, prompt in enumerate(prompts):
+        op = preprocess.parse(f"lower | caption('{MODEL}', 12, pad='ignored')")
+        expected = op({"text": tf.constant(prompt)})
+        assert np.array_equal(encoded["text"][i], expected["text"])
+        assert np.array_equal(encoded["text_mask"][i], expected["text_mask"])
+    assert texts.decode(encoded["text"]) == [prompt.lower() for prompt in prompts]
+    assert texts.length == encoded["text"].shape[1] == 12
+
+
+def test_padding_that_is_modelled():
+    encoded = Texts(MODELLED).encode(["a red circle"])
+    assert encoded["text_mask"].all()
+    assert (encoded["text"][0, 3:] == 1).all()
+
+
+@pytest.mark.parametrize("pp", [IGNORED, MODELLED])
+def test_beginnings_have_no_end(pp):
+    texts = Texts(pp)
+    beginning = texts.encode_beginnings(["", "a red circle"])
+    assert beginning["text_mask"].sum(1).tolist() == [0, 3]
+    assert texts.tokenizer.decode(beginning["text"][1][beginning["text_mask"][1]]) == "a red circle"
+
+
+def test_what_is_cut_is_known():
+    texts = Texts(IGNORED)
+    assert texts.cut("A red circle") == ""
+    eleven = "a red circle " * 3 + "a red"
+    assert texts.cut(eleven) == ""
+    assert texts.cut(eleven + " circle") == ""  # it loses its end only
+    assert texts.cut(eleven + " circle at the TOP") == "at the top"
+
+
+def test_empty_prompts():
+    with pytest.raises(ValueError, match="an empty prompt"):
+        Texts(IGNORED).encode(["a red circle", " "])
+
+
+def test_another_copy_of_the_tokenizer(tmp_path):
+    """The one of the workdir, where the original may not be."""
+    copy = tmp_path / "tokenizer.model"
+    with open(MODEL, "rb") as file:
+        copy.write_bytes(file.read())
+    elsewhere = IGNORED.replace(MODEL, "/nowhere.model")
+    with pytest.raises(ValueError, match="there is no tokenizer '/nowhere.model'"):
+        Texts(elsewhere)
+    ours, theirs = Texts(elsewhere, str(copy)).encode(["a red circle"]), Texts(IGNORED).encode(["a red circle"])
+    assert np.array_equal(ours["text"], theirs["text"])
+
+
+@pytest.mark.parametrize(
+    ("pp", "length"),
+    [
+        ("decode | label_as_text | keep('image', 'text')", 1),
+        ("caption('m', 7)", 7),
+        ("caption('m', length=7, pad='ignored')", 7),
+        ("tok('m') | tolen(5, 0)", 5),
+        ("tok('m', 9, eos='yes') | lower", 9),
+        ("tok('m', 9) | tolen(length=3, pad_value=0)", 3),
+    ],
+)
+def test_lengths(pp, length):
+    assert length_of(pp) == length
+    assert Data(name="digits", pp=pp).text_length() == length
+
+
+def test_a_string_without_texts():
+    with pytest.raises(ValueError, match="does not say how long texts are"):
+        length_of("decode | keep('image')")
+    with pytest.raises(ValueError, match="reads no texts"):
+        Texts("decode | label_as_text")
+    assert tokenizer_of("decode | label_as_text") is None
+    assert tokenizer_of(BY_HAND) == tokenizer_of(MODELLED) == MODEL
+    assert Data(name="digits", pp=IGNORED).has_texts()
+    assert not Data(name="digits", pp="decode | label_as_text").has_texts()

@@ -1,0 +1,301 @@
+"""The sampling program: what it writes, that samples do not depend on each other, that it resumes, what it refuses."""
+
+import contextlib
+import functools
+import http.server
+import json
+import pathlib
+import shutil
+import sys
+import threading
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+import torch
+from PIL import Image
+from upath import UPath
+
+from jetformer import config, train
+from jetformer.data import pipeline
+from jetformer.runtime import Runtime
+from runs import bindings, start
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "a large red circle at the left on a black background"
+
+
+@pytest.fixture(scope="module")
+def shapes_dir(tmp_path_factory):
+    """Some of the data set `shapes`; not in the session's directory, where it would be taken for all of it."""
+    directory = str(tmp_path_factory.mktemp("some_shapes"))
+    few = tfds.download.DownloadConfig(max_examples_per_split=40)
+    pipeline._builder("shapes", directory).download_and_prepare(download_config=few)
+    return directory
+
+
+def finished(workdir, gin_file, gin_bindings):
+    config.parse([gin_file], gin_bindings)
+    train.train(config.call(train.Run), UPath(workdir), Runtime(torch.device("cpu")))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory, shapes_dir):
+    """A run of shapes.gin, so short that it has learned nothing."""
+    small = bindings(shapes_dir, train__total_steps=4, train__samples=None)
+    return finished(tmp_path_factory.mktemp("captioned"), "experiments/shapes.gin", small)
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory, data_dir):
+    """A run of digits.gin, as short."""
+    small = bindings(data_dir, train__total_steps=4, train__samples=None)
+    return finished(tmp_path_factory.mktemp("classes"), "experiments/digits.gin", small)
+
+
+def sample(out, *flags, environment=None):
+    """Runs the program; its exit code, what it said, and the records that it left."""
+    args = [sys.executable, "-m", "jetformer.sample", "--device=cpu", f"--out={out}", *flags]
+    process = start(args, **environment or {})
+    _, log = process.communicate(timeout=200)
+    path = pathlib.Path(out) / "samples.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return process.returncode, log, records
+
+
+def picture(out, record):
+    with Image.open(out / record["file"]) as image:
+        return np.asarray(image).astype(int)
+
+
+def test_prompts(captioned, tmp_path):
+    """Files, page and records; samples are the same beside others, and in batches of another size."""
+    (tmp_path / "prompts.txt").write_text(f"a blue cross\n{PROMPT}\n")
+    flags = [f"--workdir={captioned}", "--guidance_weight=1.5", "--guidance_schedule=linear"]
+    out = tmp_path / "all"
+    code, log, records = sample(out, *flags, f"--prompts={tmp_path}/prompts.txt", "--num_images=3", "--batch_size=4")
+    assert code == 0, log
+    assert [(r["prompt"], r["seed"]) for r in records] == [(p, s) for p in ("a blue cross", PROMPT) for s in (0, 1, 2)]
+    assert records[0]["file"] == "images/a-blue-cross_0000.png"
+    for record in records:
+        assert picture(out, record).shape == (32, 32, 3)
+        assert record["guidance"] == "density"
+        assert record["guidance_weight"] == 1.5
+        assert record["step"] == 4
+        assert record["ema"]
+        assert record["bits_per_dim"] == pytest.approx(-record["log_likelihood"] / (32 * 32 * 3 * np.log(2)))
+    page = (out / "index.html").read_text()
+    assert all(f'src="{record["file"]}"' in page for record in records)
+    with Image.open(out / "grid.png") as grid:
+        assert grid.width > 3 * 128
+
+    alone = tmp_path / "alone"
+    code, log, (one,) = sample(alone, *flags, f"--prompt={PROMPT}", "--num_images=1", "--seed=2")
+    assert code == 0, log
+    same = next(r for r in records if r["prompt"] == PROMPT and r["seed"] == 2)
+    assert abs(picture(alone, one) - picture(out, same)).max() <= 1
+    assert one["log_likelihood"] == pytest.approx(same["log_likelihood"], rel=1e-4)
+
+
+def test_it_goes_on_where_it_stopped(captioned, tmp_path):
+    flags = [f"--workdir={captioned}", f"--prompt={PROMPT}"]
+    out = tmp_path / "out"
+    code, log, first = sample(out, *flags, "--num_images=2")
+    assert code == 0, log
+    with (out / "samples.jsonl").open("a") as file:  # cut off while it wrote
+        file.write('{"prompt": "a large r')
+    made = (out / first[0]["file"]).stat().st_mtime_ns
+    code, log, records = sample(out, *flags, "--num_images=3")
+    assert code == 0, log
+    assert "2 of 3 samples are there already" in log
+    assert [record["seed"] for record in records] == [0, 1, 2]
+    assert records[:2] == first
+    assert (out / first[0]["file"]).stat().st_mtime_ns == made
+    code, log, _ = sample(out, *flags, "--temperature=0.5")
+    assert code == 1
+    assert log.splitlines()[-1] == f"error: {out} holds samples with temperature 1.0, not 0.5: use another --out"
+
+
+def test_captions_of_images(captioned, tmp_path):
+    """What cannot be read is named and left out, the others are done; sizes are made to fit."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for name, size in (("a", (32, 32)), ("b", (50, 40))):
+        Image.fromarray(random.integers(0, 255, (*size, 3), np.uint8)).save(folder / f"{name}.png")
+    (folder / "c.png").write_bytes((folder / "a.png").read_bytes()[:300])
+    (folder / "d.png").write_text("no image")
+    flags = [f"--workdir={captioned}", f"--images={folder}/*.png", "--task=caption", "--top_k=20", "--temperature=2"]
+    code, log, records = sample(tmp_path / "out", *flags)
+    assert code == 1
+    assert f"error: 2 of 4 images could not be read: {folder}/c.png, {folder}/d.png" in log
+    assert f"{folder}/b.png is 40 × 50, resized to 32 × 32" in log
+    assert [pathlib.Path(record["image"]).name for record in records] == ["a.png", "b.png"]
+    for record in records:
+        assert isinstance(record["text"], str)
+        assert record["bits_per_token"] > 0
+    assert "bits per token" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_completion_of_images(captioned, tmp_path):
+    """What is given has its part of the picture; without seeing the rest."""
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).save(path)
+    flags = [f"--workdir={captioned}", f"--images={path}", "--task=complete", f"--prompt={PROMPT}"]
+    code, log, records = sample(tmp_path / "out", *flags, "--num_images=2", "--rows=16")
+    assert code == 0, log
+    assert [(r["image"], r["prompt"], r["rows"]) for r in records] == [(str(path), PROMPT, 16)] * 2
+    a, b = (picture(tmp_path / "out", record) for record in records)
+    assert abs(a - b).max() > 1
+    code, log, _ = sample(tmp_path / "other", *flags, "--rows=15")
+    assert code == 1
+    assert "error: --rows=15: give a multiple of the patch size, 4" in log
+
+
+def test_classes(classes, tmp_path):
+    """Also from a named checkpoint, and without the moving average."""
+    out = tmp_path / "out"
+    checkpoint = classes / "checkpoints" / "000000004"
+    code, log, records = sample(out, f"--checkpoint={checkpoint}", "--classes=3,7", "--num_images=2", "--noema")
+    assert code == 0, log
+    assert [(r["prompt"], r["seed"]) for r in records] == [(f"class {c}", s) for c in (3, 7) for s in (0, 1)]
+    assert picture(out, records[0]).shape == (8, 8)
+    assert not records[0]["ema"]
+    assert records[0]["guidance"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("run", "flags", "message"),
+    [
+        ("classes", ["--classes=10"], "there is no class or token 10: the model has those from 0 to 9"),
+        ("classes", ["--classes=three"], "--classes: 'three' is no class; give numbers, as 0,1,2"),
+        ("classes", ["--prompt=a"], "the experiment reads no texts: its preprocessing string has neither caption"),
+        ("captioned", ["--prompt= "], "an empty prompt: say what the image is to show"),
+        ("captioned", ["--classes=1"], "the model reads texts, not classes: give --prompt or --prompts"),
+        ("captioned", ["--task=caption"], "--images and --task go together: give both, or neither"),
+        ("captioned", ["--images=/nowhere/*.png", "--task=caption"], "--images=/nowhere/*.png: there is no such file"),
+        ("captioned", ["--prompt=a", "--step=3"], "has no complete checkpoint of step 3, but of 4"),
+        ("captioned", [], "nothing to sample: give --classes, --prompt, --prompts or --images"),
+        (
+            "captioned",
+            ["--prompt=a", "--guidance=density", "--gin_bindings=JetFormerObjective.drop_labels_prob = 0.0"],
+            "guidance density compares with the model without text, which this one does not learn",
+        ),
+        (
+            "captioned",
+            ["--prompt=a", "--gin_bindings=Decoder.depth = 2"],
+            "holds a run with another architecture: its Decoder.depth is 1, this one's 2",
+        ),
+    ],
+)
+def test_refusals(run, flags, message, tmp_path, request):
+    workdir = request.getfixturevalue(run)
+    code, log, records = sample(tmp_path / "out", f"--workdir={workdir}", *flags)
+    assert code == 1
+    assert log.splitlines()[-1].startswith("error: ")
+    assert message in log.splitlines()[-1]
+    assert not records
+
+
+def test_a_long_prompt_is_cut_and_that_is_said(captioned, tmp_path):
+    long = " and ".join(["a large red circle at the left"] * 9)
+    code, log, records = sample(tmp_path / "out", f"--workdir={captioned}", f"--prompt={long}", "--num_images=1")
+    assert code == 0, log
+    assert "is too long; cut off: '" in log
+    assert len(records) == 1
+
+
+def test_texts_of_a_language_model(tmp_path, shapes_dir):
+    """The captions of shapes as texts alone: training, likelihoods that agree, how a prompt goes on."""
+    small = bindings(
+        shapes_dir,
+        train__total_steps=4,
+        train__noise_scale=0.0,
+        train__autocast=None,
+        Data__name='"shapes"',
+        Data__eval_split='"validation"',
+        Data__pp="\"first(inkey='captions', outkey='text') | caption('experiments/shapes.model', 40, pad='ignored') "
+        "| keep('text', 'text_mask', 'text_loss')\"",
+        LanguageModel__vocab_size=161,
+        LanguageModel__bos_id=160,
+    )
+    workdir = finished(tmp_path / "run", "experiments/tinystories.gin", small)
+    flags = [f"--workdir={workdir}", "--num_images=2"]
+    code, log, records = sample(tmp_path / "out", *flags, "--prompt=a red", "--prompt=there is a")
+    assert code == 0, log
+    assert [(r["prompt"], r["seed"]) for r in records] == [(p, s) for p in ("a red", "there is a") for s in (0, 1)]
+    assert all("file" not in record and record["bits_per_token"] > 0 for record in records)
+    assert not (tmp_path / "out" / "grid.png").exists()
+    assert "there is a" in (tmp_path / "out" / "index.html").read_text()
+    code, log, records = sample(tmp_path / "free", *flags)
+    assert code == 0, log
+    assert [record["prompt"] for record in records] == ["", ""]
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What the client asks of the Hugging Face Hub, for one repository `people/run`, from a folder."""
+
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    def __init__(self, *args, folder):
+        self._folder = folder
+        super().__init__(*args)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        prefix = f"/people/run/resolve/{self.COMMIT}/"
+        if path in ("/api/models/people/run", *(f"/api/models/people/run/revision/{r}" for r in ("main", "v1"))):
+            files = [str(f.relative_to(self._folder)) for f in self._folder.rglob("*") if f.is_file()]
+            body = {"id": "people/run", "sha": self.COMMIT, "siblings": [{"rfilename": f} for f in files]}
+            self._answer(json.dumps(body).encode(), "application/json")
+        elif path.startswith(prefix) and (file := self._folder / path.removeprefix(prefix)).is_file():
+            self._answer(file.read_bytes(), "application/octet-stream")
+        else:
+            self._answer(b'{"error": "Repository not found"}', "application/json", 404)
+
+    def _answer(self, body, kind, status=200):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hash(body):x}"')
+        self.send_header("X-Repo-Commit", self.COMMIT)
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def serving(folder):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, folder=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_run_on_the_hugging_face_hub(captioned, tmp_path):
+    """A workdir as a repository; the same samples as from the workdir itself."""
+    repository = tmp_path / "repository"
+    shutil.copytree(captioned, repository, ignore=shutil.ignore_patterns("events*"))
+    flags = [f"--prompt={PROMPT}", "--num_images=1"]
+    with serving(repository) as url:
+        environment = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        code, log, (theirs,) = sample(
+            tmp_path / "out", *flags, "--hf_repo=people/run", "--hf_revision=v1", environment=environment
+        )
+        assert code == 0, log
+        code, log, _ = sample(tmp_path / "other", *flags, "--hf_repo=people/other", environment=environment)
+        assert code == 1
+        assert log.splitlines()[-1].startswith("error: --hf_repo=people/other: ")
+    code, log, (ours,) = sample(tmp_path / "ours", *flags, f"--workdir={captioned}")
+    assert code == 0, log
+    assert np.array_equal(picture(tmp_path / "out", theirs), picture(tmp_path / "ours", ours))
