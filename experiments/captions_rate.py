@@ -22,9 +22,9 @@ BATCH_SIZE, BATCHES, REPETITIONS = 64, 200, 5
 def main(_):
     config.parse(["experiments/shapes.gin"], [])
     data = config.call(Data)
-    choose, caption = data.pp.split(" | ")[1:3]
+    captions = " | ".join(data.pp.split(" | ")[1:-1])
     strings = {
-        "captions alone": f"{choose} | {caption} | keep('text')",
+        "captions alone": f"{captions} | keep('text')",
         "images and captions": data.pp,
         "images alone": "decode | keep('image')",
     }

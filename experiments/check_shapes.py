@@ -66,7 +66,7 @@ def main(_):
             model, keys=keys, guidance=guidance, temperature_scales=FLAGS.temperature, **prompts
         )
         latents = decode.encode_images(model, torch.from_numpy(np.stack(images)), keys)
-        tokens, _ = decode.sample_text(
+        tokens, _, _ = decode.sample_text(
             model,
             keys,
             image_tokens=latents.tokens,

@@ -35,6 +35,7 @@ flags.DEFINE_string("compare", None, "A file that --json wrote: its figures are 
 flags.DEFINE_string("profile", None, "A directory to write a trace of three steps to.")
 FLAGS = flags.FLAGS
 
+FORMAT = 2  # of the figures' file; another one is not compared with
 PHASES = ("data", "forward", "backward", "optimizer")
 
 
@@ -90,7 +91,8 @@ def counted_flops(run, batch: dict[str, np.ndarray]) -> int:
     """What torch's FlopCounterMode counts in a training step, on the meta device, where nothing is computed."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = run.check_model()
+    with torch.device("meta"):
+        model = run.model()
     # The head adds up products in place.
     in_place = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
     with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
@@ -265,6 +267,7 @@ def measure(run, where: runtime.Runtime, *, steps: int, warmup: int, samples: in
             _profile(stepping, profile, machine)
 
     results = {
+        "format": FORMAT,
         "on": where.describe(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -326,7 +329,7 @@ def _bytes_of(state, run, batch: dict[str, np.ndarray], loop, where: runtime.Run
     }
     if where.device.type == "xla":
         return kept
-    from jetformer import prng
+    from jetformer import objectives, prng
 
     saved: dict[int, int] = {}
     own = {loop.local(p).untyped_storage().data_ptr() for p in state.model.parameters()}
@@ -339,7 +342,7 @@ def _bytes_of(state, run, batch: dict[str, np.ndarray], loop, where: runtime.Run
 
     part = {name: array[: len(array) // run.grad_accum_steps] for name, array in batch.items()}
     part = loop.to_device(part, where.device)
-    keys = prng.example_keys(0, torch.arange(len(part["image"]), dtype=torch.int32, device=where.device))
+    keys = prng.example_keys(0, torch.arange(objectives.batch_size(part), dtype=torch.int32, device=where.device))
     draws = run.objective.draw(state.model, part, keys, train=True)
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
@@ -487,6 +490,8 @@ def main(argv: list[str]) -> None:
     program.no_arguments(argv)
     with program.one_line_errors():
         theirs = None if FLAGS.compare is None else json.loads(pathlib.Path(FLAGS.compare).read_text())
+        if theirs is not None and theirs.get("format") != FORMAT:
+            raise ValueError(f"--compare={FLAGS.compare}: another version has written it; measure again")
         where = runtime.initialize(FLAGS.device)
         from jetformer import config, train
 

@@ -99,10 +99,16 @@ def call(function: Callable) -> Any:
 _NOT_ARCHITECTURE = ("dropout", "head_block", "head_dtype", "path")
 
 
+_MODELS = (
+    *(jetformer.JetFormer, language_model.LanguageModel, jet.Jet, decoder.Decoder),
+    *(patches.Patchify, patches.PatchPCA),
+)
+
+
 def architecture() -> dict[str, str]:
     """What the models are built with, by `Model.argument`, defaults included; not all of it shows in a checkpoint."""
     arguments = {}
-    for model in (jetformer.JetFormer, jet.Jet, decoder.Decoder, patches.Patchify, patches.PatchPCA):
+    for model in _MODELS:
         parameters = inspect.signature(model).parameters.values()
         values = {p.name: p.default for p in parameters if p.default is not p.empty}
         values |= gin.get_bindings(model.__name__)

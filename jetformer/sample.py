@@ -11,6 +11,7 @@ beside it. Started again with the same --out, it goes on with what is missing.
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -73,6 +74,10 @@ class Job:
     text_mask: np.ndarray | None = None
     image: np.ndarray | None = None
 
+    def identity(self) -> dict[str, str]:
+        """What tells images of one name apart."""
+        return {} if self.image is None else {"image_sha256": hashlib.sha256(self.image.tobytes()).hexdigest()}
+
 
 def source() -> tuple[UPath, int | None]:
     """The workdir that the flags name, and the step; None for the newest."""
@@ -94,14 +99,20 @@ def source() -> tuple[UPath, int | None]:
 
 
 def download(repo: str, revision: str | None, step: int | None) -> UPath:
-    """The workdir that a repository holds: its configuration and tokenizer, and the checkpoint of `step`, or all."""
-    from huggingface_hub import snapshot_download
+    """The workdir that a repository holds: its configuration, its tokenizer, and the checkpoint of `step`, or the
+    newest."""
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    checkpoints = "*" if step is None else f"{step:09d}"
+    from jetformer import checkpoint
+
     try:
+        if step is None:
+            files = (file.split("/") for file in HfApi().list_repo_files(repo, revision=revision))
+            steps = [int(f[1]) for f in files if len(f) == 3 and f[0] == "checkpoints" and f[2] == checkpoint.MARKER]
+            step = max(steps, default=0)
         directory = snapshot_download(
-            repo, revision=revision, allow_patterns=["*.gin", "*.model", f"checkpoints/{checkpoints}/*"]
+            repo, revision=revision, allow_patterns=["*.gin", "*.model", f"checkpoints/{step:09d}/*"]
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(f"--hf_repo={repo}: {error}") from error
@@ -109,10 +120,15 @@ def download(repo: str, revision: str | None, step: int | None) -> UPath:
 
 
 def given_prompts() -> list[str]:
-    """All prompts of the flags."""
-    if FLAGS.prompts is None:
-        return list(FLAGS.prompt)
-    return [*FLAGS.prompt, *UPath(FLAGS.prompts).read_text().splitlines()]
+    """All prompts of the flags, each once."""
+    prompts = list(FLAGS.prompt)
+    if FLAGS.prompts is not None:
+        lines = UPath(FLAGS.prompts).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                raise ValueError(f"--prompts: {FLAGS.prompts}:{number} is an empty prompt")
+        prompts += lines
+    return list(dict.fromkeys(prompts))
 
 
 def class_jobs(model, classes: list[str]) -> list[Job]:
@@ -165,12 +181,13 @@ def read_images(pattern: str, shape: tuple[int, int, int]) -> tuple[dict[str, np
         try:
             with fs.open(path, "rb") as file, Image.open(file) as opened:
                 image = opened.convert("L" if channels == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # PIL has all three for damaged files
+        # PIL has three kinds for damaged files, and one for huge ones.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             logging.warning("%s cannot be read and is left out: %s", path, error)
             unreadable.append(path)
             continue
         if image.size != (width, height):
-            logging.warning("%s is %d × %d, resized to %d × %d", path, *image.size, width, height)
+            logging.warning("%s is %d × %d, resized and cropped to %d × %d", path, *image.size, width, height)
             image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
         images[path] = np.asarray(image).reshape(shape)
     return images, unreadable
@@ -178,8 +195,7 @@ def read_images(pattern: str, shape: tuple[int, int, int]) -> tuple[dict[str, np
 
 def batches(jobs: list[Job], size: int) -> Iterator[tuple[list[Job], list[Job]]]:
     """Jobs in groups of `size`, each also filled up to it, so that all have one shape."""
-    if len(jobs) < size:
-        size = len(jobs)
+    size = min(size, len(jobs)) or 1
     for first in range(0, len(jobs), size):
         group = jobs[first : first + size]
         yield group, group + group[-1:] * (size - len(group))
@@ -197,9 +213,11 @@ class Images:
     """Images of classes or prompts; or, of images whose first rows are given, the rest."""
 
     def __init__(self, run, model, workdir: UPath, compile):
+        from jetformer.sampling import decode
         from jetformer.sampling.grid import ClassGrid, PromptGrid
         from jetformer.sampling.guidance import Guidance
 
+        run.check_order(text_first=True)
         self._compile = compile
         self._guidance = Guidance(
             FLAGS.guidance or ("density" if FLAGS.guidance_weight else "none"),
@@ -228,39 +246,36 @@ class Images:
         self.jobs = class_jobs(model, classes or [])
         if prompts:
             self.jobs += prompt_jobs(tokenizing(run, workdir), prompts, whole=True)
-        self.unreadable, self._num_given, self.num_tokens = [], 0, model.num_image_tokens
+        self.unreadable, self.num_tokens = [], model.num_image_tokens
         if FLAGS.images is not None:
             if len(self.jobs) != 1:
                 raise ValueError(
                     "--task=complete: give one --prompt, or one of --classes, which says what the images show"
                 )
             (shown,) = self.jobs
-            self._num_given, rows = given_tokens(model, FLAGS.rows)
-            self.settings |= {"rows": rows, "prompt": shown.label}
+            self._rows = model.image_shape[0] // 2 if FLAGS.rows is None else FLAGS.rows
+            self.settings |= {"rows": self._rows, "prompt": shown.label}
             images, self.unreadable = read_images(FLAGS.images, model.image_shape)
             self.jobs = [dataclasses.replace(shown, label=path, image=image) for path, image in images.items()]
-            self.num_tokens -= self._num_given
+            self.num_tokens -= self._rows // decode.rows_per_token(model) * model.patches.grid[1]
 
     def __call__(self, model, group: list[Job], keys, on_token) -> tuple[np.ndarray, list[dict[str, float]]]:
         from jetformer.sampling import decode
 
+        options = {
+            "text_mask": stacked((job.text_mask for job in group), keys.device),
+            "guidance": self._guidance,
+            "temperature_scales": FLAGS.temperature,
+            "temperature_probs": FLAGS.temperature_probs,
+            "compile": self._compile,
+            "on_token": on_token,
+        }
+        text = stacked((job.text for job in group), keys.device)
         pictures = stacked((job.image for job in group), keys.device)
-        given = None
-        if pictures is not None:
-            encoded = self._compile(lambda: decode.encode_images(model, pictures, keys))()
-            given = decode.Latents(*(x[:, : self._num_given] for x in encoded))
-        sampled, nats = decode.sample_images(
-            model,
-            stacked((job.text for job in group), keys.device),
-            keys,
-            text_mask=stacked((job.text_mask for job in group), keys.device),
-            given=given,
-            guidance=self._guidance,
-            temperature_scales=FLAGS.temperature,
-            temperature_probs=FLAGS.temperature_probs,
-            compile=self._compile,
-            on_token=on_token,
-        )
+        if pictures is None:
+            sampled, nats = decode.sample_images(model, text, keys, **options)
+        else:
+            sampled, nats = decode.complete_images(model, text, keys, pictures, self._rows, **options)
         scale = -1 / (math.prod(model.image_shape) * math.log(2))
         known = [{"log_likelihood": x, "bits_per_dim": x * scale} for x in nats.cpu().tolist()]
         return sampled.cpu().numpy(), known
@@ -277,15 +292,18 @@ class Texts:
         if FLAGS.classes is not None or (FLAGS.images is not None and prompts):
             raise ValueError("--task=caption reads images only: leave out --classes, --prompt and --prompts")
         if FLAGS.images is not None:
+            run.check_order(text_first=False)
             images, self.unreadable = read_images(FLAGS.images, model.image_shape)
             self.jobs = [Job(path, FLAGS.seed, image=image) for path, image in images.items()]
             return
         # Without a prompt, whole texts.
         self.jobs = prompt_jobs(self._texts, prompts or [""], whole=False)
-        longest = max(int(job.text_mask.sum()) for job in self.jobs)
-        self.num_tokens -= longest
-        if self.num_tokens < 1:
-            raise ValueError(f"the longest prompt has {longest} tokens, as many as a text: there is no room to go on")
+        lengths = [int(job.text_mask.sum()) for job in self.jobs]
+        if max(lengths) == self._texts.length:
+            raise ValueError(f"a prompt has {max(lengths)} tokens, as many as a text: there is no room to go on")
+        cut = lambda x: x[: max(lengths)]
+        self.jobs = [dataclasses.replace(j, text=cut(j.text), text_mask=cut(j.text_mask)) for j in self.jobs]
+        self.num_tokens -= min(lengths)
 
     def __call__(self, model, group: list[Job], keys, on_token) -> tuple[np.ndarray | None, list[dict]]:
         from jetformer.sampling import decode
@@ -293,13 +311,15 @@ class Texts:
         pictures, latents = stacked((job.image for job in group), keys.device), None
         if pictures is not None:
             latents = self._compile(lambda: decode.encode_images(model, pictures, keys).tokens)()
-        tokens, nats = decode.sample_text(
+        text_mask = stacked((job.text_mask for job in group), keys.device)
+        tokens, lengths, nats = decode.sample_text(
             model,
             keys,
             image_tokens=latents,
             text=stacked((job.text for job in group), keys.device),
-            text_mask=stacked((job.text_mask for job in group), keys.device),
+            text_mask=text_mask,
             max_length=self.num_tokens,
+            lengths=None if text_mask is None else self._texts.length - text_mask.sum(1),
             vocab_size=self._texts.tokenizer.vocab_size,
             eos_id=self._texts.tokenizer.eos_id,
             temperature=FLAGS.temperature,
@@ -308,13 +328,28 @@ class Texts:
             compile=self._compile,
             on_token=on_token,
         )
-        tokens, nats = tokens.cpu().numpy(), nats.cpu().tolist()
-        scored = np.minimum((tokens != self._texts.tokenizer.eos_id).sum(1) + 1, self.num_tokens)
-        known = [
-            {"text": text, "log_likelihood": x, "bits_per_token": -x / math.log(2) / int(n)}
-            for text, x, n in zip(self._texts.decode(tokens), nats, scored, strict=True)
-        ]
+        rows = zip(self._texts.decode(tokens.cpu().numpy()), lengths.tolist(), nats.tolist(), strict=True)
+        known = [{"text": text, "log_likelihood": x, "bits_per_token": -x / math.log(2) / n} for text, n, x in rows]
         return None if pictures is None else pictures.cpu().numpy(), known
+
+
+_FLAGS_OF = {
+    "image": ("temperature_probs", "guidance", "guidance_weight", "guidance_schedule"),
+    "complete": ("temperature_probs", "guidance", "guidance_weight", "guidance_schedule", "rows"),
+    "caption": ("top_k", "top_p"),
+    "text": ("top_k", "top_p"),
+}
+
+
+def check_flags(what: str) -> None:
+    """Looks for flags that mean nothing for what is sampled.
+
+    Raises:
+      ValueError: if there is one.
+    """
+    for name in {name for names in _FLAGS_OF.values() for name in names} - set(_FLAGS_OF[what]):
+        if FLAGS[name].present:
+            raise ValueError(f"--{name} means nothing for what is sampled here ({what}): leave it out")
 
 
 def sample_all(run, state, step: int, workdir: UPath, machine: runtime.Runtime, out: pathlib.Path) -> None:
@@ -339,14 +374,16 @@ def sample_all(run, state, step: int, workdir: UPath, machine: runtime.Runtime, 
     if FLAGS.images is not None and isinstance(model, LanguageModel):
         raise ValueError("a LanguageModel reads no images: leave out --images")
     writes_text = FLAGS.task == "caption" or isinstance(model, LanguageModel)
-    task = (Texts if writes_text else Images)(run, model, workdir, loop.compile)
     what = FLAGS.task or ("text" if writes_text else "image")
-    settings = {"task": what, "step": step, "ema": state.ema is not None and FLAGS.ema, **task.settings}
+    check_flags(what)
+    task = (Texts if writes_text else Images)(run, model, workdir, loop.compile)
+    settings = {"task": what, "run": str(workdir), "step": step, "ema": state.ema is not None and FLAGS.ema}
+    settings |= task.settings
 
     collected = gallery.Gallery(out, settings, key="prompt" if FLAGS.images is None else "image")
     count = FLAGS.num_images or (1 if FLAGS.images is not None else 8)
     jobs = [dataclasses.replace(job, seed=FLAGS.seed + i) for job in task.jobs for i in range(count)]
-    todo = [job for job in jobs if not collected.has(job.label, job.seed)]
+    todo = [job for job in jobs if not collected.has(job.label, job.seed, **job.identity())]
     if len(todo) < len(jobs):
         logging.info("%d of %d samples are there already", len(jobs) - len(todo), len(jobs))
 
@@ -362,7 +399,8 @@ def sample_all(run, state, step: int, workdir: UPath, machine: runtime.Runtime, 
             keys = torch.stack([prng.key(job.seed) for job in filled]).to(machine.device)
             pictures, known = state.runner(task, filled, keys, lambda group=group: progress.update(len(group)))
             for i, (job, facts) in enumerate(zip(group, known, strict=False)):
-                collected.add(job.label, job.seed, None if pictures is None else pictures[i], **facts)
+                picture = None if pictures is None else pictures[i]
+                collected.add(job.label, job.seed, picture, **job.identity(), **facts)
     if collected.records:
         collected.finish()
     logging.info("%d samples in %s: open %s", len(collected.records), out, out / gallery.PAGE_FILE)
@@ -371,15 +409,6 @@ def sample_all(run, state, step: int, workdir: UPath, machine: runtime.Runtime, 
             f"{len(task.unreadable)} of {len(task.unreadable) + len(task.jobs)} images could not be read: "
             f"{', '.join(task.unreadable)}; the others are done"
         )
-
-
-def given_tokens(model, rows: int | None) -> tuple[int, int]:
-    """How many image tokens the first rows of pixels are, and how many rows these tokens are."""
-    height, size = model.image_shape[0], model.image_shape[0] // model.patches.grid[0]
-    rows = height // 2 if rows is None else rows
-    if not 0 < rows < height or rows % size:
-        raise ValueError(f"--rows={rows}: give a multiple of the patch size, {size}, between 0 and {height}")
-    return rows // size * model.patches.grid[1], rows
 
 
 def main(argv: list[str]) -> None:

@@ -204,6 +204,21 @@ class Run:
                 "JetFormerObjective.drop_labels_prob is 0. Sample without guidance, or train with 0.1"
             )
 
+    def check_order(self, text_first: bool) -> None:
+        """Looks whether the model learns to make the modality that comes second: images after texts, or texts after
+        images.
+
+        Raises:
+          ValueError: if not.
+        """
+        prob = self.objective.text_prefix_prob
+        if prob == (0 if text_first else 1):
+            first, second = ("texts", "images") if text_first else ("images", "texts")
+            raise ValueError(
+                f"the model does not learn {second} that come after {first}: its JetFormerObjective.text_prefix_prob "
+                f"is {prob}"
+            )
+
     def check_batch(self, batch: dict[str, np.ndarray]) -> None:
         """Scores a batch on the meta device, where only shapes count and nothing is computed.
 

@@ -22,7 +22,8 @@ def test_the_formula_is_what_torch_counts(name):
     """All products of a step, forward and backward. (The first layer's input has no gradient.)"""
     config.parse([f"experiments/{name}.gin"], ["train.batch_size = 4", "train.activation_checkpointing = 'none'"])
     run = config.call(train.Run)
-    model = run.check_model()
+    with torch.device("meta"):
+        model = run.model()
     text_length = benchmark.text_length_of(run, model)
     counted = benchmark.counted_flops(run, benchmark.synthetic_batch(model, 4, text_length))
     assert benchmark.model_flops(model, 4, text_length) == pytest.approx(counted, rel=0.01)
@@ -53,6 +54,21 @@ def test_what_is_measured(results):
         seconds = results["sampling"]["seconds"][guidance]
         assert 0 < statistics.median(seconds["tokens"]) < 2 * statistics.median(seconds["images"])
     assert results["flow"]["batch_size"] == 16
+
+
+@pytest.mark.slow
+def test_what_is_measured_of_a_language_model():
+    small = {"width": 16, "depth": 1, "mlp_dim": 32, "num_heads": 2, "head_dim": 8}
+    config.parse(
+        ["experiments/tinystories.gin"],
+        ["train.batch_size = 2", "train.autocast = None", *(f"Decoder.{name} = {x}" for name, x in small.items())],
+    )
+    run = config.call(train.Run)
+    results = benchmark.measure(run, Runtime(torch.device("cpu")), steps=1, warmup=1, samples=2, profile=None)
+    assert results["tokens"] == results["sampling"]["tokens"] == 2 * 512
+    assert "flow" not in results
+    assert "sampled tokens/s" in benchmark.figures(results)
+    assert "texts/s" in benchmark.report(results)
 
 
 @pytest.mark.slow

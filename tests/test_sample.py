@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import http.server
 import json
 import pathlib
@@ -44,7 +45,7 @@ def finished(workdir, gin_file, gin_bindings):
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory, shapes_dir):
     """A run of shapes.gin, so short that it has learned nothing."""
-    small = bindings(shapes_dir, train__total_steps=4, train__samples=None)
+    small = bindings(shapes_dir, train__total_steps=4, train__samples=None, Jet__num_heads=2)
     return finished(tmp_path_factory.mktemp("captioned"), "experiments/shapes.gin", small)
 
 
@@ -92,8 +93,9 @@ def test_prompts(captioned, tmp_path):
         assert grid.width > 3 * 128
 
     alone = tmp_path / "alone"
-    code, log, (one,) = sample(alone, *flags, f"--prompt={PROMPT}", "--num_images=1", "--seed=2")
+    code, log, ones = sample(alone, *flags, f"--prompt={PROMPT}", "--num_images=1", "--seed=2")
     assert code == 0, log
+    (one,) = ones
     same = next(r for r in records if r["prompt"] == PROMPT and r["seed"] == 2)
     assert abs(picture(alone, one) - picture(out, same)).max() <= 1
     assert one["log_likelihood"] == pytest.approx(same["log_likelihood"], rel=1e-4)
@@ -113,6 +115,11 @@ def test_it_goes_on_where_it_stopped(captioned, tmp_path):
     assert [record["seed"] for record in records] == [0, 1, 2]
     assert records[:2] == first
     assert (out / first[0]["file"]).stat().st_mtime_ns == made
+    (out / "index.html").unlink()  # stopped before it had written the page
+    code, log, again = sample(out, *flags, "--num_images=3")
+    assert code == 0, log
+    assert again == records
+    assert (out / "index.html").exists()
     code, log, _ = sample(out, *flags, "--temperature=0.5")
     assert code == 1
     assert log.splitlines()[-1] == f"error: {out} holds samples with temperature 1.0, not 0.5: use another --out"
@@ -138,20 +145,34 @@ def test_captions_of_images(captioned, tmp_path):
         assert record["bits_per_token"] > 0
     assert "bits per token" in (tmp_path / "out" / "index.html").read_text()
 
+    shutil.copy(folder / "b.png", folder / "a.png")  # another image of this name
+    code, log, _ = sample(tmp_path / "out", *flags)
+    assert code == 1
+    assert f"error: {tmp_path}/out holds a sample of another {folder}/a.png, with image_sha256 " in log
+    for good in ("a", "b"):
+        (folder / f"{good}.png").unlink()
+    code, log, records = sample(tmp_path / "none", *flags)
+    assert code == 1
+    assert "error: 2 of 2 images could not be read" in log
+    assert not records
+
 
 def test_completion_of_images(captioned, tmp_path):
-    """What is given has its part of the picture; without seeing the rest."""
+    """What is given of a picture stays in it."""
     path = tmp_path / "a.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).save(path)
+    given = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    Image.fromarray(given).save(path)
     flags = [f"--workdir={captioned}", f"--images={path}", "--task=complete", f"--prompt={PROMPT}"]
     code, log, records = sample(tmp_path / "out", *flags, "--num_images=2", "--rows=16")
     assert code == 0, log
     assert [(r["image"], r["prompt"], r["rows"]) for r in records] == [(str(path), PROMPT, 16)] * 2
     a, b = (picture(tmp_path / "out", record) for record in records)
+    assert np.array_equal(a[:16], given[:16])
+    assert np.array_equal(b[:16], given[:16])
     assert abs(a - b).max() > 1
     code, log, _ = sample(tmp_path / "other", *flags, "--rows=15")
     assert code == 1
-    assert "error: --rows=15: give a multiple of the patch size, 4" in log
+    assert "error: 15 rows: give a multiple of the patch size, 4" in log
 
 
 def test_classes(classes, tmp_path):
@@ -174,6 +195,12 @@ def test_classes(classes, tmp_path):
         ("classes", ["--prompt=a"], "the experiment reads no texts: its preprocessing string has neither caption"),
         ("captioned", ["--prompt= "], "an empty prompt: say what the image is to show"),
         ("captioned", ["--classes=1"], "the model reads texts, not classes: give --prompt or --prompts"),
+        ("captioned", ["--prompt=a", "--top_k=3"], "--top_k means nothing for what is sampled here (image)"),
+        (
+            "classes",
+            ["--images=experiments/digits.png", "--task=complete", "--classes=1", "--temperature=0"],
+            "temperatures 0.0 and 1.0: give positive ones",
+        ),
         ("captioned", ["--task=caption"], "--images and --task go together: give both, or neither"),
         ("captioned", ["--images=/nowhere/*.png", "--task=caption"], "--images=/nowhere/*.png: there is no such file"),
         ("captioned", ["--prompt=a", "--step=3"], "has no complete checkpoint of step 3, but of 4"),
@@ -197,6 +224,21 @@ def test_refusals(run, flags, message, tmp_path, request):
     assert log.splitlines()[-1].startswith("error: ")
     assert message in log.splitlines()[-1]
     assert not records
+
+
+def test_what_is_not_learned_is_refused(captioned, tmp_path):
+    flags = [f"--workdir={captioned}", "--gin_bindings=JetFormerObjective.text_prefix_prob = 1.0"]
+    code, log, _ = sample(tmp_path / "out", *flags, "--images=experiments/digits.png", "--task=caption")
+    assert code == 1
+    assert "error: the model does not learn texts that come after images" in log
+
+
+def test_prompts_of_a_file(captioned, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\n\na blue cross\n")
+    code, log, _ = sample(tmp_path / "out", f"--workdir={captioned}", f"--prompts={path}")
+    assert code == 1
+    assert f"error: --prompts: {path}:2 is an empty prompt" in log
 
 
 def test_a_long_prompt_is_cut_and_that_is_said(captioned, tmp_path):
@@ -235,7 +277,7 @@ def test_texts_of_a_language_model(tmp_path, shapes_dir):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What the client asks of the Hugging Face Hub, for one repository `people/run`, from a folder."""
+    """What versions of the client ask of the Hugging Face Hub, for one repository `people/run`, from a folder."""
 
     COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -249,12 +291,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path = self.path.partition("?")[0]
         prefix = f"/people/run/resolve/{self.COMMIT}/"
+        files = {str(f.relative_to(self._folder)): f for f in self._folder.rglob("*") if f.is_file()}
         if path in ("/api/models/people/run", *(f"/api/models/people/run/revision/{r}" for r in ("main", "v1"))):
-            files = [str(f.relative_to(self._folder)) for f in self._folder.rglob("*") if f.is_file()]
             body = {"id": "people/run", "sha": self.COMMIT, "siblings": [{"rfilename": f} for f in files]}
             self._answer(json.dumps(body).encode(), "application/json")
-        elif path.startswith(prefix) and (file := self._folder / path.removeprefix(prefix)).is_file():
-            self._answer(file.read_bytes(), "application/octet-stream")
+        elif path == f"/api/models/people/run/tree/{self.COMMIT}":
+            body = [
+                {"type": "file", "path": name, "size": f.stat().st_size, "oid": _digest(f.read_bytes())}
+                for name, f in files.items()
+            ]
+            self._answer(json.dumps(body).encode(), "application/json")
+        elif path.startswith(prefix) and path.removeprefix(prefix) in files:
+            self._answer(files[path.removeprefix(prefix)].read_bytes(), "application/octet-stream")
         else:
             self._answer(b'{"error": "Repository not found"}', "application/json", 404)
 
@@ -262,7 +310,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{hash(body):x}"')
+        self.send_header("ETag", f'"{_digest(body)}"')
         self.send_header("X-Repo-Commit", self.COMMIT)
         if status == 404:
             self.send_header("X-Error-Code", "RepoNotFound")
@@ -272,6 +320,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
 
 
 @contextlib.contextmanager
@@ -289,13 +341,13 @@ def test_a_run_on_the_hugging_face_hub(captioned, tmp_path):
     flags = [f"--prompt={PROMPT}", "--num_images=1"]
     with serving(repository) as url:
         environment = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-        code, log, (theirs,) = sample(
+        code, log, theirs = sample(
             tmp_path / "out", *flags, "--hf_repo=people/run", "--hf_revision=v1", environment=environment
         )
         assert code == 0, log
         code, log, _ = sample(tmp_path / "other", *flags, "--hf_repo=people/other", environment=environment)
         assert code == 1
         assert log.splitlines()[-1].startswith("error: --hf_repo=people/other: ")
-    code, log, (ours,) = sample(tmp_path / "ours", *flags, f"--workdir={captioned}")
+    code, log, ours = sample(tmp_path / "ours", *flags, f"--workdir={captioned}")
     assert code == 0, log
-    assert np.array_equal(picture(tmp_path / "out", theirs), picture(tmp_path / "ours", ours))
+    assert np.array_equal(picture(tmp_path / "out", theirs[0]), picture(tmp_path / "ours", ours[0]))

@@ -249,7 +249,7 @@ def test_jobs_of_their_own_read_it(sharded, tmp_path, data_dir):
 
 
 def test_decoding_is_one_graph_for_all_tokens(tmp_path):
-    """With guidance and prompts of different lengths, and of text: what the CPU samples, compiled once, no fall-backs."""
+    """With guidance and prompts of several lengths, and of text: what the CPU samples, compiled once, no fall-backs."""
     code = """
 import sys
 from jetformer import runtime
@@ -260,6 +260,7 @@ from jetformer.sampling import decode
 from jetformer.sampling.guidance import Guidance
 from small_models import small_model
 loop = train.loop_of(runtime.Runtime(device))
+loop.set_up(None, None, "highest")
 model = small_model(untie_output_vocab=True, num_mixtures=3).float().eval().to(device)
 mask = torch.tensor([[True, False, False], [True, True, True]])
 results = []
@@ -271,8 +272,8 @@ for seed in range(3):
     )
     picture = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     tokens = loop.compile(lambda: decode.encode_images(model, picture.to(device), keys).tokens)()
-    texts, text_nats = decode.sample_text(
-        model, keys, image_tokens=tokens, max_length=6, vocab_size=10, eos_id=1, top_p=0.9, compile=loop.compile
+    texts, _, text_nats = decode.sample_text(
+        model, keys, image_tokens=tokens, max_length=20, vocab_size=10, eos_id=1, top_p=0.9, compile=loop.compile
     )
     results.append([x.cpu() for x in (images, nats, texts, text_nats)])
     counters = loop.counters()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jetformer.data import pp_string
+
 if TYPE_CHECKING:
     from jetformer.data.texts import Texts
 
@@ -81,12 +83,8 @@ class Data:
 
     def has_texts(self) -> bool:
         """Whether the experiment's texts are tokenized; if not, they are class labels."""
-        from jetformer.data.texts import tokenizer_of
-
-        return tokenizer_of(self._pp_eval()) is not None
+        return pp_string.tokenizer_of(self._pp_eval()) is not None
 
     def text_length(self) -> int:
-        """T, how many tokens the experiment's texts have; see `texts.length_of`."""
-        from jetformer.data.texts import length_of
-
-        return length_of(self._pp_eval())
+        """T, how many tokens the experiment's texts have; see `pp_string.text_length_of`."""
+        return pp_string.text_length_of(self._pp_eval())

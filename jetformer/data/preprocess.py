@@ -23,7 +23,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from jetformer.data import tokenizer
+from jetformer.data import pp_string, tokenizer
 
 Example = dict[str, tf.Tensor]
 Op = Callable[[Example], Example]
@@ -86,7 +86,7 @@ def parse(pp: str) -> Op:
       ValueError: the string cannot be read, an op does not exist, or its arguments do not fit. The
         function itself raises it, while the graph is built, where an op misses a key or a seed.
     """
-    ops = [_build(call, pp) for call in calls(pp)]
+    ops = [_build(call, pp) for call in pp_string.calls(pp)]
 
     # What an op raises reaches the user as it is, without AutoGraph's traceback in its message.
     @tf.autograph.experimental.do_not_convert
@@ -102,24 +102,6 @@ def parse(pp: str) -> Op:
         return {k: v for k, v in example.items() if k != "_seed"}
 
     return preprocess
-
-
-def calls(pp: str) -> list[ast.expr]:
-    """The ops of a string as Python names and calls: `a|b(1)` is a Python expression, so Python splits it."""
-    if not pp.strip():
-        return []
-    try:
-        node = ast.parse(f"({pp})", mode="eval").body
-    except SyntaxError as e:
-        raise ValueError(
-            f"preprocessing string {pp!r} cannot be read ({e.msg}): "
-            'write ops separated by "|", e.g. decode|resize(64)|flip_lr'
-        ) from None
-    found = []
-    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        found.append(node.right)
-        node = node.left
-    return [node, *reversed(found)]
 
 
 def _build(call: ast.expr, pp: str) -> Op:

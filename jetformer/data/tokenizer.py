@@ -20,16 +20,24 @@ import sentencepiece
 from absl import app, flags, logging
 from upath import UPath
 
-# Public models by name: where they are, and the sha256 of the file where it is known. The buckets are also served by
-# HTTPS, so that no Google Cloud client is needed.
-_BUCKETS = "https://storage.googleapis.com"
+# Public models by name: where they are, and the sha256 of the file where it is known. Of c4_en, which the reference
+# uses, it is not, and what was downloaded first is what counts from then on.
+_HUB = "https://huggingface.co"
 PUBLIC: dict[str, tuple[str, str | None]] = {
-    "c4_en": (f"{_BUCKETS}/t5-data/vocabs/cc_en.32000/sentencepiece.model", None),
-    "cc_all": (f"{_BUCKETS}/t5-data/vocabs/cc_all.32000/sentencepiece.model", None),
-    "t5": (f"{_BUCKETS}/t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model", None),
-    "mc4": (f"{_BUCKETS}/t5-data/vocabs/mc4.250000.100extra/sentencepiece.model", None),
-    "mt5": (f"{_BUCKETS}/t5-data/vocabs/mc4.250000.100extra/sentencepiece.model", None),
-    "gemma": (f"{_BUCKETS}/big_vision/gemma_tokenizer.model", None),
+    "c4_en": ("https://storage.googleapis.com/t5-data/vocabs/cc_en.32000/sentencepiece.model", None),
+    "t5": (
+        f"{_HUB}/google-t5/t5-small/resolve/df1b051c49625cf57a3d0d8d3863ed4d13564fe4/spiece.model",
+        "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86",
+    ),
+    "mt5": (
+        f"{_HUB}/google/mt5-xl/resolve/63fc6450d80515b48e026b69ef2fbbd426433e84/spiece.model",
+        "ef78f86560d809067d12bac6c09f19a462cb3af3f54d2b8acbba26e1433125d6",
+    ),
+    "gemma": (
+        "https://raw.githubusercontent.com/google/gemma_pytorch/33b652c465537c6158f9a472ea5700e5e770ad3f/tokenizer/"
+        "tokenizer.model",
+        "61a7b147390c64585d6c3543dd6fc636906c9af3865a5548f27f31aee1d4c8e2",
+    ),
 }
 CACHE_DIR = "~/.cache/jetformer/tokenizers"
 
@@ -85,7 +93,8 @@ def load(model: str, *, sha256: str | None = None, cache_dir: str = CACHE_DIR) -
     Args:
       model: a name in `PUBLIC`, downloaded when it is first asked for; or the path of a .model file, looked for
         from here and from the project's root; or a URL that fsspec opens (gs://…).
-      sha256: of the file, in hexadecimal; None is what `PUBLIC` says, or no check.
+      sha256: of the file, in hexadecimal; None is what `PUBLIC` says, or for a file kept from an earlier download what
+        that had, or no check.
       cache_dir: where downloads are kept.
 
     Raises:
@@ -97,13 +106,18 @@ def load(model: str, *, sha256: str | None = None, cache_dir: str = CACHE_DIR) -
     if url is None:
         return _checked(_read(model), sha256, model)
     cached = UPath(cache_dir).expanduser() / f"{model}.model"
+    recorded = cached.with_suffix(".sha256")
     if cached.exists():
+        if sha256 is None and recorded.exists():
+            sha256 = recorded.read_text()
         return _checked(cached.read_bytes(), sha256, str(cached))
     data = _download(url)
     tokenizer = _checked(data, sha256, url)
     cached.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(data).hexdigest()
+    _write(recorded, digest.encode())
     _write(cached, data)
-    logging.info("Tokenizer %s: %s downloaded to %s, sha256 %s", model, url, cached, hashlib.sha256(data).hexdigest())
+    logging.info("Tokenizer %s: %s downloaded to %s, sha256 %s", model, url, cached, digest)
     return tokenizer
 
 

@@ -411,7 +411,8 @@ class MultivariateHead(nn.Module):
         """As `MixtureHead.sample`; there is one component, and nothing to choose."""
         del gumbel, temperature_probs
         gaussian = self.distribution(self.logits(hidden), temperature_scales)
-        return gaussian.loc + (gaussian.scale @ normal.to(gaussian.scale.dtype).unsqueeze(-1)).squeeze(-1)
+        with _without_autocast(hidden.device):
+            return gaussian.loc + (gaussian.scale @ normal.to(gaussian.scale.dtype).unsqueeze(-1)).squeeze(-1)
 
     def distribution(self, logits: Tensor, temperature_scales: float = 1.0) -> "MultivariateGaussian":
         """The Gaussian that `logits` `[..., D² + D]` describe; `temperature_scales` multiplies its scale."""

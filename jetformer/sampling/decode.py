@@ -96,7 +96,9 @@ class CachedDecoder:
         positions, self._next_position = self._next_position, self._next_position + 1
         slot, self._next_slot = self._next_slot, self._next_slot + 1
         mask = (self._valid & (self._slots <= slot))[:, None]
-        return self._run(self._emb(token)[:, None], mask, positions[:, None], slot)
+        # As the prefix's: autocast would carry one token in bfloat16 through all layers.
+        x = self._emb(token)[:, None].to(self._prefix.dtype)
+        return self._run(x, mask, positions[:, None], slot)
 
 
 class Latents(NamedTuple):
@@ -124,7 +126,9 @@ def sample_latents(
     compile: Compile = lambda function: function,
     on_token: Callable[[], None] = lambda: None,
 ) -> Latents:
-    """Samples images as latents, token by token; arguments as in `sample_images`."""
+    """Samples images as latents, token by token; arguments and errors as in `sample_images`."""
+    if not (temperature_scales > 0 and temperature_probs > 0):
+        raise ValueError(f"temperatures {temperature_scales} and {temperature_probs}: give positive ones")
     guidance.check(model.image_head)
     batch_size, total = len(text), model.num_image_tokens
     device, dtype = text.device, model.image_emb.weight.dtype
@@ -202,19 +206,32 @@ def decode_latents(
       Divided by -H · W · C · ln 2 they are the objective's bits per dim.
     """
     image, logdet = model.decode_image(*latents)
+    return to_uint8(image), _log_likelihood(model, text, latents, -logdet, text_mask)
+
+
+def _log_likelihood(
+    model: JetFormer, text: Tensor, latents: Latents, logdet: Tensor, text_mask: Tensor | None
+) -> Tensor:
+    """`[B]` in nats, of pixel values in [0, 256); `logdet` is of the image's encoding."""
     _, hidden = model(text, latents.tokens, text_first=True, text_mask=text_mask)
     _, nll = model.image_head(hidden, latents.tokens, torch.ones_like(latents.tokens[..., 0]))
     nll = nll.sum(1) + objectives.standard_normal_nll(latents.factored)
-    return to_uint8(image), -nll - logdet - math.prod(model.image_shape) * math.log(127.5)
+    return logdet - nll - math.prod(model.image_shape) * math.log(127.5)
 
 
 @torch.no_grad()
 def encode_images(model: JetFormer, images: Tensor, keys: Tensor) -> Latents:
     """Images uint8 `[B, H, W, C]` to latents; their dequantization noise comes from `keys` int32 `[B, 2]`."""
+    latents, _ = _encode(model, images, keys)
+    return latents
+
+
+def _encode(model: JetFormer, images: Tensor, keys: Tensor) -> tuple[Latents, Tensor]:
+    """Latents and log-determinants `[B]` in nats."""
     noise = prng.uniform(prng.fold_in(keys, _DEQUANT), images.shape[1:])
     pixels = images.to(model.image_emb.weight.dtype) + noise
-    tokens, factored, _ = model.encode_image(objectives.to_unit_range(pixels))
-    return Latents(tokens, factored)
+    tokens, factored, logdet = model.encode_image(objectives.to_unit_range(pixels))
+    return Latents(tokens, factored), logdet
 
 
 @torch.no_grad()
@@ -247,10 +264,68 @@ def sample_images(
       See `decode_latents`.
 
     Raises:
-      ValueError: if the model cannot be guided like this.
+      ValueError: if the model cannot be guided like this, or a temperature is not positive.
     """
     latents = sample_latents(model, text, keys, text_mask=text_mask, compile=compile, **kwargs)
     return compile(lambda: decode_latents(model, text, latents, text_mask))()
+
+
+@torch.no_grad()
+def complete_images(
+    model: JetFormer,
+    text: Tensor,
+    keys: Tensor,
+    images: Tensor,
+    rows: int,
+    *,
+    text_mask: Tensor | None = None,
+    compile: Compile = lambda function: function,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Keeps the first rows of images, and samples the rest.
+
+    The flow looks at a whole image, so what is missing has to be something before the given rows have tokens: it is
+    filled with the last given row. Their tokens are those of that image, which makes this an approximation.
+
+    Args:
+      images: uint8 `[B, H, W, C]`, of which what comes after `rows` rows is not looked at.
+      rows: how many rows of pixels are given; a multiple of the patch size, see `rows_per_token`.
+      model, text, keys, text_mask, compile, kwargs: as in `sample_images`.
+
+    Returns:
+      uint8 `[B, H, W, C]`, the given rows as they are, and log-likelihoods `[B]` of these images, see `decode_latents`.
+
+    Raises:
+      ValueError: as `sample_images`; for other rows.
+    """
+    size, height = rows_per_token(model), images.shape[1]
+    if not 0 < rows < height or rows % size:
+        raise ValueError(f"{rows} rows: give a multiple of the patch size, {size}, between 0 and {height}")
+
+    def encode() -> Latents:
+        filled = torch.cat((images[:, :rows], images[:, rows - 1 : rows].expand(-1, height - rows, -1, -1)), dim=1)
+        return Latents(*(x[:, : rows // size * model.patches.grid[1]] for x in encode_images(model, filled, keys)))
+
+    given = compile(encode)()
+    latents = sample_latents(model, text, keys, text_mask=text_mask, given=given, compile=compile, **kwargs)
+
+    def finish() -> tuple[Tensor, Tensor]:
+        sampled = to_uint8(model.decode_image(*latents)[0])
+        whole = torch.cat((images[:, :rows], sampled[:, rows:]), dim=1)
+        return whole, _log_likelihood(model, text, *_encode(model, whole, keys), text_mask)
+
+    return compile(finish)()
+
+
+def rows_per_token(model: JetFormer) -> int:
+    """How many rows of pixels a row of image tokens is.
+
+    Raises:
+      ValueError: if tokens are not rows of pixels.
+    """
+    if getattr(model.patches, "depth_to_seq", 1) > 1:
+        raise ValueError("depth_to_seq cuts patches into several tokens, and the first tokens are no rows of pixels")
+    return model.image_shape[0] // model.patches.grid[0]
 
 
 @torch.no_grad()
@@ -262,6 +337,7 @@ def sample_text(
     text: Tensor | None = None,
     text_mask: Tensor | None = None,
     max_length: int,
+    lengths: Tensor | None = None,
     vocab_size: int,
     eos_id: int,
     temperature: float = 1.0,
@@ -279,6 +355,7 @@ def sample_text(
       text: `[B, T]`, how the texts begin, of a LanguageModel; T may be 0.
       text_mask: bool `[B, T]`, which of `text` are valid; None: all.
       max_length: how many tokens a text has at most, its end included.
+      lengths: `[B]`, how many each has at most, up to max_length; None: max_length.
       vocab_size: V; the model's special tokens come after these, and are never part of a text.
       eos_id: the token that ends a text.
       temperature: divides the logits.
@@ -288,8 +365,8 @@ def sample_text(
       on_token: called after each token of the batch.
 
     Returns:
-      Token ids `[B, max_length]`, all `eos_id` from a text's end on; and log-likelihoods `[B]` in nats, at temperature
-      1 and of all tokens, the end included.
+      Token ids `[B, max_length]`, all `eos_id` from a text's end on; how many of them are the text's own, its end
+      included, `[B]`; and log-likelihoods `[B]` in nats of these, at temperature 1.
 
     Raises:
       ValueError: for a model of class labels, or options out of range.
@@ -303,18 +380,24 @@ def sample_text(
         )
     batch_size, device = len(keys), keys.device
     number = torch.zeros(1, dtype=torch.int32, device=device)
+    # One buffer of a fixed size, whenever texts end: to XLA their end is one graph, too.
+    tokens = torch.full((batch_size, max_length), eos_id, device=device)
+    own_lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
     ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
     log_likelihood = torch.zeros(batch_size, device=device)
+    lengths = torch.full_like(own_lengths, max_length) if lengths is None else lengths
 
     def pick(hidden: Tensor) -> Tensor:
-        nonlocal ended, log_likelihood
+        nonlocal tokens, own_lengths, ended, log_likelihood
         log_probs = model.text_logits(hidden).float()[:, :vocab_size].log_softmax(-1)
         gumbel = guidance_lib.gumbel(prng.fold_in(keys, number), vocab_size)
         token = (keep_top(log_probs / temperature, top_k, top_p) + gumbel).argmax(-1)
         token = token.masked_fill(ended, eos_id)
-        own = log_probs.gather(1, token[:, None]).squeeze(1)
+        own = log_probs.gather(1, token[:, None].clamp(max=vocab_size - 1)).squeeze(1)
         log_likelihood = log_likelihood + own.masked_fill(ended, 0.0)
-        ended = ended | (token == eos_id)
+        own_lengths = own_lengths + (~ended).long()
+        tokens = tokens.index_copy(1, number.long(), token[:, None])
+        ended = ended | (token == eos_id) | (own_lengths >= lengths)
         return token
 
     def prefill() -> tuple[CachedDecoder, Tensor]:
@@ -337,14 +420,12 @@ def sample_text(
     decoder, token = compile(prefill)()
     on_token()
     step = compile(step)
-    tokens = [token]
-    while len(tokens) < max_length:
-        if len(tokens) % _LOOK_EVERY == 0 and all_ended():
+    for done in range(1, max_length):
+        if done % _LOOK_EVERY == 0 and all_ended():
             break
-        tokens.append(step(tokens[-1]))
+        token = step(token)
         on_token()
-    tokens += [torch.full_like(token, eos_id)] * (max_length - len(tokens))
-    return compile(lambda: (torch.stack(tokens, dim=1), log_likelihood))()
+    return compile(lambda: (tokens, own_lengths, log_likelihood))()
 
 
 def keep_top(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:

@@ -8,6 +8,7 @@ A sample counts once its line is there, so an interrupted program goes on where 
 
 import hashlib
 import html
+import itertools
 import json
 import pathlib
 import re
@@ -23,6 +24,7 @@ RECORDS_FILE, GRID_FILE, PAGE_FILE = "samples.jsonl", "grid.png", "index.html"
 
 _TILE = 128  # smallest size of an image in the grid, in pixels
 _GAP, _LINE = 4, 16
+_MAX_ROWS, _MAX_COLUMNS = 40, 20
 
 _UNITS = {"bits_per_dim": "bits per dim", "bits_per_token": "bits per token"}
 
@@ -64,12 +66,12 @@ class Gallery:
         directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / RECORDS_FILE
         self.records: list[dict[str, Any]] = []
-        text = self._file.read_text() if self._file.exists() else ""
+        text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
         # The last line may have been cut off; its image is made again.
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
-            self._file.write_text(whole)
-        for line in whole.splitlines():
+            self._file.write_text(whole, encoding="utf-8")
+        for line in whole.split("\n")[:-1]:
             record = json.loads(line)
             for name, value in settings.items():
                 if record.get(name) != value:
@@ -77,11 +79,22 @@ class Gallery:
                         f"{directory} holds samples with {name} {record.get(name)}, not {value}: use another --out"
                     )
             self.records.append(record)
-        self._done = {(record[key], record["seed"]) for record in self.records}
+        self._done = {(record[key], record["seed"]): record for record in self.records}
 
-    def has(self, label: str, seed: int) -> bool:
-        """Whether the sample is there."""
-        return (label, seed) in self._done
+    def has(self, label: str, seed: int, **known: Any) -> bool:
+        """Whether the sample is there.
+
+        Raises:
+          ValueError: if something else is `known` of the one that is there.
+        """
+        record = self._done.get((label, seed))
+        for name, value in known.items():
+            if record is not None and record.get(name) != value:
+                raise ValueError(
+                    f"{self._directory} holds a sample of another {label}, with {name} {record.get(name)} and not "
+                    f"{value}: use another --out"
+                )
+        return record is not None
 
     def add(self, label: str, seed: int, image: np.ndarray | None, **known: Any) -> None:
         """Adds a sample: its image uint8 `[H, W, C]`, if it has one, and what is known of it."""
@@ -92,10 +105,10 @@ class Gallery:
             path.parent.mkdir(exist_ok=True)
             with path.open("wb") as file:
                 to_pil(image).save(file, "PNG")
-        with self._file.open("a") as file:
+        with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.records.append(record)
-        self._done.add((label, seed))
+        self._done[label, seed] = record
 
     def rows(self) -> dict[str, list[dict[str, Any]]]:
         """Records by label, each row by seed."""
@@ -105,12 +118,13 @@ class Gallery:
         return {label: sorted(row, key=lambda record: record["seed"]) for label, row in rows.items()}
 
     def finish(self) -> None:
-        """Writes the grid and the page of all samples that are there."""
+        """Writes the page of all samples that are there, and the grid of the first rows and columns of them."""
         rows = self.rows()
+        (self._directory / PAGE_FILE).write_text(self._page(rows), encoding="utf-8")
         if "file" in self.records[0]:
+            rows = {label: row[:_MAX_COLUMNS] for label, row in itertools.islice(rows.items(), _MAX_ROWS)}
             with (self._directory / GRID_FILE).open("wb") as file:
                 self._grid(rows).save(file, "PNG")
-        (self._directory / PAGE_FILE).write_text(self._page(rows))
 
     def _grid(self, rows: dict[str, list[dict[str, Any]]]) -> Image.Image:
         """A row of images for each label, under the label."""

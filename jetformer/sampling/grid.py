@@ -125,6 +125,17 @@ class PromptGrid(_Grid):
 
     prompts: tuple[str, ...]
 
+    def __post_init__(self):
+        if isinstance(self.prompts, str) or not self.prompts:
+            raise ValueError(f"PromptGrid.prompts = {self.prompts!r}: give a tuple of prompts, as ('a cat', 'a dog')")
+
+    def check(self, model: torch.nn.Module, data: "Data") -> None:
+        super().check(model, data)
+        texts = data.texts()
+        for prompt in self.prompts:
+            if cut := texts.cut(prompt):
+                raise ValueError(f"PromptGrid.prompts: {prompt!r} is too long for the model, by {cut!r}: shorten it")
+
     def conditions(self, data: "Data") -> dict[str, Tensor]:
         return {name: torch.from_numpy(x) for name, x in data.texts().encode(self.prompts).items()}
 

@@ -6,7 +6,8 @@ import tensorflow as tf
 
 from jetformer.data import preprocess
 from jetformer.data.dataset import Data
-from jetformer.data.texts import Texts, length_of, tokenizer_of
+from jetformer.data.pp_string import text_length_of, tokenizer_of
+from jetformer.data.texts import Texts
 
 MODEL = "experiments/shapes.model"
 IGNORED = f"decode | choice(inkey='captions', outkey='text') | lower | caption('{MODEL}', 12, pad='ignored')"
@@ -66,7 +67,7 @@ def test_another_copy_of_the_tokenizer(tmp_path):
     with open(MODEL, "rb") as file:
         copy.write_bytes(file.read())
     elsewhere = IGNORED.replace(MODEL, "/nowhere.model")
-    with pytest.raises(ValueError, match="there is no tokenizer '/nowhere.model'"):
+    with pytest.raises(ValueError, match=r"there is no tokenizer '/nowhere\.model'"):
         Texts(elsewhere)
     ours, theirs = Texts(elsewhere, str(copy)).encode(["a red circle"]), Texts(IGNORED).encode(["a red circle"])
     assert np.array_equal(ours["text"], theirs["text"])
@@ -84,16 +85,38 @@ def test_another_copy_of_the_tokenizer(tmp_path):
     ],
 )
 def test_lengths(pp, length):
-    assert length_of(pp) == length
+    assert text_length_of(pp) == length
     assert Data(name="digits", pp=pp).text_length() == length
 
 
 def test_a_string_without_texts():
     with pytest.raises(ValueError, match="does not say how long texts are"):
-        length_of("decode | keep('image')")
+        text_length_of("decode | keep('image')")
     with pytest.raises(ValueError, match="reads no texts"):
         Texts("decode | label_as_text")
     assert tokenizer_of("decode | label_as_text") is None
     assert tokenizer_of(BY_HAND) == tokenizer_of(MODELLED) == MODEL
     assert Data(name="digits", pp=IGNORED).has_texts()
     assert not Data(name="digits", pp="decode | label_as_text").has_texts()
+
+
+def test_the_key_of_the_text():
+    pp = f"choice(inkey='captions', outkey='c') | lower(inkey='c', outkey='c') | caption('{MODEL}', 12, key='c')"
+    assert np.array_equal(Texts(pp).encode(["A red circle"])["text"], Texts(IGNORED).encode(["a red circle"])["text"])
+    no_mask = f"tok('{MODEL}', 12, eos='yes')"
+    assert Texts(no_mask).encode(["a red circle"])["text_mask"].all()
+
+
+@pytest.mark.parametrize(
+    ("pp", "message"),
+    [
+        ("decode | caption | keep('text')", "op 'caption' has no tokenizer: give it one, as caption"),
+        ("caption(length=40)", "op 'caption' has no tokenizer"),
+        (f"tok('{MODEL}', 12) | caption('{MODEL}', 12)", "tokenizes with .* and .*: once"),
+    ],
+)
+def test_strings_that_cannot_tokenize(pp, message):
+    with pytest.raises(ValueError, match=message):
+        Texts(pp)
+    with pytest.raises(ValueError, match=message):
+        Data(name="digits", pp=pp).has_texts()

@@ -1,6 +1,7 @@
 """The decoder as a language model: the text part of a JetFormer, decoded as it is trained, scored over tokens."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -61,15 +62,18 @@ def test_sampled_texts_and_their_likelihoods():
     keys = prng.example_keys(0, torch.arange(3, dtype=torch.int32))
     begun, mask = text(), MASK
     options = {"max_length": 6, "vocab_size": 10, "eos_id": 1}
-    tokens, log_likelihood = sample_text(model, keys, text=begun, text_mask=mask, **options)
+    limits = torch.tensor([6, 2, 6])
+    tokens, lengths, log_likelihood = sample_text(model, keys, text=begun, text_mask=mask, lengths=limits, **options)
+    assert (tokens[1, 2:] == 1).all()
     for i in range(3):
         beginning = begun[i][mask[i]]
         end = (tokens[i] == 1).nonzero().flatten().tolist()
-        own = tokens[i, : end[0] + 1] if end else tokens[i]
+        own = tokens[i, : min([limits[i].item(), *(e + 1 for e in end)])]
+        assert lengths[i] == len(own)
         whole = torch.cat((beginning, own))[None]
         log_probs = model.text_logits(model(whole))[0, len(beginning) :, :10].log_softmax(-1)
         torch.testing.assert_close(log_likelihood[i], log_probs.gather(1, own[:, None]).sum())
-    (alone, _) = sample_text(model, keys[1:2], text=begun[1:2], **options)
+    alone, _, _ = sample_text(model, keys[1:2], text=begun[1:2], lengths=limits[1:2], **options)
     assert torch.equal(alone, tokens[1:2])
 
 
@@ -87,10 +91,11 @@ def test_the_objective_counts_tokens(dropout):
 
     if not dropout:
         log_probs = model.text_logits(model(batch["text"])).log_softmax(-1).gather(2, batch["text"][..., None])
-        torch.testing.assert_close(loss, -log_probs.squeeze(2)[batch["text_loss"]].mean())
+        torch.testing.assert_close(loss.double(), -log_probs.squeeze(2)[batch["text_loss"]].mean(), rtol=1e-5, atol=0)
     sums = objectives.sum_terms(terms)
     assert sums["text_bits_per_token"][1] == 10
-    torch.testing.assert_close(objectives.means(sums)["text_bits_per_token"] * 0.6931471805599453, loss.detach())
+    nats = objectives.means(sums)["text_bits_per_token"] * math.log(2)
+    torch.testing.assert_close(nats, loss.detach())
     some = objectives.sum_terms(terms, torch.tensor([True, False, True, False]))
     assert some["text_bits_per_token"][1] == 3
 

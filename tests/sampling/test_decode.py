@@ -15,6 +15,7 @@ from jetformer.sampling import decode
 from jetformer.sampling.decode import (
     CachedDecoder,
     Latents,
+    complete_images,
     decode_latents,
     encode_images,
     keep_top,
@@ -208,13 +209,57 @@ def test_likelihoods_are_those_of_the_objective(text_mask):
     torch.testing.assert_close(-log_likelihoods / (48 * math.log(2)), terms["bits_per_dim"][0])
 
 
+@torch.no_grad()
+def test_completed_images():
+    """The given rows stay, nothing depends on the others, and the likelihood is that of the picture."""
+    model = small_model().eval()
+    images = torch.randint(0, 256, (3, 4, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    text = torch.tensor([[1], [2], [3]])
+    completed, log_likelihoods = complete_images(model, text, keys(0, 3), images, 2)
+    assert torch.equal(completed[:, :2], images[:, :2])
+    assert not torch.equal(completed[:, 2:], images[:, 2:])
+    _, expected = decode_latents(model, text, encode_images(model, completed, keys(0, 3)))
+    torch.testing.assert_close(log_likelihoods, expected)
+    changed = torch.cat((images[:, :2], 255 - images[:, 2:]), dim=1)
+    assert torch.equal(complete_images(model, text, keys(0, 3), changed, 2)[0], completed)
+    for rows in (0, 1, 4):
+        with pytest.raises(ValueError, match=f"{rows} rows: give a multiple of the patch size, 2"):
+            complete_images(model, text, keys(0, 3), images, rows)
+
+
+@torch.no_grad()
+def test_autocast_keeps_what_goes_through_the_layers():
+    """One token at a time as all at once: products in bfloat16, their sum in float32."""
+    model = small_model().float().eval()
+    text, image = inputs(model, batch=3)
+    image = image.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, expected = model(text, image, text_first=True)
+        decoder = CachedDecoder(
+            model, model.embed(text, image[:, :0], text_first=True, shift=False), modality="image", num_steps=L - 1
+        )
+        hidden = [decoder.prefill(), *(decoder.step(token) for token in image[:, :-1].unbind(1))]
+    assert {x.dtype for x in hidden} == {expected.dtype} == {torch.float32}
+    torch.testing.assert_close(torch.stack(hidden, dim=1), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("temperatures", [(0.0, 1.0), (1.0, -1.0)])
+def test_temperatures_are_positive(temperatures):
+    kwargs = dict(zip(("temperature_scales", "temperature_probs"), temperatures, strict=True))
+    with pytest.raises(ValueError, match="give positive ones"):
+        sample_images(small_model().eval(), torch.zeros(1, 1, dtype=torch.int64), keys(0, 1), **kwargs)
+
+
 VOCAB, EOS = 10, 1
 
 
 def texts(model, seed, size=3, **kwargs):
     image = torch.randn(3, L, model.out_dim, generator=torch.Generator().manual_seed(0))[:size]
     options = {"max_length": 12, "vocab_size": VOCAB, "eos_id": EOS} | kwargs
-    return image, *sample_text(model, keys(seed, 3)[:size], image_tokens=image, **options)
+    tokens, lengths, log_likelihoods = sample_text(model, keys(seed, 3)[:size], image_tokens=image, **options)
+    ends = (tokens == EOS).int()
+    assert torch.equal(lengths, (ends.cumsum(1) - ends == 0).sum(1))
+    return image, tokens, log_likelihoods
 
 
 @torch.no_grad()
@@ -254,7 +299,7 @@ def test_the_most_probable_text():
 def test_the_first_tokens_follow_the_models_distribution():
     model = small_model(untie_output_vocab=True).float().eval()
     image = torch.randn(1, L, model.out_dim, generator=torch.Generator().manual_seed(0)).expand(4000, -1, -1)
-    tokens, log_likelihoods = sample_text(
+    tokens, _, log_likelihoods = sample_text(
         model, keys(0, 4000), image_tokens=image, max_length=1, vocab_size=VOCAB, eos_id=EOS, top_k=4, temperature=1.5
     )
     with torch.no_grad():
