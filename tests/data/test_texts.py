@@ -101,7 +101,7 @@ def test_a_string_without_texts():
 
 
 def test_the_key_of_the_text():
-    pp = f"choice(inkey='captions', outkey='c') | lower(inkey='c', outkey='c') | caption('{MODEL}', 12, key='c')"
+    pp = f"choice(inkey='captions', outkey='c') | lower(key='c') | caption('{MODEL}', 12, 'ignored', 'c')"
     assert np.array_equal(Texts(pp).encode(["A red circle"])["text"], Texts(IGNORED).encode(["a red circle"])["text"])
     no_mask = f"tok('{MODEL}', 12, eos='yes')"
     assert Texts(no_mask).encode(["a red circle"])["text_mask"].all()
