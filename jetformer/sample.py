@@ -328,7 +328,7 @@ class Texts:
             compile=self._compile,
             on_token=on_token,
         )
-        rows = zip(self._texts.decode(tokens.cpu().numpy()), lengths.tolist(), nats.tolist(), strict=True)
+        rows = zip(self._texts.decode(tokens.cpu().numpy()), lengths.cpu().tolist(), nats.cpu().tolist(), strict=True)
         known = [{"text": text, "log_likelihood": x, "bits_per_token": -x / math.log(2) / n} for text, n, x in rows]
         return None if pictures is None else pictures.cpu().numpy(), known
 

@@ -138,7 +138,7 @@ def test_captions_of_images(captioned, tmp_path):
     code, log, records = sample(tmp_path / "out", *flags)
     assert code == 1
     assert f"error: 2 of 4 images could not be read: {folder}/c.png, {folder}/d.png" in log
-    assert f"{folder}/b.png is 40 × 50, resized to 32 × 32" in log
+    assert f"{folder}/b.png is 40 × 50, resized and cropped to 32 × 32" in log
     assert [pathlib.Path(record["image"]).name for record in records] == ["a.png", "b.png"]
     for record in records:
         assert isinstance(record["text"], str)
@@ -295,7 +295,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if path in ("/api/models/people/run", *(f"/api/models/people/run/revision/{r}" for r in ("main", "v1"))):
             body = {"id": "people/run", "sha": self.COMMIT, "siblings": [{"rfilename": f} for f in files]}
             self._answer(json.dumps(body).encode(), "application/json")
-        elif path == f"/api/models/people/run/tree/{self.COMMIT}":
+        elif path in (f"/api/models/people/run/tree/{r}" for r in ("main", "v1", self.COMMIT)):
             body = [
                 {"type": "file", "path": name, "size": f.stat().st_size, "oid": _digest(f.read_bytes())}
                 for name, f in files.items()

@@ -415,7 +415,8 @@ def sample_text(
         return pick(decoder.step(token))
 
     def all_ended() -> bool:
-        return compile(lambda: ended.all())().item()
+        # Brought over first: a look from the host at a tensor of XLA's counts as a fall-back.
+        return compile(lambda: ended.all())().cpu().item()
 
     decoder, token = compile(prefill)()
     on_token()
