@@ -262,7 +262,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
         ({"train__keep_last": 0}, "keep_last is 0"),
         ({"train__grad_accum_steps": 0}, "train.grad_accum_steps = 0"),
         ({"train__data": "@Data"}, r"train.data is a class: write @Data\(\)"),
-        ({"ClassGrid__num_classes": 11}, "ClassGrid of 11 classes"),
+        ({"ClassGrid__num_classes": 11}, "there is no class or token 10: the model has those from 0 to 9"),
         ({"Data__eval_split": '"validation[:0]"'}, "the evaluation split has no examples"),
         ({"Data__pp": '"label_as_text"'}, "has a 'image' that is no number"),
         ({"Data__pp": '"decode(channels=1) | central_crop(9) | label_as_text"'}, "cannot be preprocessed"),
