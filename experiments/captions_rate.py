@@ -11,9 +11,8 @@ import time
 
 from absl import app, flags
 
-from jetformer import config
+from jetformer import config, train
 from jetformer.data import pipeline
-from jetformer.data.dataset import Data
 
 flags.DEFINE_string("data_dir", None, "Where TFDS keeps prepared data; its default by default.")
 BATCH_SIZE, BATCHES, REPETITIONS = 64, 200, 5
@@ -21,7 +20,7 @@ BATCH_SIZE, BATCHES, REPETITIONS = 64, 200, 5
 
 def main(_):
     config.parse(["experiments/shapes.gin"], [])
-    data = config.call(Data)
+    data = config.call(train.Run).data
     captions = " | ".join(data.pp.split(" | ")[1:-1])
     strings = {
         "captions alone": f"{captions} | keep('text')",
