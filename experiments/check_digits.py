@@ -21,6 +21,7 @@ from upath import UPath
 
 from jetformer import config, prng, runtime, train
 from jetformer.data.builders.digits import histogram_bits_per_dim
+from jetformer.evaluators.likelihood import Likelihood
 from jetformer.sampling.decode import sample_images
 
 flags.DEFINE_string("workdir", None, "The run's.", required=True)
@@ -39,9 +40,8 @@ def main(_):
     load = lambda split: tfds.as_numpy(tfds.load(run.data.name, split=split, batch_size=-1, data_dir=run.data.data_dir))
     real, validation = load(run.data.train_split), load(run.data.eval_split)
     histogram = histogram_bits_per_dim(real["image"], validation["image"])
-    scores = train.evaluate(run, state, machine)
-    which = "val_ema" if state.ema is not None else "val"
-    bits = scores[f"{which}/bits_per_dim"]
+    scores = Likelihood()(train.context(run, state, step, "check", workdir, machine))
+    bits = (scores.ema_scalars or scores.scalars)["bits_per_dim"]
     print(f"step {step}, {len(validation['image'])} validation images, 8-bit pixels")
     print(f"  JetFormer: {bits:.3f} bits per dim")
     print(f"  histogram of levels at each pixel: {histogram:.3f} bits per dim")

@@ -15,20 +15,26 @@ from upath import UPath
 
 from jetformer import objectives, optim
 from jetformer.data import dataset
+from jetformer.evaluators import attributes, classify, features, fid, likelihood, probe, samples
 from jetformer.models import decoder, jet, jetformer, language_model, patches
-from jetformer.sampling import grid, guidance
+from jetformer.sampling import guidance
 
 CONFIG_FILE = "config.gin"  # in the workdir: all that was parsed, includes resolved
 OPERATIVE_CONFIG_FILE = "operative_config.gin"  # in the workdir: all that was used, defaults included
 
 for _configurable in (
+    attributes.Attributes,
+    attributes.ShapesChecker,
+    classify.Classify,
     decoder.Decoder,
-    grid.ClassGrid,
-    grid.PromptGrid,
+    features.ClassifierFeatures,
+    features.InceptionFeatures,
+    fid.Fid,
     guidance.Guidance,
     jet.Jet,
     jetformer.JetFormer,
     language_model.LanguageModel,
+    likelihood.Likelihood,
     objectives.JetFormerObjective,
     objectives.JetObjective,
     objectives.TextObjective,
@@ -36,6 +42,8 @@ for _configurable in (
     optim.make_schedule,
     patches.PatchPCA,
     patches.Patchify,
+    probe.Probe,
+    samples.Samples,
     dataset.Data,
 ):
     gin.external_configurable(_configurable, module=_configurable.__module__.rpartition(".")[2])

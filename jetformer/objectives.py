@@ -196,7 +196,8 @@ class JetFormerObjective:
           normalizers: see `normalizers`; None: this batch's.
 
         Returns:
-          The loss, and what it consists of by example: bits_per_dim = bits_per_dim_tokens - bits_per_dim_logdet, and
+          The loss, and what it consists of by example: bits_per_dim = bits_per_dim_tokens - bits_per_dim_logdet, of
+          the tokens bits_per_dim_factored for the dimensions that are factored out, if any are, and
           text_bits_per_token; with both orders of modalities also by whether a modality was prefix or suffix.
 
         Raises:
@@ -260,6 +261,8 @@ class JetFormerObjective:
             "bits_per_dim_tokens": (bits_tokens, image_counts),
             "bits_per_dim_logdet": (bits_logdet, image_counts),
         }
+        if model.factored_dim:
+            terms["bits_per_dim_factored"] = (factored_nll * bits, image_counts)
         if self.loss_on_prefix or self.text_prefix_prob < 1:
             terms["text_bits_per_token"] = (text_bits, text_counts)
         if "text_first" in draws:

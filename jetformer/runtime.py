@@ -7,6 +7,7 @@ import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,11 +45,35 @@ class Runtime:
         Raises:
           ValueError: if it is not the same on all.
         """
+        values = self.of_all(value)
+        if any(other != values[0] for other in values):
+            raise ValueError(f"{name} differs between processes: {values}; use a --workdir that all hosts share")
+
+    def first_does(self, action: Callable[[], None]) -> None:
+        """Process 0 does something, and the others wait until it is done.
+
+        Raises:
+          ValueError, OSError: on all processes, what it raises.
+        """
+        error = None
+        if self.process_index == 0:
+            try:
+                action()
+            except (ValueError, OSError) as raised:
+                error = raised
+        if (error := self.of_first(error)) is not None:
+            raise error
+
+    def of_all(self, value: Any) -> list[Any]:
+        """The values of all processes, on all processes."""
+        values = [value] * self.process_count
         if self.process_count > 1:
-            values = [None] * self.process_count
             dist.all_gather_object(values, value)
-            if any(other != values[0] for other in values):
-                raise ValueError(f"{name} differs between processes: {values}; use a --workdir that all hosts share")
+        return values
+
+    def of_first(self, value: Any) -> Any:
+        """Process 0's value, on all processes."""
+        return self.of_all(value)[0]
 
     def describe(self) -> str:
         """The devices in words."""

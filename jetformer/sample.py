@@ -213,8 +213,8 @@ class Images:
     """Images of classes or prompts; or, of images whose first rows are given, the rest."""
 
     def __init__(self, run, model, workdir: UPath, compile):
+        from jetformer.evaluators.samples import Samples
         from jetformer.sampling import decode
-        from jetformer.sampling.grid import ClassGrid, PromptGrid
         from jetformer.sampling.guidance import Guidance
 
         run.check_order(text_first=True)
@@ -235,12 +235,11 @@ class Images:
         }
         classes, prompts = FLAGS.classes, given_prompts()
         if classes is None and not prompts and FLAGS.images is None:  # the experiment's own picture
-            if isinstance(run.samples, ClassGrid):
-                classes = [str(c) for c in range(run.samples.num_classes)]
-            elif isinstance(run.samples, PromptGrid):
-                prompts = list(run.samples.prompts)
-            else:
+            own = next((e for e in run.evaluators.values() if isinstance(e, Samples)), None)
+            if own is None:
                 raise ValueError("nothing to sample: give --classes, --prompt, --prompts or --images")
+            classes = None if own.num_classes is None else [str(c) for c in range(own.num_classes)]
+            prompts = list(own.prompts or ())
         if classes is not None and run.data.has_texts():
             raise ValueError("the model reads texts, not classes: give --prompt or --prompts")
         self.jobs = class_jobs(model, classes or [])

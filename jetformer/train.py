@@ -2,11 +2,15 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import inspect
+import json
 import os
+import platform
+import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from types import ModuleType
@@ -19,23 +23,25 @@ from absl import logging
 from torch import Tensor, nn
 from upath import UPath
 
+import jetformer
 from jetformer import checkpoint, config, objectives, optim
 from jetformer.data.dataset import Data
+from jetformer.evaluators.base import Context, Evaluator, directory_of, evaluated_steps, prepare, write
 from jetformer.loops import steps
 from jetformer.models import remat
 from jetformer.models.initializers import init_weights
 from jetformer.preemption import Preempted, Preemption
 from jetformer.runtime import Runtime, derive_seed, resolve_mesh
-from jetformer.sampling.grid import save_png
 from jetformer.sampling.guidance import Guidance
 
 if TYPE_CHECKING:
     from clu.metric_writers import MetricWriter
 
+RUN_FILE = "run.json"  # in the workdir: what it runs on, and its parameters
 TOKENIZER_FILE = "tokenizer.model"  # in the workdir, where the experiment reads texts
 
 # What draws of different purposes are seeded with, beside the run's seed.
-_INIT, _EVALUATION, _SAMPLES = 1, 2, 3
+_INIT = 1
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -65,13 +71,12 @@ class Run:
       noise_scale, noise_min: standard deviation of the RGB noise at the beginning and at the end, in 8-bit pixel
         values.
       log_steps: write training metrics every so many steps: means over the steps since, or since the run was resumed.
-      eval_steps: evaluate on the evaluation split every so many steps, and at the end; None: at the end only.
+      evaluators: by name; those with a period of their own run in training too, see `evaluators.base.Evaluator`.
       eval_batch_size: examples a step of evaluation; None: batch_size.
       checkpoint_steps: save every so many steps, and at the end.
       keep_last: how many of the newest checkpoints to keep.
       keep_every: also keep those of steps that this divides; None: no others.
-      samples: called with model, data, seed and compile, gives a picture uint8 `[H, W, C]`; None for none.
-      sample_steps: sample every so many steps, and at the end; None: at the end only.
+      wandb_project: a project of Weights & Biases that figures and pictures are written to as well; None for none.
       autocast: "bfloat16" to multiply in it, with parameters, gradients and likelihoods in float32; None: in float32.
       matmul_precision: of products of float32: "highest", float32; "high", TensorFloat32 on GPUs and three bfloat16
         products on TPUs; "medium", bfloat16.
@@ -102,13 +107,12 @@ class Run:
     noise_scale: float = 0.0
     noise_min: float = 0.0
     log_steps: int = 50
-    eval_steps: int | None = None
+    evaluators: Mapping[str, Evaluator] = dataclasses.field(default_factory=dict)
     eval_batch_size: int | None = None
     checkpoint_steps: int = 1000
     keep_last: int = 1
     keep_every: int | None = None
-    samples: Callable[..., np.ndarray] | None = None
-    sample_steps: int | None = None
+    wandb_project: str | None = None
     autocast: str | None = None
     matmul_precision: str = "highest"
     activation_checkpointing: str = "none"
@@ -117,11 +121,15 @@ class Run:
     compilation_cache: str | None = None
 
     def __post_init__(self):
-        for name in ("objective", "data", "samples"):
-            if inspect.isclass(getattr(self, name)):
-                raise ValueError(f"train.{name} is a class: write @{getattr(self, name).__name__}(), with parentheses")
-        periods = ("log_steps", "eval_steps", "checkpoint_steps", "sample_steps")
-        for name in ("batch_size", "eval_batch_size", "grad_accum_steps", *periods):
+        values = {name: getattr(self, name) for name in ("objective", "data")}
+        values |= {f"evaluators[{name!r}]": value for name, value in self.evaluators.items()}
+        for name, value in values.items():
+            if inspect.isclass(value):
+                raise ValueError(f"train.{name} is a class: write @{value.__name__}(), with parentheses")
+        for name in self.evaluators:
+            if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+                raise ValueError(f"train.evaluators: {name!r} cannot name a directory: use letters, digits and _.-")
+        for name in ("batch_size", "eval_batch_size", "grad_accum_steps", "log_steps", "checkpoint_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name} = {value}: give 1 or more")
         if self.batch_size % self.grad_accum_steps:
@@ -168,7 +176,7 @@ class Run:
 
     def check_eval_batch_size(self, runtime: Runtime) -> None:
         """As `check_mesh`, for evaluation alone."""
-        _check_divides("eval_batch_size", self.eval_batch_size or self.batch_size, runtime)
+        _check_divides("eval_batch_size", self.batch_size_of_evaluation(), runtime)
 
     def build_model(self) -> nn.Module:
         """The model on the CPU, with initial weights that depend on the seed alone, not on the device."""
@@ -183,14 +191,10 @@ class Run:
         """The model on the meta device, where it takes no memory and no time.
 
         Raises:
-          ValueError: if it cannot be built, or not sampled from as asked.
+          ValueError: if it cannot be built.
         """
         with torch.device("meta"):
-            model = config.call(self.model)
-        if self.samples is not None:
-            self.samples.check(model, self.data)
-            self.check_guidance(self.samples.guidance)
-        return model
+            return config.call(self.model)
 
     def check_guidance(self, guidance: Guidance) -> None:
         """Looks whether the model learns what guidance compares with.
@@ -255,13 +259,9 @@ class Run:
         """The learning-rate factor by step."""
         return self.schedule(self.steps(), self.batch_size, self.data.num_train_examples())
 
-    def eval_batches(self, runtime: Runtime) -> Iterator[dict[str, np.ndarray]]:
-        """Every example of the evaluation split once, this process's part of them."""
-        return self.data.eval_batches(
-            batch_size=self.eval_batch_size or self.batch_size,
-            process_index=runtime.process_index,
-            process_count=runtime.process_count,
-        )
+    def batch_size_of_evaluation(self) -> int:
+        """Examples a step of evaluation."""
+        return self.eval_batch_size or self.batch_size
 
     def build_state(self, runtime: Runtime, to_train: bool = True) -> "State":
         """Model, optimizer (to train) and moving average at step 0."""
@@ -363,10 +363,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     loop = loop_of(runtime)
     run.check_mesh(runtime)
     run.check_model()
-    if runtime.process_index == 0:  # where processes share the place, one of them
-        run.data.prepare()
-    runtime.barrier()
-    run.data.prepare()
+    prepare(run.data, runtime)
     total_steps = run.steps()
     schedule = run.build_schedule()
     curriculum = functools.partial(
@@ -391,8 +388,9 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     batches = run.data.train_batches(batch_size=run.batch_size, seed=run.seed, start_step=start_step, **processes)
     first_batch, batches = peek(batches, "the training split")
     run.check_batch(first_batch)
-    eval_batch, _ = peek(run.eval_batches(runtime), "the evaluation split")
-    run.check_batch(eval_batch)
+    in_training = {name: e for name, e in run.evaluators.items() if e.every_steps is not None}
+    for name, evaluator in in_training.items():
+        evaluator.check(context(run, state, start_step, name, workdir, runtime))
     checkpointer = checkpoint.Checkpointer(
         workdir, keep_last=run.keep_last, keep_every=run.keep_every, **loop.checkpointing()
     )
@@ -400,9 +398,10 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if runtime.process_index == 0:
         config.save(workdir)
+        (workdir / RUN_FILE).write_text(json.dumps(_facts(run, state.model, runtime), indent=1))
         if run.data.has_texts():  # a workdir is all that sampling needs, wherever it is copied to
             (workdir / TOKENIZER_FILE).write_bytes(run.data.texts().tokenizer.serialized())
-    written = metrics.Metrics(workdir, runtime.process_index)
+    written = metrics.Metrics(workdir, runtime.process_index, run.wandb_project)
     writer = written.writer
     writer.write_texts(start_step, {"config": _markdown(gin.operative_config_str())})
     metrics.log_parameters(state.model)
@@ -444,28 +443,28 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
             written.publish()
         saved = done
 
+    def evaluate_due(number: int, missing: bool = False) -> None:
+        for name, evaluator in in_training.items():
+            due = number == total_steps or number % evaluator.every_steps == 0
+            if due and not (missing and runtime.of_first(number in evaluated_steps(workdir, name))):
+                meter.check()
+                with meter.paused(), progress.timed(f"eval_{name}", wait_jax_async_dispatch=False):
+                    evaluate(run, state, number, name, workdir, runtime, writer, preemption.check)
+
     with Preemption() as preemption, closing(training):
         try:
+            if start_step > 0:  # what was saved, and not evaluated any more
+                evaluate_due(start_step, missing=True)
             for step in training:
                 done = step.number
                 meter.update(step)
-                due = lambda period, n=done: n == total_steps or (period and n % period == 0)
-                if due(run.log_steps):
+                if done == total_steps or done % run.log_steps == 0:
                     meter.log(step)
                 preemption.check()
-                if due(run.eval_steps):
-                    meter.check()
-                    with meter.paused(), progress.timed("eval", wait_jax_async_dispatch=False):
-                        writer.write_scalars(done, evaluate(run, state, runtime, preemption.check))
-                if due(run.checkpoint_steps):
+                if done == total_steps or done % run.checkpoint_steps == 0:
                     save()
-                if run.samples is not None and due(run.sample_steps):
-                    meter.check()
-                    with meter.paused(), progress.timed("samples", wait_jax_async_dispatch=False):
-                        write_samples(run, state, workdir, done, writer, runtime)
+                evaluate_due(done)
                 progress(done)
-            if run.samples is not None and start_step == total_steps:
-                write_samples(run, state, workdir, total_steps, writer, runtime)
         except Preempted:
             if saved < done:
                 save()
@@ -479,6 +478,26 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
                 written.close()
 
 
+def _facts(run: Run, model: nn.Module, runtime: Runtime) -> dict[str, Any]:
+    """What a reader of the run may want to know that its configuration does not say."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "jetformer": jetformer.__version__}
+    if runtime.device.type == "xla":
+        versions["torch_xla"] = importlib.metadata.version("torch_xla")
+    return {
+        "device": runtime.describe(),
+        "device_count": runtime.device_count,
+        "process_count": runtime.process_count,
+        "versions": versions,
+        "total_steps": run.steps(),
+        "batch_size": run.batch_size,
+        "train_examples": run.data.num_train_examples(),
+        "parameters": [
+            {"name": name, "shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch."), "size": p.numel()}
+            for name, p in model.named_parameters()
+        ],
+    }
+
+
 def _compilation_cache(run: Run, workdir: UPath) -> str:
     """A local directory, for XLA writes to no other place."""
     if run.compilation_cache is not None:
@@ -488,60 +507,56 @@ def _compilation_cache(run: Run, workdir: UPath) -> str:
     return os.path.expanduser("~/.cache/jetformer/compilation_cache")
 
 
+def context(
+    run: Run,
+    state: State,
+    step: int,
+    name: str,
+    workdir: UPath,
+    runtime: Runtime,
+    each_batch: Callable[[], None] = lambda: None,
+) -> Context:
+    """What the evaluator `name` is given at a step."""
+    return Context(
+        run=run,
+        state=state,
+        step=step,
+        runtime=runtime,
+        loop=loop_of(runtime),
+        directory=directory_of(workdir, name),
+        each_batch=each_batch,
+    )
+
+
 def evaluate(
-    run: Run, state: State, runtime: Runtime, each_batch: Callable[[], None] = lambda: None
+    run: Run,
+    state: State,
+    step: int,
+    name: str,
+    workdir: UPath,
+    runtime: Runtime,
+    writer: "MetricWriter",
+    each_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The objective's terms on the evaluation split, averaged over its examples; with the moving average as well.
+    """Runs the evaluator `name` of `train.evaluators`, writes down what it finds, and returns its figures by tag.
 
     `each_batch` is called after every batch.
     """
-    score = lambda: loop_of(runtime).evaluate(
-        runner=state.runner,
-        objective=run.objective,
-        batches=run.eval_batches(runtime),
-        runtime=runtime,
-        seed=derive_seed(run.seed, _EVALUATION),
-        autocast_dtype=run.autocast,
-        each_batch=each_batch,
-    )
-    results = {f"val/{name}": value for name, value in score().items()}
-    if state.ema is not None:
-        with state.averaged():
-            results |= {f"val_ema/{name}": value for name, value in score().items()}
-    return results
+    since = time.perf_counter()
+    results = run.evaluators[name](context(run, state, step, name, workdir, runtime, each_batch))
+    return write(results, name, step, time.perf_counter() - since, workdir, writer, runtime)
 
 
-def sample(run: Run, state: State, seed: int, runtime: Runtime) -> np.ndarray:
-    """The experiment's picture, uint8 `[H, W, C]`; with the moving average, if there is one.
+def saved_config(workdir: UPath) -> str:
+    """The configuration that a run has saved.
 
     Raises:
-      ValueError: if the experiment has none.
+      ValueError: if there is none.
     """
-    if run.samples is None:
-        raise ValueError("the experiment has no samples: bind train.samples, for example to @ClassGrid()")
-    loop = loop_of(runtime)
-    state.runner.eval()
-    with state.averaged(), loop.gathered(state.runner), loop.autocast(runtime.device, run.autocast):
-        return state.runner(run.samples, run.data, seed=seed, compile=loop.compile)
-
-
-def write_samples(
-    run: Run,
-    state: State,
-    workdir: UPath,
-    step: int,
-    writer: "MetricWriter",
-    runtime: Runtime,
-) -> None:
-    """Writes the experiment's picture as PNG and to TensorBoard."""
-    picture = sample(run, state, derive_seed(run.seed, _SAMPLES), runtime)
-    if runtime.process_index > 0:
-        return
-    (workdir / "samples").mkdir(exist_ok=True)
-    path = workdir / "samples" / f"{step:09d}.png"
-    save_png(picture, path)
-    writer.write_images(step, {"samples": picture[None]})
-    logging.info("Samples written to %s", path)
+    file = workdir / config.CONFIG_FILE
+    if not file.exists():
+        raise ValueError(f"{workdir} holds no run: it has no {config.CONFIG_FILE}")
+    return file.read_text()
 
 
 def configured(workdir: UPath, gin_files: Sequence[str], gin_bindings: Sequence[str]) -> Run:
@@ -550,11 +565,8 @@ def configured(workdir: UPath, gin_files: Sequence[str], gin_bindings: Sequence[
     Raises:
       ValueError: if there is none, or what comes on top cannot be used.
     """
-    saved = workdir / config.CONFIG_FILE
-    if not saved.exists():
-        raise ValueError(f"{workdir} holds no run: it has no {config.CONFIG_FILE}")
     with tempfile.NamedTemporaryFile("w", suffix=".gin") as copy:  # gin reads local files
-        copy.write(saved.read_text())
+        copy.write(saved_config(workdir))
         copy.flush()
         config.parse([copy.name, *gin_files], gin_bindings)
     return config.call(Run)

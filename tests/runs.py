@@ -1,5 +1,6 @@
 """Small runs of the training program, for tests."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from upath import UPath
 
 from jetformer import config, train
+from jetformer.evaluators.base import Context
 from jetformer.runtime import Runtime
 
 # digits.gin, made small enough to train in seconds.
@@ -18,7 +20,6 @@ SMALL = {
     "train.total_steps": 12,
     "train.batch_size": 16,
     "train.log_steps": 1,
-    "train.eval_steps": 6,
     "train.checkpoint_steps": 4,
     "train.noise_scale": 8.0,
     "Data.shuffle_buffer_size": 100,
@@ -30,7 +31,10 @@ SMALL = {
     "Decoder.mlp_dim": 32,
     "Decoder.head_dim": 8,
     "JetFormer.num_mixtures": 4,
-    "ClassGrid.num_images": 2,
+    "train.evaluators": '{"val": @Likelihood(), "samples": @Samples()}',
+    "Likelihood.every_steps": 6,
+    "Samples.every_steps": 12,
+    "Samples.num_images": 2,
 }
 
 
@@ -46,6 +50,18 @@ def run(workdir, data_dir, **overrides) -> None:
     config.parse(["experiments/digits.gin"], bindings(data_dir, **overrides))
     experiment = config.call(train.Run)
     train.train(experiment, UPath(workdir), Runtime(torch.device("cpu")))
+
+
+def untrained(workdir, data_dir, gin_file="experiments/digits.gin", **overrides) -> Context:
+    """What an evaluator is given for a small run with random parameters, and others as their moving average."""
+    config.parse([gin_file], bindings(data_dir, **overrides))
+    experiment, machine = config.call(train.Run), Runtime(torch.device("cpu"))
+    state = experiment.build_state(machine, to_train=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in [*state.model.parameters(), *(state.ema or {}).values()]:
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return train.context(experiment, state, 7, "test", UPath(workdir), machine)
 
 
 def command(workdir, gin_bindings, gin_file="experiments/digits.gin", *more) -> list[str]:
@@ -77,3 +93,8 @@ def scalars(workdir) -> dict[str, dict[int, float]]:
         if all(array.dtype == np.float32 and array.ndim == 0 for array in arrays.values()):
             values[tag] = {step: array.item() for step, array in arrays.items()}
     return values
+
+
+def results(workdir, name) -> list[dict[str, float]]:
+    """What an evaluator has found, by step."""
+    return [json.loads(line) for line in (workdir / f"eval_{name}" / "results.jsonl").read_text().splitlines()]

@@ -1,52 +1,97 @@
-"""Evaluation as a job of its own: the figures of training, each checkpoint once, deletions survived."""
+"""Evaluation as a job of its own: the figures of training, each checkpoint once, deletions and restarts survived, one
+process equals two."""
 
 import json
+import os
+import random
 import shutil
+import signal
+import sys
+import time
 
 import pytest
 import torch
+from upath import UPath
 
 from jetformer import checkpoint, evaluate, train
+from jetformer.evaluators import base
+from jetformer.evaluators.likelihood import Likelihood
 from jetformer.runtime import Runtime
-from runs import run, scalars
+from runs import bindings, command, results, run, scalars, start, torchrun
 
 pytestmark = pytest.mark.slow
 
 CPU = Runtime(torch.device("cpu"))
+VAL = '{"val": @Likelihood()}'
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data_dir):
+    """A run of 8 steps with checkpoints at 2, 4, 6 and 8, evaluated in training at 4 and 8."""
     workdir = tmp_path_factory.mktemp("finished")
-    run(workdir, data_dir, train__total_steps=8, train__eval_steps=4, train__keep_last=9)
+    run(workdir, data_dir, train__total_steps=8, train__checkpoint_steps=2, train__keep_last=9, train__evaluators=VAL,
+        Likelihood__every_steps=4)  # fmt: skip
     return workdir
 
 
-def results(workdir):
-    return [json.loads(line) for line in (workdir / "eval" / evaluate.RESULTS_FILE).read_text().splitlines()]
-
-
 def copy_of(finished, to, *steps):
-    """The run as it is when it has saved these steps."""
-    shutil.copytree(finished, to)
-    for step in {4, 8} - set(steps):
+    """The run as it is when it has saved these steps, and nothing is evaluated."""
+    shutil.copytree(finished, to, ignore=shutil.ignore_patterns("eval_*"))
+    for step in {2, 4, 6, 8} - set(steps):
         shutil.rmtree(to / "checkpoints" / f"{step:09d}")
     return to
 
 
-def follow(workdir, once=False):
-    evaluate.follow(workdir, [], [], CPU, poll_seconds=0.0, once=once)
+def save(finished, workdir, step):
+    """Training saves a step."""
+    name = f"checkpoints/{step:09d}"
+    shutil.copytree(finished / name, workdir / name)
+
+
+def job(workdir, *gin_bindings, names=None):
+    return evaluate.Job(UPath(workdir), [], gin_bindings, CPU, names)
+
+
+def follow(workdir, *gin_bindings, names=None, **how):
+    """Follows a run to its end; what failed."""
+    following = job(workdir, *gin_bindings, names=names)
+    following.follow(poll_seconds=0.0, **how)
+    following.close()
+    return following.failures
+
+
+def evaluated(workdir, name="val"):
+    return [line["step"] for line in results(workdir, name)]
+
+
+def program(workdir, *flags):
+    args = [sys.executable, "-m", "jetformer.evaluate", f"--workdir={workdir}", "--device=cpu", *flags]
+    return start(args, OMP_NUM_THREADS="1")
 
 
 def test_the_figures_are_those_of_training(finished, tmp_path):
-    workdir = copy_of(finished, tmp_path / "run", 4, 8)
-    follow(workdir)
-    trained, evaluated = scalars(workdir), scalars(workdir / "eval")
+    workdir = copy_of(finished, tmp_path / "run", 2, 4, 6, 8)
+    assert follow(workdir) == []
+    assert evaluated(workdir) == [2, 4, 6, 8]
+    ours = {line["step"]: line for line in results(workdir, "val")}
+    for trained in results(finished, "val"):
+        assert {k: v for k, v in ours[trained["step"]].items() if k != "seconds"} == {
+            k: v for k, v in trained.items() if k != "seconds"
+        }
+    written = scalars(workdir / "eval_val")
     for name in ("val/bits_per_dim", "val_ema/bits_per_dim"):
-        assert evaluated[name] == {8: trained[name][8]}
-    assert [line["step"] for line in results(workdir)] == [8]
+        assert written[name] == pytest.approx({step: line[name] for step, line in ours.items()}, rel=1e-6)
     follow(workdir)  # started again, it has nothing left to do
-    assert [line["step"] for line in results(workdir)] == [8]
+    assert evaluated(workdir) == [2, 4, 6, 8]
+
+
+def test_what_training_has_evaluated_is_not_done_again(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    before = (workdir / "eval_val" / "steps" / "000000004.json").stat().st_mtime_ns
+    follow(workdir)
+    assert evaluated(workdir) == [2, 4, 6, 8]
+    assert (workdir / "eval_val" / "steps" / "000000004.json").stat().st_mtime_ns == before
 
 
 def test_checkpoints_are_evaluated_as_they_come(finished, tmp_path, monkeypatch):
@@ -56,40 +101,240 @@ def test_checkpoints_are_evaluated_as_they_come(finished, tmp_path, monkeypatch)
     def sleep(seconds):
         """Training saves its last step meanwhile, and deletes the one before."""
         waited.append(seconds)
-        shutil.copytree(finished / "checkpoints" / "000000008", workdir / "checkpoints" / "000000008")
+        save(finished, workdir, 8)
         shutil.rmtree(workdir / "checkpoints" / "000000004")
 
     monkeypatch.setattr(evaluate.time, "sleep", sleep)
     follow(workdir)
     assert len(waited) == 1
-    assert [line["step"] for line in results(workdir)] == [4, 8]
+    assert evaluated(workdir) == [4, 8]
 
 
-def test_a_checkpoint_that_is_deleted_while_it_is_read(finished, tmp_path, monkeypatch):
+def test_a_checkpoint_that_is_deleted_while_it_is_read(finished, tmp_path, monkeypatch, caplog):
     workdir = copy_of(finished, tmp_path / "run", 4)
     load = train.load
 
     def load_too_late(*args):
         if checkpoint.latest(workdir) == 4:
-            shutil.copytree(finished / "checkpoints" / "000000008", workdir / "checkpoints" / "000000008")
+            save(finished, workdir, 8)
             shutil.rmtree(workdir / "checkpoints" / "000000004")
             raise FileNotFoundError("000000004")
         return load(*args)
 
     monkeypatch.setattr(train, "load", load_too_late)
     follow(workdir)
-    assert [line["step"] for line in results(workdir)] == [8]
+    assert evaluated(workdir) == [8]
 
 
-def test_once(finished, tmp_path):
-    workdir = copy_of(finished, tmp_path / "run", 4)
-    follow(workdir, once=True)
-    assert [line["step"] for line in results(workdir)] == [4]
-    shutil.rmtree(workdir / "checkpoints")
-    with pytest.raises(ValueError, match="has no complete checkpoint"):
-        follow(workdir, once=True)
+def test_a_checkpoint_that_is_being_written_is_waited_for(finished, tmp_path, monkeypatch):
+    workdir = copy_of(finished, tmp_path / "run", 8)
+    marker = workdir / "checkpoints" / "000000008" / checkpoint.MARKER
+    whole = marker.read_bytes()
+    marker.unlink()
+    monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: marker.write_bytes(whole))
+    follow(workdir)
+    assert evaluated(workdir) == [8]
+
+
+@pytest.mark.parametrize(
+    ("how", "steps"), [({"every": 3}, [6, 8]), ({"every": 2}, [4, 8]), ({"newest": True}, [8])], ids=str
+)
+def test_some_checkpoints_only(finished, tmp_path, how, steps):
+    workdir = copy_of(finished, tmp_path / "run", 2, 4, 6, 8)
+    follow(workdir, **how)
+    assert evaluated(workdir) == steps
+
+
+def test_one_step(finished, tmp_path):
+    workdir = copy_of(finished, tmp_path / "run", 2, 4)
+    for flags, steps in ((["--once"], [4]), (["--step=2"], [2, 4]), (["--step=2"], [2, 4])):
+        process = program(workdir, *flags)
+        _, log = process.communicate(timeout=240)
+        assert process.returncode == 0, log
+        assert evaluated(workdir) == steps
+    for flags, message in (
+        (["--step=6"], "has no complete checkpoint of step 6"),
+        (["--step=2", "--once"], "give --once or --step"),
+        (["--evaluators=vall"], "there is no evaluator 'vall'; train.evaluators has val"),
+        (["--gin_bindings=train.evaluators = {}"], "has no evaluators"),
+    ):
+        process = program(workdir, *flags)
+        _, log = process.communicate(timeout=240)
+        assert process.returncode == 1, log
+        assert message in log.splitlines()[-1]
+        assert "Traceback" not in log
+
+
+def test_one_that_fails_leaves_the_others(finished, tmp_path, monkeypatch):
+    """An evaluator of a dataset that the machine lacks, and one that fails at every step."""
+    workdir = copy_of(finished, tmp_path / "run", 4, 8)
+    several = (
+        'train.evaluators = {"lacking": @lacking/Likelihood(), "failing": @failing/Likelihood(), "val": @Likelihood()}'
+    )
+    gin = [several, "lacking/Likelihood.data = @lacking/Data()", 'lacking/Data.name = "coco_capshuns"',
+           "failing/Likelihood.text_prefix_prob = 1.0"]  # fmt: skip
+    call = Likelihood.__call__
+
+    def fails(self, context):
+        if self.text_prefix_prob is not None:
+            raise OSError("no space left")
+        return call(self, context)
+
+    monkeypatch.setattr(Likelihood, "__call__", fails)
+    following = job(workdir, *gin)
+    following.follow(poll_seconds=0.0)
+    following.close()
+    assert evaluated(workdir) == [4, 8]
+    assert [line.partition(":")[0] for line in following.failures if line.startswith("lacking")] == [
+        "lacking at step 4"
+    ]
+    assert "there is no data set 'coco_capshuns'" in following.failures[0]
+    assert [line.partition(":")[0] for line in following.failures if "failing" in line] == [
+        "failing at step 4",
+        "failing at step 8",
+    ]
+
+
+def test_the_exit_code_tells(finished, tmp_path):
+    workdir = copy_of(finished, tmp_path / "run", 8)
+    process = program(
+        workdir,
+        '--gin_bindings=train.evaluators = {"lacking": @lacking/Likelihood(), "val": @Likelihood()}',
+        "--gin_bindings=lacking/Likelihood.split = 'nope'",
+    )
+    _, log = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert evaluated(workdir) == [8]
+    assert "error: 1 evaluation(s) failed: lacking at step 8: data set digits/1.0.0 has no split 'nope'" in log
+    assert "Traceback" not in log
+
+
+def test_two_jobs_at_once_lose_nothing(finished, tmp_path):
+    workdir = copy_of(finished, tmp_path / "run", 2, 4, 6, 8)
+    processes = [program(workdir), program(workdir)]
+    for process in processes:
+        _, log = process.communicate(timeout=300)
+        assert process.returncode == 0, log
+    assert evaluated(workdir) == [2, 4, 6, 8]
+    assert len(list((workdir / "eval_val").glob(".*"))) == 0
+
+
+def test_results_are_made_of_what_all_jobs_have_found(tmp_path):
+    """Where one job has written its list before it saw what another one found, the next to write has both."""
+
+    class Nowhere:
+        write_scalars = write_images = flush = lambda *args: None
+
+    workdir = UPath(tmp_path)
+    add = lambda step, value: base.write(
+        base.Results(scalars={"x": value}, ema_scalars={"x": -value}), "e", step, 1.0, workdir, Nowhere(), CPU
+    )
+    add(4, 1.0)
+    stale = (tmp_path / "eval_e" / "results.jsonl").read_text()
+    add(2, 2.0)
+    (tmp_path / "eval_e" / "results.jsonl").write_text(stale)
+    assert base.evaluated_steps(workdir, "e") == {2, 4}
+    add(6, 3.0)
+    add(4, 4.0)
+    assert [(line["step"], line["e/x"], line["e_ema/x"]) for line in results(tmp_path, "e")] == [
+        (2, 2.0, -2.0), (4, 4.0, -4.0), (6, 3.0, -3.0)]  # fmt: skip
+
+
+def test_a_run_with_a_new_configuration_is_read_anew(finished, tmp_path, monkeypatch, data_dir):
+    """Training is started again for longer, while the job waits."""
+    workdir = copy_of(finished, tmp_path / "run", 8)
+    config = (workdir / "config.gin").read_text()
+    shorter = config.replace("train.total_steps = 8", "train.total_steps = 100")
+    assert shorter != config
+    (workdir / "config.gin").write_text(shorter)
+    monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: (workdir / "config.gin").write_text(config))
+    follow(workdir)
+    assert evaluated(workdir) == [8]
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_two_processes_are_one(finished, tmp_path, processes):
+    """41 examples in batches of 16: the second process has the smaller part, and no full batch at the end."""
+    gin = ["Data.eval_split = 'validation[:41]'", "Samples.num_images = 3", "Samples.num_classes = 3",
+           'train.evaluators = {"val": @Likelihood(), "samples": @Samples(), "probe": @Probe()}',
+           "Probe.shots = (3, None)", "Probe.train_split = 'train[:77]'"]  # fmt: skip
+    one, several = (copy_of(finished, tmp_path / name, 8) for name in ("one", "several"))
+    assert follow(one, *gin) == []
+    args = [sys.executable, "-m", "jetformer.evaluate", f"--workdir={several}", "--device=cpu"]
+    process = start(
+        torchrun([*args, *(f"--gin_bindings={binding}" for binding in gin)], processes),
+        OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")  # fmt: skip
+    _, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log[-5000:]
+    for name in ("val", "samples", "probe"):
+        (expected,), (actual,) = results(one, name), results(several, name)
+        assert actual.keys() == expected.keys()
+        for tag in expected.keys() - {"seconds"}:
+            assert actual[tag] == pytest.approx(expected[tag], rel=1e-5, abs=1e-4), tag
+
+
+def test_a_dataset_that_is_lacking_in_several_processes(finished, tmp_path):
+    """All leave out the same evaluator, and none waits for another."""
+    workdir = copy_of(finished, tmp_path / "run", 8)
+    args = [sys.executable, "-m", "jetformer.evaluate", f"--workdir={workdir}", "--device=cpu",
+            '--gin_bindings=train.evaluators = {"lacking": @lacking/Likelihood(), "val": @Likelihood()}',
+            "--gin_bindings=lacking/Likelihood.split = 'nope'"]  # fmt: skip
+    process = start(torchrun(args, 2), OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
+    _, log = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert log.count("error: 1 evaluation(s) failed: lacking at step 8") == 1
+    assert evaluated(workdir) == [8]
+
+
+def test_a_run_and_a_job_finish_together(finished, tmp_path, data_dir):
+    """Both are killed at random moments and started again, and nothing is lost on either side."""
+    overrides = {"train__total_steps": 40, "train__checkpoint_steps": 4, "train__keep_last": 99,
+                 "train__evaluators": VAL, "Likelihood__every_steps": None}  # fmt: skip
+    gin, chance, workdir = bindings(data_dir, **overrides), random.Random(0), tmp_path / "run"
+    run(tmp_path / "whole", data_dir, **overrides)
+    starts = {
+        "train": lambda: start(command(workdir, gin), OMP_NUM_THREADS="1"),
+        "evaluate": lambda: program(workdir, "--poll_seconds=0.1"),
+    }
+    processes = {"train": starts["train"]()}
+    deadline, kills = time.monotonic() + 240, 0
+    while not (workdir / "config.gin").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    processes["evaluate"] = starts["evaluate"]()
+    while processes:
+        assert time.monotonic() < deadline, "they do not end"
+        time.sleep(chance.uniform(0.05, 0.3))
+        for name, process in list(processes.items()):
+            if process.poll() is None:
+                if kills < 4 and checkpoint.steps(workdir) and chance.random() < 0.3:
+                    os.kill(process.pid, signal.SIGKILL)
+                    process.communicate()
+                    processes[name], kills = starts[name](), kills + 1
+                continue
+            _, log = process.communicate()
+            assert process.returncode == 0, log[-3000:]
+            del processes[name]
+    assert kills > 0
+    assert checkpoint.steps(workdir) == evaluated(workdir) == list(range(4, 41, 4))
+    follow(tmp_path / "whole")
+    strip = lambda line: {name: value for name, value in line.items() if name != "seconds"}
+    assert list(map(strip, results(workdir, "val"))) == list(map(strip, results(tmp_path / "whole", "val")))
+
+
+def test_a_workdir_at_a_url(finished):
+    workdir = UPath("memory://evaluated")
+    for file in finished.rglob("*"):
+        if file.is_file() and "eval_" not in str(file) and "events" not in file.name:
+            target = workdir / str(file.relative_to(finished))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    follow(workdir)
+    lines = [json.loads(line) for line in (workdir / "eval_val" / "results.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert any(path.name.startswith("events") for path in (workdir / "eval_val").iterdir())
 
 
 def test_a_workdir_without_a_run(tmp_path):
     with pytest.raises(ValueError, match=r"holds no run: it has no config\.gin"):
-        train.load(tmp_path, [], [], CPU)
+        job(tmp_path)

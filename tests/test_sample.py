@@ -12,28 +12,17 @@ import threading
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 import torch
 from PIL import Image
 from upath import UPath
 
 from jetformer import config, train
-from jetformer.data import pipeline
 from jetformer.runtime import Runtime
 from runs import bindings, start
 
 pytestmark = pytest.mark.slow
 
 PROMPT = "a large red circle at the left on a black background"
-
-
-@pytest.fixture(scope="module")
-def shapes_dir(tmp_path_factory):
-    """Some of the data set `shapes`; not in the session's directory, where it would be taken for all of it."""
-    directory = str(tmp_path_factory.mktemp("some_shapes"))
-    few = tfds.download.DownloadConfig(max_examples_per_split=40)
-    pipeline._builder("shapes", directory).download_and_prepare(download_config=few)
-    return directory
 
 
 def finished(workdir, gin_file, gin_bindings):
@@ -45,14 +34,14 @@ def finished(workdir, gin_file, gin_bindings):
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory, shapes_dir):
     """A run of shapes.gin, so short that it has learned nothing."""
-    small = bindings(shapes_dir, train__total_steps=4, train__samples=None, Jet__num_heads=2)
+    small = bindings(shapes_dir, train__total_steps=4, train__evaluators='{"val": @Likelihood()}', Jet__num_heads=2)
     return finished(tmp_path_factory.mktemp("captioned"), "experiments/shapes.gin", small)
 
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory, data_dir):
     """A run of digits.gin, as short."""
-    small = bindings(data_dir, train__total_steps=4, train__samples=None)
+    small = bindings(data_dir, train__total_steps=4, train__evaluators='{"val": @Likelihood()}')
     return finished(tmp_path_factory.mktemp("classes"), "experiments/digits.gin", small)
 
 

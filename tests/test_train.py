@@ -1,5 +1,6 @@
 """The training program: resumed equals uninterrupted, parts equal the whole, mistakes end in one line."""
 
+import json
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ from jetformer import checkpoint, config, train
 from jetformer.loops import torch_loop
 from jetformer.preemption import Preempted
 from jetformer.runtime import Runtime
-from runs import bindings, command, run, scalars, start
+from runs import bindings, command, results, run, scalars, start
 
 
 def checkpoint_tensors(workdir, step):
@@ -48,13 +49,23 @@ def test_what_a_run_leaves_behind(finished):
     assert written["noise_scale"][1] == 8.0
     assert written["learning_rate"][1] == 0.0  # what gin binds arrives: the experiment begins with a warm-up
     assert checkpoint.steps(finished) == [12]
-    with Image.open(finished / "samples" / "000000012.png") as image:
+    with Image.open(finished / "eval_samples" / "grid" / "000000012.png") as image:
         width, height = image.size
-    assert (width % 19, height % 91) == (0, 0)  # two columns and ten rows of 8 pixels and a line
+    rows, line = divmod(height, 10)  # each of two images of 8 pixels with lines around them, enlarged, under a label
+    assert (width % 19, line, (rows - 14) * 19) == (0, 0, width * 10)
+    for name in ("val", "samples"):
+        assert [line["step"] for line in results(finished, name)] == ([6, 12] if name == "val" else [12])
+    assert {line["step"]: line["val_ema/bits_per_dim"] for line in results(finished, "val")} == pytest.approx(
+        written["val_ema/bits_per_dim"], rel=1e-6
+    )
+    facts = json.loads((finished / "run.json").read_text())
+    assert facts["versions"]["torch"] == torch.__version__
+    assert (facts["total_steps"], facts["batch_size"], facts["train_examples"]) == (12, 16, 1347)
+    assert {"name": "image_emb.bias", "shape": [16], "dtype": "float32", "size": 16} in facts["parameters"]
     assert "JetFormer.num_mixtures = 4" in (finished / config.CONFIG_FILE).read_text()
     operative = (finished / config.OPERATIVE_CONFIG_FILE).read_text()
     assert "Jet.scale_factor = 2.0" in operative  # a default
-    assert "ClassGrid.temperature_scales = 1.0" in operative  # used at the end only
+    assert "Samples.temperature_scales = 1.0" in operative  # used at the end only
 
 
 @pytest.mark.slow
@@ -89,7 +100,7 @@ def test_a_killed_run_continues_bit_by_bit(finished, tmp_path, data_dir):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_asks_for_a_restart(tmp_path, data_dir):
-    overrides = {"train__total_steps": 100_000, "train__checkpoint_steps": 2, "train__eval_steps": 7}
+    overrides = {"train__total_steps": 100_000, "train__checkpoint_steps": 2, "Likelihood__every_steps": 7}
     process = start(command(tmp_path, bindings(data_dir, **overrides)))
     deadline = time.monotonic() + 120
     while not checkpoint.steps(tmp_path):
@@ -111,13 +122,13 @@ def test_sigterm_saves_and_asks_for_a_restart(tmp_path, data_dir):
 @pytest.mark.slow
 def test_sigterm_during_an_evaluation(tmp_path, data_dir, monkeypatch):
     """The step that it follows is saved, and the parameters are not those of the moving average."""
-    evaluate = torch_loop.evaluate
+    per_example = torch_loop.per_example
 
     def interrupted(*, batches, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(batches=batches, **kwargs)
+        return per_example(batches=batches, **kwargs)
 
-    monkeypatch.setattr(torch_loop, "evaluate", interrupted)
+    monkeypatch.setattr(torch_loop, "per_example", interrupted)
     with pytest.raises(Preempted):
         run(tmp_path / "interrupted", data_dir, train__total_steps=6, train__checkpoint_steps=6)
     monkeypatch.undo()
@@ -125,6 +136,11 @@ def test_sigterm_during_an_evaluation(tmp_path, data_dir, monkeypatch):
     run(tmp_path / "whole", data_dir, train__total_steps=6)
     expected, saved = (checkpoint_tensors(tmp_path / name, 6) for name in ("whole", "interrupted"))
     assert all(torch.equal(expected[name], saved[name]) for name in expected)
+    # Started again, it does the evaluation that is missing.
+    assert not (tmp_path / "interrupted" / "eval_val" / "results.jsonl").exists()
+    run(tmp_path / "interrupted", data_dir, train__total_steps=6, train__checkpoint_steps=6)
+    figures = [results(tmp_path / name, "val")[0]["val_ema/bits_per_dim"] for name in ("whole", "interrupted")]
+    assert figures[0] == figures[1]
 
 
 @pytest.mark.slow
@@ -205,7 +221,7 @@ def test_jet_alone(tmp_path, data_dir):
     overrides = {
         "train__model": "@Jet",
         "train__objective": "@JetObjective()",
-        "train__samples": None,
+        "train__evaluators": '{"val": @Likelihood()}',
         "train__noise_scale": 0.0,
         "Jet__input_shape": "(8, 8, 1)",
         "Jet__ps": 2,
@@ -217,7 +233,7 @@ def test_jet_alone(tmp_path, data_dir):
     )
     for wrong, message in (
         ({"train__noise_scale": 8.0}, "no noise curriculum"),
-        ({"train__samples": "@ClassGrid()"}, "not from a Jet"),
+        ({"train__evaluators": '{"samples": @Samples()}'}, "not of a Jet"),
         ({"Jet__input_shape": "(4, 4, 1)"}, "built for"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -262,8 +278,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
         ({"train__keep_last": 0}, "keep_last is 0"),
         ({"train__grad_accum_steps": 0}, "train.grad_accum_steps = 0"),
         ({"train__data": "@Data"}, r"train.data is a class: write @Data\(\)"),
-        ({"ClassGrid__num_classes": 11}, "there is no class or token 10: the model has those from 0 to 9"),
-        ({"Data__eval_split": '"validation[:0]"'}, "the evaluation split has no examples"),
+        ({"train__evaluators": '{"val": @Likelihood}'}, r"train.evaluators\['val'\] is a class: write @Likelihood\(\)"),
+        ({"train__evaluators": '{"a b": @Likelihood()}'}, "'a b' cannot name a directory"),
+        ({"Likelihood__every_steps": 0}, "Likelihood.every_steps = 0"),
+        ({"Likelihood__num_draws": 0}, "Likelihood.num_draws = 0"),
+        ({"Samples__prompts": "('3',)"}, "Samples: give num_classes or prompts"),
+        ({"Samples__num_classes": 11}, "there is no class or token 10: the model has those from 0 to 9"),
+        ({"Data__eval_split": '"validation[:0]"'}, "split 'validation\\[:0\\]' of 'digits' has no examples"),
         ({"Data__pp": '"label_as_text"'}, "has a 'image' that is no number"),
         ({"Data__pp": '"decode(channels=1) | central_crop(9) | label_as_text"'}, "cannot be preprocessed"),
         ({"Data__pp": '"decode | flip_ud"'}, "flip_ud"),
@@ -276,7 +297,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
                 "JetFormer__bos_id": 0,
                 "JetFormer__boi_id": 0,
                 "JetFormer__nolabel_id": 0,
-                "train__samples": None,
+                "train__evaluators": '{"val": @Likelihood()}',
             },
             "label 9, but JetFormer.vocab_size is 8",
         ),
@@ -323,8 +344,8 @@ def test_a_workdir_at_a_url(finished, tmp_path, data_dir):
         UPath(f"memory://run/checkpoints/{step:09d}/COMPLETE").unlink()
     run(workdir, data_dir, train__total_steps=12, train__keep_last=9)
     names = {path.name.partition(".")[0] for path in workdir.iterdir()}
-    assert names == {"checkpoints", "config", "operative_config", "samples", "events"}
-    assert (workdir / "samples" / "000000012.png").read_bytes().startswith(b"\x89PNG")
+    assert names == {"checkpoints", "config", "operative_config", "run", "eval_val", "eval_samples", "events"}
+    assert (workdir / "eval_samples" / "grid" / "000000012.png").read_bytes().startswith(b"\x89PNG")
     for path in workdir.iterdir():
         if path.name.startswith("events"):
             (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from jetformer import checkpoint, prng
-from runs import bindings, command, run, scalars, start
+from runs import bindings, command, results, run, scalars, start
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,8 +31,8 @@ SIZES = {
     "Decoder__width": 32,
     "Decoder__mlp_dim": 128,
     "train__keep_last": 9,
-    "train__samples": None,
-    "train__eval_steps": None,
+    "train__evaluators": '{"val": @Likelihood()}',
+    "Likelihood__every_steps": 8,
 }
 
 
@@ -76,8 +76,8 @@ def digits(data_dir, *more):
         f'Data.data_dir = "{data_dir}"',
         "train.total_steps = 20",
         "train.log_steps = 1",
-        "train.samples = None",
-        "train.eval_steps = None",
+        'train.evaluators = {"val": @Likelihood()}',
+        "Likelihood.every_steps = 20",
         *more,
     ]
 
@@ -130,7 +130,7 @@ def test_losses_with(tmp_path, data_dir, overrides, tolerance):
 
 def test_nothing_is_compiled_after_the_second_step(tmp_path, data_dir):
     """200 steps that log, and every other one of which evaluates, samples and saves."""
-    everything = {f"train__{name}": 2 for name in ("eval_steps", "sample_steps", "checkpoint_steps")}
+    everything = {f"{name}_steps": 2 for name in ("Likelihood__every", "Samples__every", "train__checkpoint")}
     overrides = {"train__total_steps": 200, "train__log_steps": 1, "train__ema_decay": 0.0, **everything}
     log = run_on_xla(tmp_path, bindings(data_dir, **overrides), devices=2)
     written = scalars(tmp_path)
@@ -140,7 +140,7 @@ def test_nothing_is_compiled_after_the_second_step(tmp_path, data_dir):
     assert compilations[200] == compilations[3]
     assert set(written["xla/fallbacks"].values()) == {0.0}
     assert sorted(written["val/bits_per_dim"]) == list(range(2, 201, 2))
-    assert len(list((tmp_path / "samples").iterdir())) == 100
+    assert len(list((tmp_path / "eval_samples" / "grid").iterdir())) == 100
     assert "had to be compiled" not in log
     assert written["trace_fraction"][200] > 0
 
@@ -234,9 +234,24 @@ def test_jobs_of_their_own_read_it(sharded, tmp_path, data_dir):
     """Evaluation and sampling on two devices and on the CPU, from a checkpoint of four."""
     workdir = tmp_path / "run"
     shutil.copytree(sharded, workdir)
-    assert "Step 8" in run_job("evaluate", workdir, "--device=xla")
-    trained, evaluated = scalars(workdir), scalars(workdir / "eval")
-    assert evaluated["val_ema/bits_per_dim"][8] == pytest.approx(trained["val_ema/bits_per_dim"][8], rel=1e-5)
+    # 41 examples in batches of 16, and 9 samples in one batch: neither divides by the devices.
+    gin = ["Data.eval_split = 'validation[:41]'", "Samples.num_images = 3", "Samples.num_classes = 3",
+           'train.evaluators = {"val": @Likelihood(), "samples": @Samples(), "probe": @Probe()}',
+           "Probe.shots = (None,)", "Probe.train_split = 'train[:77]'"]  # fmt: skip
+    found = {}
+    for device in ("xla", "cpu"):
+        copied = tmp_path / f"evaluated_{device}"
+        shutil.copytree(sharded, copied, ignore=shutil.ignore_patterns("eval_*"))
+        flags = [f"--device={device}", "--once", *(f"--gin_bindings={binding}" for binding in gin)]
+        run_job("evaluate", copied, *flags)
+        found[device] = {name: results(copied, name)[0] for name in ("val", "samples", "probe")}
+        found[device]["picture"] = np.asarray(Image.open(copied / "eval_samples" / "grid" / "000000008.png")).astype(
+            int
+        )
+    assert np.abs(found["xla"].pop("picture") - found["cpu"].pop("picture")).max() <= 1
+    for name, expected in found["cpu"].items():
+        for tag in expected.keys() - {"seconds"}:
+            assert found["xla"][name][tag] == pytest.approx(expected[tag], rel=1e-5, abs=1e-3), tag
     drawn, likelihoods = {}, {}
     for device in ("xla", "cpu"):
         out = tmp_path / device

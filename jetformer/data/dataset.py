@@ -6,7 +6,7 @@ benchmark or a sampler does without.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -66,11 +66,22 @@ class Data:
             **kwargs,
         )
 
-    def eval_batches(self, **kwargs) -> Iterator[dict[str, np.ndarray]]:
-        """See `pipeline.eval_batches`."""
+    def eval_batches(
+        self, *, split: str | None = None, pp: str | None = None, **kwargs
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Of `eval_split` and preprocessed for evaluation, unless another split or string is given; see
+        `pipeline.eval_batches`."""
         from jetformer.data import pipeline
 
-        return pipeline.eval_batches(self.name, self.eval_split, self._pp_eval(), data_dir=self.data_dir, **kwargs)
+        return pipeline.eval_batches(
+            self.name, split or self.eval_split, pp or self._pp_eval(), data_dir=self.data_dir, **kwargs
+        )
+
+    def examples(self, split: str, count: int) -> list[dict[str, Any]]:
+        """The first examples of a split as the dataset has them; see `pipeline.examples`."""
+        from jetformer.data import pipeline
+
+        return pipeline.examples(self.name, split, count, data_dir=self.data_dir)
 
     def _pp_eval(self) -> str:
         return self.pp if self.pp_eval is None else self.pp_eval

@@ -18,10 +18,12 @@ signatures, and never takes a GPU.
 """
 
 import atexit
+import dataclasses
 import itertools
 import math
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -167,13 +169,28 @@ def eval_batches(
         return _map(_read(shards), lambda record: run(record, {}), tf.data.AUTOTUNE)
 
     everything = _file_instructions(builder, split)
-    parts = [_file_instructions(builder, p) for p in tfds.even_splits(split, process_count)]
+    # (`tfds.even_splits` would cut up each part of a sum like validation+test, and number examples differently then.)
+    size, rest = divmod(_num_examples(everything), process_count)
+    ends = [i * size + min(i, rest) for i in range(process_count + 1)]
+    parts = [_slice(everything, start, stop) for start, stop in itertools.pairwise(ends)]
     num_batches = math.ceil(max(map(_num_examples, parts)) / local_batch_size)
     ds = examples(parts[process_index]).batch(local_batch_size).prefetch(2)
     # What padding looks like where a process has no example of its own.
     template = examples(everything).take(1).batch(1)
     first = sum(map(_num_examples, parts[:process_index]))
     return _closed_at_exit(_padded(ds, template, num_batches, local_batch_size, first))
+
+
+def examples(name: str, split: str, count: int, data_dir: str | None = None) -> list[dict[str, Any]]:
+    """The first `count` examples of a split (or all) as the data set has them, decoded: arrays and bytes by feature.
+
+    Raises:
+      ValueError: as `train_batches`.
+    """
+    builder = _prepared_builder(name, data_dir, process_count=1)
+    records = _read(_file_instructions(builder, split)).take(count)
+    ds = records.map(builder.info.features.deserialize_example)
+    return list(tfds.as_numpy(ds))
 
 
 def _batches(ds: tf.data.Dataset) -> Iterator[Batch]:
@@ -315,6 +332,17 @@ def _file_instructions(builder, split) -> list[FileInstruction]:
             f"data set {name} has no split {split!r}, it has: {', '.join(builder.info.splits)}, "
             f"and slices and sums of them, as train[:90%] or train+test ({_one_line(e)})"
         ) from e
+
+
+def _slice(shards: list[FileInstruction], start: int, stop: int) -> list[FileInstruction]:
+    """What of the shards holds their examples from number `start` to before `stop`."""
+    found = []
+    for shard in shards:
+        first, last = max(start, 0), min(stop, shard.take)
+        if first < last:
+            found.append(dataclasses.replace(shard, skip=shard.skip + first, take=last - first))
+        start, stop = start - shard.take, stop - shard.take
+    return found
 
 
 def _num_examples(shards: list[FileInstruction]) -> int:

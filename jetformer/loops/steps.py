@@ -8,6 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from jetformer import objectives
+from jetformer.runtime import Runtime
+
+# What `per_example` calls: of the model, a batch and its examples' keys int32 [B, 2]; tensors [B, ...] by name.
+Function = Callable[[nn.Module, dict[str, Tensor], Tensor], dict[str, Tensor]]
+# Arrays [N, ...] by name, over N examples.
+Rows = dict[str, np.ndarray]
 
 
 class Runner(nn.Module):
@@ -62,3 +68,13 @@ def means(names: tuple[str, ...], values: np.ndarray) -> dict[str, float]:
     """The mean of each name over packed values `[N, 2, n]`; one that counted for no example is 0."""
     totals, counts = values.astype(np.float64).sum(0)
     return dict(zip(names, (totals / counts.clip(min=1)).tolist(), strict=True))
+
+
+def gather(parts: list[Rows], runtime: Runtime) -> Rows:
+    """Rows of all batches of all processes as one, by their numbers `_index` (which are left out), on every process."""
+    names = parts[0].keys()
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in names}
+    everyone = runtime.of_all(rows)
+    rows = {name: np.concatenate([theirs[name] for theirs in everyone]) for name in names}
+    order = rows.pop("_index").argsort(kind="stable")
+    return {name: values[order] for name, values in rows.items()}

@@ -325,39 +325,47 @@ def train_steps(
 
 
 @torch.no_grad()
-def evaluate(
+def per_example(
     *,
     runner: steps.Runner,
-    objective,
+    function: steps.Function,
     batches: Iterator[dict[str, np.ndarray]],
     runtime: Runtime,
     seed: int,
     autocast_dtype: str | None,
+    staged: bool = False,
+    to_rows: Callable[[steps.Rows], steps.Rows] = lambda rows: rows,
     each_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Scores every example of `batches` once, with the same draws each time it is called.
+) -> steps.Rows:
+    """What a function gives for every example of `batches`, each of which counts once however many processes share
+    them.
 
     Args:
       runner: the model, as `place` returns it.
+      function: of the model, a batch and the examples' keys; gives tensors `[B, ...]` by name.
       batches: as many on every process, with a bool `_mask` `[B]` that is false where an example only fills up its
         batch, and the examples' numbers `_index` `[B]`.
+      seed: of the examples' keys, which depend on it and their numbers: the same draws each time this is called.
+      autocast_dtype: see `autocast`.
+      staged: `function` decodes: it runs the model many times, and compiles its parts itself.
+      to_rows: called with what each batch has given, arrays of its examples; what this returns is kept instead.
       each_batch: called after every batch.
 
     Returns:
-      The means of the objective's terms over the examples of all processes.
+      Arrays `[N, ...]` by name over the N examples of all processes in the order of their numbers, on every process.
     """
     runner.eval()
-    score = _scorer(runner, objective)
-    values = []
-    for batch in on_device(batches, runtime.device):
-        mask, index = batch.pop("_mask"), batch.pop("_index")
-        draws = objective.draw(runner.model, batch, prng.example_keys(seed, index), train=False)
-        with autocast(runtime.device, autocast_dtype):
-            _, terms = runner(score, batch, draws, train=False)
-        names, packed = steps.pack(objectives.sum_terms(terms, mask))
-        values.append(packed)
-        each_batch()
+    call = torch.compile(function, dynamic=False) if runner.compiles and not staged else function
+    parts = []
+    with gathered(runner) if staged else contextlib.nullcontext():
+        for batch in on_device(batches, runtime.device):
+            mask, index = batch.pop("_mask"), batch.pop("_index")
+            with autocast(runtime.device, autocast_dtype):
+                values = runner(call, batch, prng.example_keys(seed, index))
+            valid = mask.cpu().numpy()
+            rows = {name: value.cpu().numpy()[valid] for name, value in values.items()}
+            parts.append({"_index": index.cpu().numpy()[valid], **to_rows(rows)})
+            each_batch()
     if isinstance(runner, FSDPModule):
         runner.reshard()  # which after a forward pass waits for a backward pass
-    total = _sum_over_processes(torch.stack(values).double().sum(0), runtime)
-    return steps.means(names, to_host([total]))
+    return steps.gather(parts, runtime)

@@ -13,6 +13,7 @@ cuts the graph up by how batches and parameters are laid out on the mesh. What h
 Nothing else touches the device. Dimensions: B batch over all devices.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -339,43 +340,56 @@ def _everywhere(values: Tensor) -> Tensor:
     return values
 
 
+def _anew(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values as tensors that are laid out nowhere yet: some may be the batch's own."""
+    return {name: x | False if x.dtype == torch.bool else x + 0 for name, x in tensors.items()}
+
+
 def _compilations() -> int:
     return (xla_metrics.metric_data("CompileTime") or (0,))[0]
 
 
 @torch.no_grad()
-def evaluate(
+def per_example(
     *,
     runner: steps.Runner,
-    objective,
+    function: steps.Function,
     batches: Iterator[dict[str, np.ndarray]],
     runtime: Runtime,
     seed: int,
     autocast_dtype: str | None,
+    staged: bool = False,
+    to_rows: Callable[[steps.Rows], steps.Rows] = lambda rows: rows,
     each_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Scores every example of `batches` once; arguments and results as in `torch_loop.evaluate`."""
-    names: tuple[str, ...] = ()
+) -> steps.Rows:
+    """What a function gives for every example of `batches`; arguments and results as in `torch_loop.per_example`."""
+    own: collections.deque[np.ndarray] = collections.deque()  # of each batch, the numbers of this host's examples
 
     def inputs() -> Iterator[dict[str, Tensor]]:
         for batch in batches:
+            own.append(batch["_index"][batch["_mask"]])
             keys = prng.example_keys(seed, torch.tensor(batch["_index"]))
-            yield {name: torch.tensor(array) for name, array in batch.items() if name != "_index"} | {"_keys": keys}
-
-    def eval_step(batch: dict[str, Tensor]) -> Tensor:
-        nonlocal names
-        mask, keys = batch.pop("_mask"), batch.pop("_keys")
-        draws = objective.draw(runner.model, batch, keys, train=False)
-        with autocast(runtime.device, autocast_dtype):
-            _, terms = runner(objective, batch, draws, train=False)
-        names, values = steps.pack(objectives.sum_terms(terms, mask))
-        return _everywhere(values)
+            yield {name: torch.tensor(array) for name, array in batch.items()} | {"_keys": keys}
 
     runner.eval()
-    values = []
+    parts = []
+    call = lambda batch, keys: runner(function, batch, keys)
     with _on_device(inputs(), runtime) as device_batches:
         for batch in device_batches:
-            with torch_xla.compile(full_graph=True, name="eval_step"):
-                values.append(eval_step(batch))
+            known = {name: batch.pop(name) for name in ("_mask", "_index")}
+            keys = batch.pop("_keys")
+            with autocast(runtime.device, autocast_dtype):
+                if staged:
+                    known |= call(batch, keys)
+                    values = compile(_anew)(known)
+                else:
+                    values = compile(lambda batch, keys, known: _anew(known | call(batch, keys)))(batch, keys, known)
+            on_host = torch_xla._XLAC._xla_get_cpu_tensors(list(values.values()))
+            arrays = {name: value.numpy() for name, value in zip(values, on_host, strict=True)}
+            # Every host sees all examples, and keeps its own.
+            index = arrays.pop("_index")
+            valid = arrays.pop("_mask") & np.isin(index, own.popleft())
+            rows = {name: array[valid] for name, array in arrays.items()}
+            parts.append({"_index": index[valid], **to_rows(rows)})
             each_batch()
-    return steps.means(names, to_host(values))
+    return steps.gather(parts, runtime)

@@ -83,12 +83,11 @@ class CachedDecoder:
 
     def _run(self, x: Tensor, mask: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         caches = [KVCache(k, v, slots) for k, v in self._layers]
-        x = self.model.run_decoder(x, mask=mask, positions=positions, caches=caches)
-        return self._norm(x[:, -1])
+        return self._norm(self.model.run_decoder(x, mask=mask, positions=positions, caches=caches))
 
     def prefill(self) -> Tensor:
         """Runs the prefix; the hidden state `[B, E]` that predicts the first token."""
-        return self._run(self._prefix, self._mask, self._positions, self._slots[: self._prefix.shape[1]])
+        return self._run(self._prefix, self._mask, self._positions, self._slots[: self._prefix.shape[1]])[:, -1]
 
     def step(self, token: Tensor) -> Tensor:
         """Appends an image token `[B, D]`, or the id `[B]` of a text token; the hidden state `[B, E]` that predicts the
@@ -98,7 +97,18 @@ class CachedDecoder:
         mask = (self._valid & (self._slots <= slot))[:, None]
         # As the prefix's: autocast would carry one token in bfloat16 through all layers.
         x = self._emb(token)[:, None].to(self._prefix.dtype)
-        return self._run(x, mask, positions[:, None], slot)
+        return self._run(x, mask, positions[:, None], slot)[:, -1]
+
+    def look_ahead(self, tokens: Tensor) -> Tensor:
+        """Runs tokens `[B, N, D]` or ids `[B, N]` that are not kept: the next call goes on where this one began.
+
+        Returns:
+          The hidden states `[B, N, E]` that predict what comes after each of them.
+        """
+        ahead = torch.arange(tokens.shape[1], device=tokens.device)
+        slots = self._next_slot + ahead
+        mask = self._valid[:, None] & (self._slots <= slots[:, None])
+        return self._run(self._emb(tokens).to(self._prefix.dtype), mask, self._next_position[:, None] + ahead, slots)
 
 
 class Latents(NamedTuple):
@@ -427,6 +437,55 @@ def sample_text(
         token = step(token)
         on_token()
     return compile(lambda: (tokens, own_lengths, log_likelihood))()
+
+
+@torch.no_grad()
+def score_texts(
+    model: JetFormer,
+    image_tokens: Tensor,
+    texts: Tensor,
+    counts: Tensor,
+    *,
+    compile: Compile = lambda function: function,
+) -> Tensor:
+    """How likely each of C texts is, given each of B images. The images are run once, then each text.
+
+    Args:
+      model: the model, in evaluation mode.
+      image_tokens: `[B, L, D]`, see `encode_images`.
+      texts: token ids `[C, T]`.
+      counts: bool `[C, T]`, which of them count.
+      compile: what the stages (images, one text) are compiled with.
+
+    Returns:
+      Log-likelihoods `[B, C]` in nats of the tokens that count.
+
+    Raises:
+      ValueError: for texts of several tokens of a model that repeats its vocabulary.
+    """
+    length = texts.shape[1]
+    if model.num_vocab_repeats != 1 and length > 1:
+        raise ValueError("the model repeats its vocabulary: its texts are class labels of one token")
+    batch_size, device = len(image_tokens), image_tokens.device
+
+    def prefill() -> tuple[CachedDecoder, Tensor]:
+        no_text = torch.empty(batch_size, 0, dtype=torch.int64, device=device)
+        prefix = model.embed(no_text, image_tokens, text_first=False, shift=False)
+        decoder = CachedDecoder(model, prefix, modality="text", num_steps=length - 1)
+        return decoder, decoder.prefill()
+
+    def score(text: Tensor, counted: Tensor) -> Tensor:
+        ids = text.expand(batch_size, -1)
+        hidden = first[:, None]
+        if length > 1:
+            hidden = torch.cat((hidden, decoder.look_ahead(ids[:, :-1])), dim=1)
+        log_probs = model.text_logits(hidden).float().log_softmax(-1)
+        return (log_probs.gather(2, ids[..., None].long()).squeeze(2) * counted).sum(1)
+
+    decoder, first = compile(prefill)()
+    score = compile(score)
+    scores = [score(text, counted) for text, counted in zip(texts, counts, strict=True)]
+    return compile(lambda: torch.stack(scores, dim=1))()
 
 
 def keep_top(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:

@@ -189,6 +189,27 @@ def test_evaluation_sees_every_example_once(evaluate, process_count):
         assert b["image"][b["_mask"]].any(axis=(1, 2, 3)).all()
 
 
+@pytest.mark.parametrize("process_count", [2, 3, 4])
+def test_examples_have_the_same_numbers_for_all_numbers_of_processes(evaluate, process_count):
+    """Also in a sum of splits."""
+    split = "test[:7]+train[2:9]+test[9:]"
+    whole = {i: id for b in evaluate(split, batch_size=12) for i, id in zip(b["_index"], b["id"], strict=True)}
+    parts = {}
+    for index in range(process_count):
+        for batch in evaluate(split, batch_size=12, process_index=index, process_count=process_count):
+            known = zip(batch["_index"][batch["_mask"]], batch["id"][batch["_mask"]], strict=True)
+            parts |= dict(known)
+    assert len(parts) == 16
+    assert parts == {i: whole[i] for i in range(16)}
+
+
+def test_examples_as_they_are(builder, data_dir):
+    found = pipeline.examples("pebbles", "test[2:]", 3, data_dir=data_dir)
+    expected = list(tfds.as_numpy(builder.as_dataset(split="test[2:5]")))
+    assert [e["id"] for e in found] == [e["id"] for e in expected]
+    assert all(np.array_equal(a["image"], b["image"]) for a, b in zip(found, expected, strict=True))
+
+
 def test_evaluation_pads_whole_batches(evaluate):
     parts = [evaluate("test[:2]", batch_size=5, process_index=i, process_count=5) for i in range(5)]
     assert [len(p) for p in parts] == [1] * 5

@@ -25,7 +25,6 @@ from jetformer.sampling.decode import (
     sample_text,
     to_uint8,
 )
-from jetformer.sampling.grid import ClassGrid
 from jetformer.sampling.guidance import Guidance, draw, sample_token
 from small_models import L, T, inputs, small_model
 
@@ -110,17 +109,6 @@ def test_8_bits_survive_dequantization():
     for u in (0.01, 0.5, 0.99):
         assert torch.equal(to_uint8((pixels + u) / 127.5 - 1), pixels.to(torch.uint8))
     assert to_uint8(torch.tensor([-2.0, 2.0])).tolist() == [0, 255]
-
-
-def test_grid_has_a_row_for_each_class():
-    model = small_model().float().eval()
-    picture = ClassGrid(num_classes=5, num_images=3)(model, None, seed=0)
-    assert picture.shape == (5 * 5 + 1, 3 * 5 + 1, 3)
-    labels = torch.arange(5).repeat_interleave(3)[:, None]
-    images, _ = sample_images(model, labels, keys(0, 15))
-    assert (picture[6:10, 11:15] == images[5].numpy()).all()
-    assert (picture[::5] == picture[0, 0]).all()
-    assert (picture[:, ::5] == picture[0, 0]).all()
 
 
 @settings(max_examples=15, deadline=None)

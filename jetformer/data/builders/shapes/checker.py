@@ -257,3 +257,11 @@ def _score(said: Scene, true: Scene) -> Score:
         score[attribute] = (int(right[k]), sum(getattr(o, attribute) is not None for o in said.objects))
     score["background"] = (int(said.background == true.background), 1) if said.background else (0, 0)
     return score
+
+
+def scene_of(example: dict) -> Scene:
+    """The scene of an example of `shapes` as TFDS gives it."""
+    words = {"shape": SHAPES, "colour": list(COLOURS), "size": list(SIZES), "position": POSITIONS}
+    columns = {key: [names[i] for i in example["objects"][key]] for key, names in words.items()}
+    objects = zip(*(columns[key] for key in _OBJECT_ATTRIBUTES), strict=True)
+    return Scene(tuple(Object(*values) for values in objects), list(BACKGROUNDS)[example["background"]])

@@ -1,0 +1,1 @@
+"""Evaluators: one file each, bound by name in `train.evaluators`."""

@@ -1,0 +1,287 @@
+"""What evaluators have in common: what they are given, what they give, and where that is written down.
+
+    <workdir>/eval_<name>/results.jsonl             a line for each step: {"step": …, "seconds": …, "<name>/…": …}
+    <workdir>/eval_<name>/steps/000000200.json      the same, of one step
+    <workdir>/eval_<name>/<picture>/000000200.png   pictures
+
+A step counts as evaluated once its own file is there, which is written whole or not at all. results.jsonl is made of
+these files anew each time, so that several jobs may write at once and none loses what another one did.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from upath import UPath
+
+from jetformer.data.dataset import Data
+from jetformer.loops import steps
+from jetformer.runtime import Runtime, derive_seed
+from jetformer.sampling.grid import save_png
+
+if TYPE_CHECKING:
+    from clu.metric_writers import MetricWriter
+
+    from jetformer.train import Run, State
+
+RESULTS_FILE = "results.jsonl"
+
+_prepared: set[Data] = set()  # in this process
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Attributes:
+    every_steps: run it in training every so many steps, and at the end; None: in evaluation jobs only.
+    """
+
+    every_steps: int | None = None
+
+    def __post_init__(self):
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ValueError(f"{type(self).__name__}.every_steps = {self.every_steps}: give 1 or more, or None")
+
+    def check(self, context: "Context") -> None:
+        """Looks whether it can evaluate like this, within seconds; called before anything is trained or evaluated.
+
+        Raises:
+          ValueError: if not.
+        """
+
+    def __call__(self, context: "Context") -> "Results":
+        """Evaluates; every process calls it."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass
+class Results:
+    """What an evaluator finds.
+
+    Attributes:
+      scalars: figures by name.
+      ema_scalars: the same with the moving average of the parameters, where both are evaluated.
+      pictures: uint8 `[H, W, C]` by name.
+    """
+
+    scalars: dict[str, float] = dataclasses.field(default_factory=dict)
+    ema_scalars: dict[str, float] = dataclasses.field(default_factory=dict)
+    pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def tagged(self, name: str) -> dict[str, float]:
+        """All figures by tag: those of the evaluator `name` are `name/…` and `name_ema/…`."""
+        tags = {f"{name}/{key}": value for key, value in self.scalars.items()}
+        return tags | {f"{name}_ema/{key}": value for key, value in self.ema_scalars.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What an evaluator is given.
+
+    Attributes:
+      run: the experiment.
+      state: its parameters at a step; the model is placed on the devices.
+      step: the step.
+      runtime: the devices and processes.
+      loop: the loop for them.
+      directory: where the evaluator may keep more than its results: `<workdir>/eval_<name>`.
+      each_batch: called after every batch of examples.
+    """
+
+    run: "Run"
+    state: "State"
+    step: int
+    runtime: Runtime
+    loop: ModuleType
+    directory: UPath
+    each_batch: Callable[[], None] = lambda: None
+
+    def per_example(
+        self,
+        function: steps.Function,
+        batches: Iterator[dict[str, np.ndarray]],
+        *,
+        seed: int,
+        averaged: bool = True,
+        staged: bool = False,
+        to_rows: Callable[[steps.Rows], steps.Rows] = lambda rows: rows,
+    ) -> steps.Rows:
+        """What a function gives for every example of `batches`, over all processes; see `torch_loop.per_example`.
+
+        Args:
+          function, batches, staged, to_rows: see there.
+          seed: which draws; those of a seed also depend on the run's.
+          averaged: with the moving average of the parameters, if there is one.
+        """
+        score = lambda: self.loop.per_example(
+            runner=self.state.runner,
+            function=function,
+            batches=batches,
+            runtime=self.runtime,
+            seed=derive_seed(self.run.seed, seed),
+            autocast_dtype=self.run.autocast,
+            staged=staged,
+            to_rows=to_rows,
+            each_batch=self.each_batch,
+        )
+        if not averaged:
+            return score()
+        with self.state.averaged():
+            return score()
+
+    def batches(
+        self, data: Data | None = None, split: str | None = None, pp: str | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Every example of a split once, this process's part of them; the first is looked at.
+
+        Args:
+          data: the dataset; None: the run's.
+          split: TFDS split; None: the dataset's `eval_split`.
+          pp: preprocessing string; None: the dataset's of evaluation.
+
+        Raises:
+          ValueError: if there is no such dataset or split, it has no examples, or they cannot be preprocessed.
+        """
+        from jetformer.data.pipeline import peek
+
+        data = self.run.data if data is None else data
+        prepare(data, self.runtime)
+        batches = data.eval_batches(
+            batch_size=self.run.batch_size_of_evaluation(),
+            process_index=self.runtime.process_index,
+            process_count=self.runtime.process_count,
+            split=split,
+            pp=pp,
+        )
+        _, batches = peek(batches, f"split {split or data.eval_split!r} of {data.name!r}")
+        return batches
+
+    def first_examples(
+        self, count: int, names: tuple[str, ...], data: Data | None = None, split: str | None = None
+    ) -> steps.Rows:
+        """The first examples of a split, or all where it has fewer, on every process: arrays `[N, ...]` by name."""
+        data = self.run.data if data is None else data
+        prepare(data, self.runtime)
+        parts, found = [], 0
+        with contextlib.closing(data.eval_batches(batch_size=min(count, 64), split=split)) as batches:
+            for batch in batches:
+                parts.append({name: batch[name][batch["_mask"]] for name in names})
+                found += int(batch["_mask"].sum())
+                if found >= count:
+                    break
+        return {name: np.concatenate([part[name] for part in parts])[:count] for name in names}
+
+    def batches_of(self, rows: steps.Rows, batch_size: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """Examples that every process has, as batches of which each process gets its part.
+
+        Args:
+          rows: arrays `[N, ...]` by name.
+          batch_size: over all processes; None: that of evaluation. It is made to divide by the devices.
+        """
+        count = len(next(iter(rows.values())))
+        devices, processes = self.runtime.device_count, self.runtime.process_count
+        size = min(batch_size or self.run.batch_size_of_evaluation(), count)
+        local_size = -(-size // devices) * devices // processes
+        for start in range(0, count, local_size * processes):
+            first = start + self.runtime.process_index * local_size
+            index = np.arange(first, first + local_size, dtype=np.int32)
+            batch = {name: array[index.clip(max=count - 1)] for name, array in rows.items()}
+            yield batch | {"_mask": index < count, "_index": index}
+
+
+def labels_of(batch: dict[str, Any], argument: str) -> Any:
+    """The labels `[B]` of a batch: its `label`, or its texts of one token.
+
+    Raises:
+      ValueError: if it has neither; `argument` is what a user may change.
+    """
+    if "label" in batch:
+        return batch["label"]
+    if "text" in batch and batch["text"].shape[1] == 1:
+        return batch["text"][:, 0]
+    raise ValueError(
+        "the examples have no label: give a preprocessing string that keeps it, as "
+        f"{argument} = \"decode | keep('image', 'label')\""
+    )
+
+
+def prepare(data: Data, runtime: Runtime) -> None:
+    """Prepares a dataset where that has not been done: where processes share the place, one of them does it.
+
+    Raises:
+      ValueError: on all processes, if it cannot be had.
+    """
+    if data not in _prepared:
+        runtime.first_does(data.prepare)
+        data.prepare()
+        _prepared.add(data)
+
+
+def directory_of(workdir: UPath, name: str) -> UPath:
+    """Where the results of an evaluator are."""
+    return workdir / f"eval_{name}"
+
+
+def evaluated_steps(workdir: UPath, name: str) -> set[int]:
+    """The steps whose evaluation is complete."""
+    directory = directory_of(workdir, name) / "steps"
+    if not directory.exists():
+        return set()
+    return {int(file.stem) for file in directory.iterdir() if file.suffix == ".json"}
+
+
+def write(
+    results: Results, name: str, step: int, seconds: float, workdir: UPath, writer: "MetricWriter", runtime: Runtime
+) -> dict[str, float]:
+    """Writes down what an evaluator has found, in process 0, and returns its figures by tag.
+
+    Args:
+      results: what it has found.
+      name: what it is called in `train.evaluators`.
+      step: the step.
+      seconds: how long it took.
+      workdir: the run's.
+      writer: where figures and pictures go beside the workdir's files.
+      runtime: which process this is.
+    """
+    scalars = results.tagged(name)
+    directory = directory_of(workdir, name)
+    writer.write_scalars(step, scalars)
+    if runtime.process_index == 0:
+        for picture, pixels in results.pictures.items():
+            (directory / picture).mkdir(parents=True, exist_ok=True)
+            save_png(pixels, directory / picture / f"{step:09d}.png")
+            writer.write_images(step, {f"{name}/{picture}": pixels[None]})
+    writer.flush()  # the record says that all of it is there
+    if runtime.process_index == 0:
+        (directory / "steps").mkdir(parents=True, exist_ok=True)
+        _write_whole(
+            directory / "steps" / f"{step:09d}.json", json.dumps({"step": step, "seconds": round(seconds, 3)} | scalars)
+        )
+        _write_results(directory, step)
+    return scalars
+
+
+def _write_results(directory: UPath, step: int) -> None:
+    """Brings results.jsonl up to date: its lines, and those of steps that it lacks."""
+    file = directory / RESULTS_FILE
+    lines = file.read_text().splitlines() if file.exists() else []
+    records = {json.loads(line)["step"]: line for line in lines}
+    for path in (directory / "steps").iterdir():
+        if path.suffix == ".json" and (int(path.stem) == step or int(path.stem) not in records):
+            records[int(path.stem)] = path.read_text()
+    _write_whole(file, "".join(f"{records[number]}\n" for number in sorted(records)))
+
+
+def _write_whole(path: UPath, text: str) -> None:
+    """Writes a file such that nobody ever sees a part of it."""
+    if not isinstance(path, os.PathLike):  # an object store shows an object when it is whole
+        path.write_text(text)
+        return
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    os.replace(part, path)

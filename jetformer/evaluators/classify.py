@@ -1,0 +1,87 @@
+"""Zero-shot classification: the label whose text is the most likely after the image."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jetformer.data.dataset import Data
+from jetformer.evaluators.base import Context, Evaluator, Results, labels_of
+from jetformer.models.jetformer import JetFormer
+from jetformer.sampling import decode
+
+_SEED = 7
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classify(Evaluator):
+    """How often the label whose text is the most likely given the image is the image's own, over a split.
+
+    An image is run once, then the text of each label. Figures in 0..1: accuracy, and accuracy/<label> over the images
+    of that label. With the moving average of the parameters, if there is one. The model has to learn texts that come
+    after images.
+
+    Attributes:
+      labels: the labels' texts in the order of their numbers.
+      num_classes: where texts are class labels, how many there are; the text of class c is the token c.
+      every_steps: run it in training every so many steps, and at the end; None: in evaluation jobs only.
+      data: the dataset; None: the run's.
+      split: TFDS split; None: the dataset's `eval_split`.
+      pp: preprocessing string that leaves `image` and `label`; None: the dataset's of evaluation, whose texts are then
+        the labels.
+    """
+
+    labels: tuple[str, ...] | None = None
+    num_classes: int | None = None
+    data: Data | None = None
+    split: str | None = None
+    pp: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.labels is None) == (self.num_classes is None):
+            raise ValueError("Classify: give labels (texts) or num_classes")
+        if isinstance(self.labels, str) or (self.labels is not None and len(self.labels) < 2):
+            raise ValueError(f"Classify.labels = {self.labels!r}: give a tuple of texts, as ('a cat', 'a dog')")
+
+    def _texts(self, context: Context) -> tuple[Tensor, Tensor]:
+        """Token ids `[C, T]`, and bool `[C, T]` which of them count."""
+        if self.labels is None:
+            ids = torch.arange(self.num_classes)[:, None]
+            return ids, torch.ones_like(ids, dtype=torch.bool)
+        texts = context.run.data.texts()
+        encoded = texts.encode(self.labels)
+        ids, mask = (torch.from_numpy(encoded[name]) for name in ("text", "text_mask"))
+        # A text's end says something about it, what comes after says nothing.
+        ends = ids == texts.tokenizer.eos_id
+        number = ends.long().cumsum(1)
+        return ids, (mask & (number == 0)) | (ends & (number == 1))
+
+    def check(self, context: Context) -> None:
+        model = context.state.model
+        if not isinstance(model, JetFormer):
+            raise ValueError(f"Classify needs a JetFormer, not a {type(model).__name__}: unset it in train.evaluators")
+        context.run.check_order(text_first=False)
+        labels_of(next(context.batches(self.data, self.split, self.pp)), "Classify.pp")
+        ids, _ = self._texts(context)
+        if ids.max() >= model.vocab_size:
+            raise ValueError(f"Classify has {len(ids)} labels, the model a vocabulary of {model.vocab_size}")
+
+    def __call__(self, context: Context) -> Results:
+        ids, counts = (x.to(context.runtime.device) for x in self._texts(context))
+
+        def score(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+            tokens = context.loop.compile(lambda: decode.encode_images(model, batch["image"], keys).tokens)()
+            scores = decode.score_texts(model, tokens, ids, counts, compile=context.loop.compile)
+            labels = labels_of(batch, "Classify.pp")
+            return context.loop.compile(lambda: {"predicted": scores.argmax(1), "label": labels.long()})()
+
+        batches = context.batches(self.data, self.split, self.pp)
+        rows = context.per_example(score, batches, seed=_SEED, staged=True)
+        right = rows["predicted"] == rows["label"]
+        names = self.labels or [str(c) for c in range(self.num_classes)]
+        scalars = {"accuracy": float(right.mean())}
+        for label in np.unique(rows["label"]):
+            scalars[f"accuracy/{names[label]}"] = float(right[rows["label"] == label].mean())
+        return Results(scalars)

@@ -1,0 +1,321 @@
+"""How near generated images are to real ones: FID and its like, by torch-fidelity's functions.
+
+Dimensions: N generated images, M real ones, F features, K classes.
+"""
+
+import dataclasses
+import inspect
+
+import numpy as np
+import torch
+from absl import logging
+from torch import Tensor, nn
+from upath import UPath
+
+from jetformer.data.dataset import Data
+from jetformer.evaluators.base import Context, Evaluator, Results
+from jetformer.evaluators.features import (
+    Extractor,
+    Function,
+    InceptionFeatures,
+    read_arrays,
+    torch_fidelity,
+    write_arrays,
+)
+from jetformer.evaluators.samples import sampling_function
+from jetformer.loops.steps import Rows
+from jetformer.models.jetformer import JetFormer
+from jetformer.sampling import grid
+from jetformer.sampling.guidance import Guidance
+
+_SEED = 6
+_READ_SEED = 0  # nothing is drawn
+METRICS = ("fid", "inception_score", "kid", "precision", "recall", "class_accuracy")
+# What cannot be said from mean and covariance alone.
+_OF_FEATURES = ("kid", "precision", "recall")
+_COMPARING = ("fid", *_OF_FEATURES)
+# The Inception Score is a mean over ten parts; neighbourhoods reach to the third neighbour.
+_LEAST_IMAGES = 10
+_KID_SUBSET_SIZE = 1000
+_TEXTS = ("text", "text_mask")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fid(Evaluator):
+    """Compares generated images with those of a split, or with statistics of real ones.
+
+    Images are generated for the texts (or classes) of the split's examples in their order, again and again until there
+    are enough; always with the same seeds, and with the moving average of the parameters, if there is one. Each process
+    looks at the images that it has made: images stay where they are. Figures:
+      fid: Fréchet distance between Gaussians fitted to the features (arXiv 1706.08500); with other features than
+        Inception's, which FID is defined with, it is called frechet_distance;
+      inception_score: arXiv 1606.03498, a mean over ten parts; it looks at no real image;
+      kid: squared maximum mean discrepancy for a cubic kernel (arXiv 1801.01401), a mean over 100 random subsets of
+        1000 images, or of as many as there are;
+      precision, recall: the share of generated images that are near real ones, and of real ones near generated ones
+        (arXiv 1904.06991): nearer than these are to their third neighbours, by the same features;
+      class_accuracy: the share of generated images that the extractor's classifier takes for the class asked for.
+    All but kid and class_accuracy depend on the number of images: compare figures of equal numbers. FIDs in papers are
+    of 50,000.
+
+    Attributes:
+      every_steps: run it in training every so many steps, and at the end; None: in evaluation jobs only.
+      num_images: N.
+      data: the dataset to compare with, and of which texts are; None: the run's.
+      split: TFDS split of it; None: the dataset's `eval_split`.
+      statistics: compare with an .npz file instead, of mu `[F]` and sigma `[F, F]`, as ADM publishes them, or of what
+        `save_statistics` has written; texts still are those of the split.
+      save_statistics: an .npz file to write the split's statistics to: mu, sigma, features `[M, F]`.
+      metrics: names of what to measure; None: the distance and, with Inception, inception_score, or with a classifier
+        that knows the run's classes, class_accuracy.
+      features: what images are compared by; see `evaluators.features`.
+      batch_size: how many images to generate at a time, over all processes; None: that of evaluation.
+      guidance: see `Guidance`.
+      temperature_scales: multiplies the standard deviations of the tokens' mixtures.
+      temperature_probs: multiplies the log-weights of the tokens' mixtures.
+      keep_images: also write the images, as `<workdir>/eval_<name>/images/<step>/<number>.png`.
+    """
+
+    num_images: int = 50_000
+    data: Data | None = None
+    split: str | None = None
+    statistics: str | None = None
+    save_statistics: str | None = None
+    metrics: tuple[str, ...] | None = None
+    features: Extractor = InceptionFeatures()  # noqa: RUF009 (frozen)
+    batch_size: int | None = None
+    guidance: Guidance = Guidance()  # noqa: RUF009 (frozen)
+    temperature_scales: float = 1.0
+    temperature_probs: float = 1.0
+    keep_images: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if inspect.isclass(self.features):
+            raise ValueError(f"Fid.features is a class: write @{self.features.__name__}(), with parentheses")
+        if self.num_images < _LEAST_IMAGES:
+            raise ValueError(f"Fid.num_images = {self.num_images}: give {_LEAST_IMAGES} or more")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"Fid.batch_size = {self.batch_size}: give 1 or more")
+        for name in ("temperature_scales", "temperature_probs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Fid.{name} = {getattr(self, name)}: give more than 0")
+        if self.metrics is not None:
+            if isinstance(self.metrics, str) or not self.metrics:
+                raise ValueError(f"Fid.metrics = {self.metrics!r}: give a tuple of names, as ('fid', 'kid')")
+            for name in self.metrics:
+                if name not in METRICS:
+                    raise ValueError(f"Fid.metrics: there is no {name!r}; there are {', '.join(METRICS)}")
+        if self.statistics is not None and self.save_statistics is not None:
+            raise ValueError("Fid: give statistics to compare with or save_statistics, not both")
+
+    def check(self, context: Context) -> None:
+        model = context.state.model
+        if not isinstance(model, JetFormer):
+            raise ValueError(
+                f"Fid is of the images of a JetFormer, not of a {type(model).__name__}: take it off train.evaluators"
+            )
+        self.guidance.check(model.image_head)
+        context.run.check_guidance(self.guidance)
+        context.run.check_order(text_first=True)
+        metrics = self._metrics(context)
+        if metrics != ("class_accuracy",):
+            torch_fidelity()
+        if "class_accuracy" in metrics:
+            if not self.features.knows_labels:
+                raise ValueError(
+                    f"Fid.metrics: class_accuracy needs a classifier of the run's classes, which "
+                    f"{type(self.features).__name__} is not: take it off, or bind Fid.features = @ClassifierFeatures()"
+                )
+            if not self._of_classes(context):
+                raise ValueError("Fid.metrics: class_accuracy is of classes, and this run has texts: take it off")
+        batch = next(context.batches(self.data, self.split))
+        context.run.check_batch(batch)
+        grid.check_tokens(torch.tensor(batch["text"]), model)
+        self.features.check(context)
+        if self.statistics is not None:
+            self._read_statistics(context)
+        elif self._num_examples(context) < _LEAST_IMAGES:
+            raise ValueError(f"Fid: split {self._split(context)!r} has fewer than {_LEAST_IMAGES} images: take another")
+
+    def _data(self, context: Context) -> Data:
+        return context.run.data if self.data is None else self.data
+
+    def _split(self, context: Context) -> str:
+        return self.split or self._data(context).eval_split
+
+    def _num_examples(self, context: Context) -> int:
+        from jetformer.data import pipeline
+
+        data = self._data(context)
+        return pipeline.num_examples(data.name, self._split(context), data.data_dir)
+
+    def _of_classes(self, context: Context) -> bool:
+        data = self._data(context)
+        return not data.has_texts() and data.text_length() == 1
+
+    def _metrics(self, context: Context) -> tuple[str, ...]:
+        if self.metrics is not None:
+            return tuple(self.metrics)
+        if not self.features.knows_labels:
+            return ("fid", "inception_score")
+        return ("fid", "class_accuracy") if self._of_classes(context) else ("fid",)
+
+    def __call__(self, context: Context) -> Results:
+        metrics = self._metrics(context)
+        extract = self.features.load(context)
+        texts, real = self._read_split(context, extract, metrics)
+        numbers = np.arange(self.num_images, dtype=np.int32)
+        rows = {name: array[numbers % len(array)] for name, array in texts.items()}
+        made = self._generate(context, extract, rows | {"number": numbers}, metrics)
+        figures = {}
+
+        def compare() -> None:
+            nonlocal real
+            if self.statistics is not None:
+                real = self._read_statistics(context)
+            elif "features" in real:
+                real |= statistics(real["features"])
+            if self.save_statistics is not None:
+                saved = {name: real[name] for name in ("mu", "sigma", "features")}
+                write_arrays(UPath(self.save_statistics), saved | {"extractor": np.array(self.features.name(context))})
+            figures.update(self._figures(metrics, made, real, rows["text"]))
+
+        context.runtime.first_does(compare)  # eigenvalues of large matrices keep all cores of a host busy
+        return Results(scalars=context.runtime.of_first(figures))
+
+    def _read_split(self, context: Context, extract: Function, metrics: tuple[str, ...]) -> tuple[Rows, Rows]:
+        """Texts `[M, T]` of the split's examples, and, where they are needed, features `[M, F]` and logits `[M, K]`."""
+        names = []
+        if self.statistics is None:
+            names += ["features"] * (self.save_statistics is not None or bool(set(_COMPARING) & set(metrics)))
+            names += ["logits"] * (self.features.knows_labels and self._of_classes(context))
+
+        def copy(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+            return {name: batch[name] for name in ("image", *_TEXTS) if name in batch}
+
+        def to_rows(rows: Rows) -> Rows:
+            found = extract(rows["image"]) if names else {}
+            return {name: array for name, array in (rows | found).items() if name in (*_TEXTS, *names)}
+
+        batches = context.batches(self.data, self.split)
+        rows = context.per_example(copy, batches, seed=_READ_SEED, averaged=False, to_rows=to_rows)
+        if "logits" in names:
+            where, accuracy = self._data(context).name, class_accuracy(rows["logits"], rows["text"])
+            logging.log_first_n(
+                logging.INFO, "Of %s, split %r, the classifier knows %.4f", 1, where, self._split(context), accuracy
+            )
+        return {name: rows.pop(name) for name in _TEXTS if name in rows}, rows
+
+    def _read_statistics(self, context: Context) -> Rows:
+        path, size = UPath(self.statistics), self.features.num_features
+        otherwise = f"no file of statistics: give Fid.statistics an .npz of mu [{size}] and sigma [{size}, {size}]"
+        real = read_arrays(path, ("mu", "sigma"), otherwise, also=("features", "extractor"))
+        for name, shape in (("mu", (size,)), ("sigma", (size, size)), ("features", (None, size))):
+            if name not in real:
+                continue
+            found = real[name]
+            fits = found.ndim == len(shape) and all(b in (a, None) for a, b in zip(found.shape, shape, strict=True))
+            if not fits or found.dtype.kind != "f" or not np.isfinite(found).all():
+                raise ValueError(f"{path} is {otherwise} (its {name} is {found.dtype} {list(found.shape)})")
+        ours = self.features.name(context)
+        theirs = str(real.pop("extractor", ours))
+        if theirs != ours:
+            raise ValueError(f"{path} has statistics of the features {theirs}, not of {ours}: save it anew")
+        if "features" in real and len(real["features"]) < _LEAST_IMAGES:
+            raise ValueError(f"{path} has statistics of fewer than {_LEAST_IMAGES} images: take more")
+        if "features" not in real and (cannot := [name for name in self._metrics(context) if name in _OF_FEATURES]):
+            raise ValueError(
+                f"{path} has mu and sigma alone, and {', '.join(cannot)} need(s) features: take them off Fid.metrics, "
+                "or compare with a split"
+            )
+        return real | {name: real[name].astype(np.float64) for name in ("mu", "sigma")}
+
+    def _generate(self, context: Context, extract: Function, rows: Rows, metrics: tuple[str, ...]) -> Rows:
+        """Features `[N, F]` and, where they are needed, logits `[N, K]` of images made for texts."""
+        names = ["features"] * bool(set(_COMPARING) & set(metrics))
+        names += ["logits"] * bool({"inception_score", "class_accuracy"} & set(metrics))
+        options = {name: getattr(self, name) for name in ("guidance", "temperature_scales", "temperature_probs")}
+        sample = sampling_function(context, **options)
+
+        def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+            return sample(model, batch, keys) | {"number": batch["number"]}
+
+        directory = context.directory / "images" / f"{context.step:09d}"
+
+        def make_room() -> None:
+            directory.mkdir(parents=True, exist_ok=True)
+            for path in directory.glob("*.png"):  # there may have been more
+                path.unlink()
+
+        if self.keep_images:
+            context.runtime.first_does(make_room)
+
+        def to_rows(rows: Rows) -> Rows:
+            if self.keep_images:
+                for number, image in zip(rows["number"], rows["image"], strict=True):
+                    grid.save_png(image, directory / f"{number:06d}.png")
+            found = extract(rows["image"])
+            return {name: found[name] for name in names}
+
+        batches = context.batches_of(rows, self.batch_size)
+        return context.per_example(function, batches, seed=_SEED, staged=True, to_rows=to_rows)
+
+    def _figures(self, metrics: tuple[str, ...], made: Rows, real: Rows, text: np.ndarray) -> dict[str, float]:
+        figures = {}
+        if "fid" in metrics:
+            figures[self.features.distance] = frechet_distance(statistics(made["features"]), real)
+        if "inception_score" in metrics:
+            figures["inception_score"] = inception_score(made["logits"])
+        if "kid" in metrics:
+            figures["kid"] = kernel_distance(made["features"], real["features"])
+        if {"precision", "recall"} & set(metrics):
+            both = precision_and_recall(made["features"], real["features"])
+            figures |= {name: both[name] for name in both if name in metrics}
+        if "class_accuracy" in metrics:
+            figures["class_accuracy"] = class_accuracy(made["logits"], text)
+        return figures
+
+
+def statistics(features: np.ndarray) -> Rows:
+    """Mean mu `[F]` and covariance sigma `[F, F]` of features `[N, F]`, in float64."""
+    return torch_fidelity().metric_fid.fid_features_to_statistics(torch.from_numpy(features).double())
+
+
+def frechet_distance(ours: Rows, theirs: Rows) -> float:
+    """Squared 2-Wasserstein distance between the Gaussians of two `statistics`."""
+    metric_fid = torch_fidelity().metric_fid
+    return metric_fid.fid_statistics_to_metric(ours, theirs, verbose=False)[metric_fid.KEY_METRIC_FID]
+
+
+def inception_score(logits: np.ndarray) -> float:
+    """The Inception Score of logits `[N, K]`."""
+    metric_isc = torch_fidelity().metric_isc
+    return metric_isc.isc_features_to_metric(torch.from_numpy(logits))[metric_isc.KEY_METRIC_ISC_MEAN]
+
+
+def kernel_distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """KID of features `[N, F]` and `[M, F]`, in float64."""
+    metric_kid = torch_fidelity().metric_kid
+    return metric_kid.kid_features_to_metric(
+        *(torch.from_numpy(features).double() for features in (ours, theirs)),
+        kid_subset_size=min(_KID_SUBSET_SIZE, len(ours), len(theirs)),
+        verbose=False,
+    )[metric_kid.KEY_METRIC_KID_MEAN]
+
+
+def precision_and_recall(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    """`precision` and `recall` of generated features `[N, F]` and real ones `[M, F]`."""
+    metric_prc = torch_fidelity().metric_prc
+    figures = metric_prc.prc_features_to_metric(
+        torch.from_numpy(ours),
+        torch.from_numpy(theirs),
+        save_cpu_ram=True,  # all distances of 50,000 images are 10 GB, and are needed several times
+        verbose=False,
+    )
+    return {"precision": figures[metric_prc.KEY_METRIC_PRECISION], "recall": figures[metric_prc.KEY_METRIC_RECALL]}
+
+
+def class_accuracy(logits: np.ndarray, text: np.ndarray) -> float:
+    """The share of logits `[N, K]` that are largest at the class `[N, 1]`."""
+    return float((logits.argmax(1) == text[:, 0]).mean())

@@ -1,0 +1,133 @@
+"""Likelihoods of a split: bits per dim of images, bits per token and per character of texts, and their parts."""
+
+import dataclasses
+import math
+
+import numpy as np
+from torch import Tensor, nn
+
+from jetformer import objectives, prng
+from jetformer.data.dataset import Data
+from jetformer.evaluators.base import Context, Evaluator, Results
+
+_SEED = 2
+# What an example's key is folded with for its second and later draws of dequantization noise.
+_DRAW = 1000
+_TEXT = "text_bits_per_token"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Likelihood(Evaluator):
+    """The terms of the run's objective, without the noise of training, over all examples of a split; with the
+    parameters and, under names of their own, with their moving average.
+
+    Beside the objective's own terms it gives
+      text_bits_per_character: where texts are tokenized, of the texts' characters; the bits for their ends are in it;
+      bits_per_dim_importance_weighted: with several draws u of the dequantization noise, -log2 of the mean of p(x + u)
+        per dim, which is at most the mean that bits_per_dim is, and nearer to the likelihood of 8-bit images
+        (arXiv 1509.00519, section 3; for dequantization arXiv 1902.00275, section 3.2).
+
+    Attributes:
+      every_steps: run it in training every so many steps, and at the end; None: in evaluation jobs only.
+      data: the dataset; None: the run's.
+      split: TFDS split; None: the dataset's `eval_split`.
+      num_draws: of dequantization noise, for each image.
+      text_prefix_prob: probability that the text comes first in an example; None: as in training. 1 scores all images
+        given their texts, 0 all texts given their images.
+    """
+
+    data: Data | None = None
+    split: str | None = None
+    num_draws: int = 1
+    text_prefix_prob: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_draws < 1:
+            raise ValueError(f"Likelihood.num_draws = {self.num_draws}: give 1 or more")
+
+    def _objective(self, context: Context):
+        objective = context.run.objective
+        if self.text_prefix_prob is not None:
+            if not isinstance(objective, objectives.JetFormerObjective):
+                raise ValueError(
+                    f"Likelihood.text_prefix_prob is of a JetFormerObjective, not of a {type(objective).__name__}: "
+                    "leave it out"
+                )
+            objective = dataclasses.replace(objective, text_prefix_prob=self.text_prefix_prob)
+        if self.num_draws > 1 and not getattr(objective, "dequantize", False):
+            raise ValueError(f"Likelihood.num_draws = {self.num_draws}, but nothing is dequantized: leave it at 1")
+        return objective
+
+    def check(self, context: Context) -> None:
+        self._objective(context)
+        context.run.check_batch(next(context.batches(self.data, self.split)))
+
+    def __call__(self, context: Context) -> Results:
+        objective = self._objective(context)
+        data = self.data or context.run.data
+        texts = data.has_texts()
+
+        def score(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+            rows = {}
+            first = objective.draw(model, batch, keys, train=False)
+            for i in range(self.num_draws):
+                draws = first
+                if i:  # all else of an example, as what comes first in it, stays as it is
+                    again = objective.draw(model, batch, prng.fold_in(keys, _DRAW + i), train=False)
+                    draws = first | {"dequant": again["dequant"]}
+                _, terms = objective(model, batch, draws, train=False)
+                for name, (value, counts) in terms.items():
+                    rows[f"{name}/{i}"] = _by_example(value.where(counts, 0.0))
+                    rows[f"{name}/count"] = _by_example(counts)
+                if texts and _TEXT in terms:
+                    bits, counts = terms[_TEXT]
+                    in_loss = batch["text_loss"]
+                    # A JetFormer's are means over the tokens of an example.
+                    bits = bits if bits.ndim == 2 else bits[:, None]
+                    counts = counts if counts.ndim == 2 else counts[:, None] & in_loss
+                    rows[f"text_bits/{i}"] = bits.where(counts, 0.0).sum(1)
+                    rows["text"], rows["text_counts"] = batch["text"], counts
+            return rows
+
+        results = Results()
+        for averaged, into in ((False, results.scalars), (True, results.ema_scalars)):
+            if averaged and context.state.ema is None:
+                continue
+            batches = context.batches(self.data, self.split)
+            rows = context.per_example(score, batches, seed=_SEED, averaged=averaged)
+            names = [key.removesuffix("/count") for key in rows if key.endswith("/count")]
+            draws = {name: np.stack([rows[f"{name}/{i}"] for i in range(self.num_draws)]) for name in names}
+            into |= {
+                name: float(values.astype(np.float64).mean(0).sum() / max(rows[f"{name}/count"].sum(), 1))
+                for name, values in draws.items()
+            }
+            if "text" in rows:
+                total = np.mean([rows[f"text_bits/{i}"].astype(np.float64).sum() for i in range(self.num_draws)])
+                decode = data.texts().tokenizer.decode
+                tokens = zip(rows["text"], rows["text_counts"], strict=True)
+                num_characters = sum(len(decode(text[counts].tolist())) for text, counts in tokens)
+                into["text_bits_per_character"] = float(total / max(num_characters, 1))
+            if self.num_draws > 1:
+                num_dims = math.prod(context.state.model.image_shape)
+                counts = rows["bits_per_dim/count"].astype(bool)
+                bits = draws["bits_per_dim"][:, counts]
+                into["bits_per_dim_importance_weighted"] = importance_weighted(bits, num_dims)
+        return results
+
+
+def importance_weighted(bits_per_dim: np.ndarray, num_dims: int) -> float:
+    """The mean over N images of -log2 of the mean density of K draws, per dim.
+
+    Args:
+      bits_per_dim: `[K, N]`, of each draw.
+      num_dims: how many dims an image has.
+    """
+    log_densities = -bits_per_dim.astype(np.float64) * (num_dims * math.log(2))
+    log_means = np.logaddexp.reduce(log_densities, axis=0) - math.log(len(log_densities))
+    return float(-log_means.mean() / (num_dims * math.log(2)))
+
+
+def _by_example(x: Tensor) -> Tensor:
+    """Sums `[B, ...]` to `[B]`."""
+    return x if x.ndim == 1 else x.flatten(1).sum(1)

@@ -1,0 +1,125 @@
+"""Linear probes: how well a linear classifier reads labels off what the model makes of images."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jetformer.data.dataset import Data
+from jetformer.evaluators.base import Context, Evaluator, Results, labels_of
+from jetformer.loops import steps
+from jetformer.models.jetformer import JetFormer
+from jetformer.sampling import decode
+
+_SEED = 8
+# Of the ridge regression, the best of which is taken by leaving out one of the training examples at a time.
+_ALPHAS = tuple(10.0**i for i in range(-3, 6))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe(Evaluator):
+    """Accuracy of ridge regression from an image's representations to its label.
+
+    Representations are means over an image's tokens: of its latents, and of what each layer of the decoder gives for
+    them; without a text before them, or with a dropped one where the model learns images after texts only. They are
+    standardized by the training examples. As in big_vision's `evaluators/fewshot_lsr.py`, few-shot examples are chosen
+    with a fixed seed. Figures in 0..1: `latents/<k>_shot`, `layer_<i>/<k>_shot`, and `…/all` for all examples. With the
+    moving average of the parameters, if there is one.
+
+    Attributes:
+      every_steps: run it in training every so many steps, and at the end; None: in evaluation jobs only.
+      shots: how many examples of each class to fit on; None among them: all.
+      data: the dataset; None: the run's.
+      train_split: TFDS split to fit on; None: the dataset's `train_split`.
+      split: TFDS split to test on; None: the dataset's `eval_split`.
+      pp: preprocessing string that leaves `image` and `label`; None: the dataset's of evaluation, whose texts are then
+        the labels.
+      seed: of the choice of examples.
+    """
+
+    shots: tuple[int | None, ...] = (1, 5, 10, None)
+    data: Data | None = None
+    train_split: str | None = None
+    split: str | None = None
+    pp: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.shots or any(k is not None and k < 1 for k in self.shots):
+            raise ValueError(f"Probe.shots = {self.shots}: give a tuple of numbers from 1 on, None for all examples")
+
+    def check(self, context: Context) -> None:
+        model = context.state.model
+        if not isinstance(model, JetFormer):
+            raise ValueError(f"Probe needs a JetFormer, not a {type(model).__name__}: unset it in train.evaluators")
+        for split in (self._train_split(context), self.split):
+            labels_of(next(context.batches(self.data, split, self.pp)), "Probe.pp")
+
+    def _train_split(self, context: Context) -> str:
+        return self.train_split or (self.data or context.run.data).train_split
+
+    def __call__(self, context: Context) -> Results:
+        train, test = (self._represent(context, split) for split in (self._train_split(context), self.split))
+        labels, wanted = train.pop("label"), test.pop("label")
+        order = np.random.default_rng(self.seed).permutation(len(labels))
+        results = Results()
+        for k in self.shots:
+            chosen = order if k is None else np.concatenate([order[labels[order] == c][:k] for c in np.unique(labels)])
+            name = "all" if k is None else f"{k}_shot"
+            for layer in train:
+                accuracy = ridge_accuracy(train[layer][chosen], labels[chosen], test[layer], wanted)
+                results.scalars[f"{layer}/{name}"] = accuracy
+        return results
+
+    def _represent(self, context: Context, split: str | None) -> steps.Rows:
+        """`label` `[N]` and the representations `[N, …]` by name."""
+        text_first = context.run.objective.text_prefix_prob == 1
+        text_length = context.run.data.text_length() if text_first else 0
+
+        def pooled(model: JetFormer, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+            latents = decode.encode_images(model, batch["image"], keys)
+            rows = {"label": labels_of(batch, "Probe.pp").long()}
+            rows["latents"] = torch.cat(latents, dim=-1).float().mean(1)
+            batch_size, count = latents.tokens.shape[:2]
+            x, mask, positions = model.embed(
+                torch.zeros(batch_size, text_length, dtype=torch.int64, device=keys.device),
+                latents.tokens,
+                text_first=text_first,
+                drop_prefix=torch.ones(batch_size, dtype=torch.bool, device=keys.device) if text_first else None,
+                shift=False,
+            )
+            # Text first: the image is at the end. Else it is after one token, and the text's begin after it.
+            image = slice(x.shape[1] - count, None) if text_first else slice(1, 1 + count)
+            outputs: list[Tensor] = []
+            hooks = [
+                block.register_forward_hook(lambda m, args, out: outputs.append(out)) for block in model.decoder.blocks
+            ]
+            model.run_decoder(x, mask=mask, positions=positions)
+            for hook in hooks:
+                hook.remove()
+            return rows | {f"layer_{i:02d}": out[:, image].float().mean(1) for i, out in enumerate(outputs)}
+
+        def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+            return context.loop.compile(lambda: pooled(model, batch, keys))()
+
+        return context.per_example(function, context.batches(self.data, split, self.pp), seed=_SEED, staged=True)
+
+
+def ridge_accuracy(
+    features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray
+) -> float:
+    """The share of test examples that a ridge regression to labels gets right.
+
+    Args:
+      features, test_features: `[N, F]` and `[M, F]`.
+      labels, test_labels: int `[N]` and `[M]`.
+    """
+    from sklearn.linear_model import RidgeClassifierCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), RidgeClassifierCV(_ALPHAS))
+    probe.fit(features.astype(np.float64), labels)
+    return float(probe.score(test_features.astype(np.float64), test_labels))

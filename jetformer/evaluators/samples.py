@@ -1,0 +1,197 @@
+"""Pictures of what a model makes: samples, its flow's round trip, and what its latents hold."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jetformer import prng
+from jetformer.evaluators.base import Context, Evaluator, Results
+from jetformer.models.jetformer import JetFormer
+from jetformer.objectives import to_unit_range
+from jetformer.sampling import decode, grid
+from jetformer.sampling.guidance import Guidance
+
+_SEED, _ROUND_TRIP_SEED = 3, 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Samples(Evaluator):
+    """Images of classes or prompts, always with the same seeds, so that one sees the same images improve.
+
+    With the moving average of the parameters, if there is one. Pictures:
+      grid: a row of samples for each class or prompt and weight of guidance;
+      round_trip: images of the evaluation split, dequantized; the same decoded from their latents; decoded from their
+        tokens alone, with 0 for the dimensions that are factored out; and the first latent dimensions as pixels.
+    Figures: round_trip_error, the largest difference of a pixel value in 0..255 after the flow and back; latents_mean
+    and latents_std, over all dimensions of these images' latents.
+
+    Attributes:
+      every_steps: run it in training every so many steps, and at the end; None: in evaluation jobs only.
+      num_classes: sample of classes, from 0 to below this; the text of class c is the token c.
+      prompts: or of prompts.
+      num_images: how many of each.
+      batch_size: how many to sample at a time, over all processes; None: all.
+      guidance: see `Guidance`.
+      guidance_weights: sample with each of these weights in place of that of `guidance`; None: with that.
+      temperature_scales: multiplies the standard deviations of the tokens' mixtures.
+      temperature_probs: multiplies the log-weights of the tokens' mixtures.
+      num_round_trips: how many images to encode and decode; 0 for none.
+    """
+
+    num_classes: int | None = None
+    prompts: tuple[str, ...] | None = None
+    num_images: int = 8
+    batch_size: int | None = None
+    guidance: Guidance = Guidance()  # noqa: RUF009 (frozen)
+    guidance_weights: tuple[float, ...] | None = None
+    temperature_scales: float = 1.0
+    temperature_probs: float = 1.0
+    num_round_trips: int = 8
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.num_classes is None) == (self.prompts is None):
+            raise ValueError("Samples: give num_classes or prompts")
+        if isinstance(self.prompts, str) or self.prompts == ():
+            raise ValueError(f"Samples.prompts = {self.prompts!r}: give a tuple of prompts, as ('a cat', 'a dog')")
+        for name in ("num_classes", "num_images", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"Samples.{name} = {value}: give 1 or more")
+        self.guidances()
+
+    def guidances(self) -> list[Guidance]:
+        """What is sampled with, one after the other."""
+        if self.guidance_weights is None:
+            return [self.guidance]
+        return [dataclasses.replace(self.guidance, weight=weight) for weight in self.guidance_weights]
+
+    def conditions(self, context: Context) -> tuple[list[str], dict[str, np.ndarray]]:
+        """What the images show, R of them: in words, and as text `[R, T]` with text_mask `[R, T]` where not all of it
+        is valid."""
+        if self.prompts is None:
+            classes = np.arange(self.num_classes, dtype=np.int32)
+            return [f"class {c}" for c in classes], {"text": classes[:, None]}
+        return list(self.prompts), context.run.data.texts().encode(self.prompts)
+
+    def check(self, context: Context) -> None:
+        model = context.state.model
+        if not isinstance(model, JetFormer):
+            raise ValueError(
+                f"Samples are of a JetFormer, not of a {type(model).__name__}: take it off train.evaluators"
+            )
+        for guidance in self.guidances():
+            guidance.check(model.image_head)
+            context.run.check_guidance(guidance)
+        context.run.check_order(text_first=True)
+        if self.prompts is not None:
+            texts = context.run.data.texts()
+            for prompt in self.prompts:
+                if cut := texts.cut(prompt):
+                    raise ValueError(f"Samples.prompts: {prompt!r} is too long for the model, by {cut!r}: shorten it")
+        _, rows = self.conditions(context)
+        grid.check_tokens(torch.from_numpy(rows["text"]), model)
+        if self.num_round_trips:
+            context.run.check_batch(next(context.batches()))
+
+    def __call__(self, context: Context) -> Results:
+        labels, rows = self.conditions(context)
+        rows = {name: array.repeat(self.num_images, 0) for name, array in rows.items()}
+        pictures = []
+        for guidance in self.guidances():
+            sampled = sample_images(
+                context,
+                rows,
+                seed=_SEED,
+                batch_size=self.batch_size or len(rows["text"]),
+                guidance=guidance,
+                temperature_scales=self.temperature_scales,
+                temperature_probs=self.temperature_probs,
+            )
+            pictures.append(sampled.reshape(len(labels), self.num_images, *sampled.shape[1:]))
+        # Rows of one class or prompt stand together.
+        images = np.stack(pictures, axis=1)
+        images = images.reshape(-1, *images.shape[3:])
+        names = [f"{label}{_weight(g, len(pictures))}" for label in labels for g in self.guidances()]
+        results = Results(pictures={"grid": grid.labelled(images, self.num_images, names)})
+        if self.num_round_trips:
+            self._round_trip(context, results)
+        return results
+
+    def _round_trip(self, context: Context, results: Results) -> None:
+        def there_and_back(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+            pixels = batch["image"].to(model.image_emb.weight.dtype)
+            image = to_unit_range(pixels + prng.uniform(keys, pixels.shape[1:]))
+            tokens, factored, _ = model.encode_image(image)
+            back, _ = model.decode_image(tokens, factored)
+            coarse, _ = model.decode_image(tokens, torch.zeros_like(factored))
+            return {
+                "image": batch["image"],
+                "error": (back - image).abs().flatten(1).amax(1) * 127.5,
+                "back": decode.to_uint8(back),
+                "coarse": decode.to_uint8(coarse),
+                "latents": torch.cat((tokens, factored), dim=-1),
+            }
+
+        first = context.first_examples(self.num_round_trips, ("image",))
+        rows = context.per_example(there_and_back, context.batches_of(first), seed=_ROUND_TRIP_SEED)
+        latents, model = rows["latents"], context.state.model
+        results.scalars |= {
+            "round_trip_error": float(rows["error"].max()),
+            "latents_mean": float(latents.mean()),
+            "latents_std": float(latents.std()),
+        }
+        images = [rows["image"], rows["back"], rows["coarse"], _as_pixels(latents, model)]
+        labels = ["images", "flow and back", "their tokens alone", "latents"]
+        if not model.factored_dim:
+            del images[2], labels[2]
+        results.pictures["round_trip"] = grid.labelled(np.concatenate(images), len(rows["image"]), labels)
+
+
+def sample_images(
+    context: Context, rows: dict[str, np.ndarray], *, seed: int, batch_size: int | None = None, **options
+) -> np.ndarray:
+    """Samples an image for each row, over all processes: the same whatever their number and the batch size.
+
+    Args:
+      context: what the evaluator is given.
+      rows: text int32 `[N, T]`, and text_mask bool `[N, T]` where not all of it is valid.
+      seed: the same seed, the same images.
+      batch_size: see `Context.batches_of`.
+      options: of `decode.sample_images`.
+
+    Returns:
+      uint8 `[N, H, W, C]`, on every process.
+    """
+    sampled = context.per_example(
+        sampling_function(context, **options), context.batches_of(rows, batch_size), seed=seed, staged=True
+    )
+    return sampled["image"]
+
+
+def sampling_function(context: Context, **options):
+    """For `Context.per_example` with staged=True: samples `image` uint8 `[B, H, W, C]` for a batch of text and
+    text_mask; `options` are those of `decode.sample_images`."""
+
+    def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+        images, _ = decode.sample_images(
+            model, batch["text"], keys, text_mask=batch.get("text_mask"), compile=context.loop.compile, **options
+        )
+        return {"image": images}
+
+    return function
+
+
+def _weight(guidance: Guidance, count: int) -> str:
+    return f", guidance {guidance.weight:g}" if count > 1 else ""
+
+
+def _as_pixels(latents: np.ndarray, model: JetFormer) -> np.ndarray:
+    """Latents `[N, L, D]` as images uint8 `[N, H, W, C]`: each token a square, whose colour is its first dimensions;
+    -3 is black and 3 is white."""
+    height, width, channels = model.image_shape
+    values = latents[..., :channels].reshape(len(latents), *model.patches.grid, -1)
+    values = values.repeat(height // values.shape[1], 1).repeat(width // values.shape[2], 2)
+    values = np.pad(values, ((0, 0), (0, 0), (0, 0), (0, channels - values.shape[-1])), mode="edge")
+    return ((values / 6 + 0.5) * 255).clip(0, 255).astype(np.uint8)

@@ -1,0 +1,126 @@
+"""Likelihoods: each example once whatever the batch size, parts that add up, bounds that are bounds."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jetformer import prng
+from jetformer.evaluators.likelihood import Likelihood, importance_weighted
+from jetformer.runtime import derive_seed
+from runs import untrained
+
+SHAPES = {"gin_file": "experiments/shapes.gin", "Jet__num_heads": 2, "Data__eval_split": '"validation[:7]"'}
+
+
+def by_hand(context, averaged, draw=0):
+    """Bits per dim of all 40 examples, scored one by one."""
+    run, scores = context.run, []
+    batches = context.batches()
+    for batch in batches:
+        for i in np.flatnonzero(batch["_mask"]):
+            one = {name: torch.tensor(batch[name][i : i + 1]) for name in ("image", "text", "text_mask", "text_loss")
+                   if name in batch}  # fmt: skip
+            keys = prng.example_keys(derive_seed(run.seed, 2), torch.tensor(batch["_index"][i : i + 1]))
+            draws = run.objective.draw(context.state.model, one, keys, train=False)
+            if draw:
+                again = run.objective.draw(context.state.model, one, prng.fold_in(keys, 1000 + draw), train=False)
+                draws["dequant"] = again["dequant"]
+            if averaged:
+                with context.state.averaged(), torch.no_grad():
+                    _, terms = run.objective(context.state.model, one, draws, train=False)
+            else:
+                with torch.no_grad():
+                    _, terms = run.objective(context.state.model, one, draws, train=False)
+            scores.append(terms["bits_per_dim"][0].item())
+    return np.array(scores)
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_every_example_counts_once(tmp_path, data_dir, batch_size):
+    context = untrained(tmp_path, data_dir, train__eval_batch_size=batch_size)
+    results = Likelihood()(context)
+    assert results.scalars["bits_per_dim"] == pytest.approx(by_hand(context, averaged=False).mean(), rel=1e-6)
+    assert results.ema_scalars["bits_per_dim"] == pytest.approx(by_hand(context, averaged=True).mean(), rel=1e-6)
+    assert results.scalars["bits_per_dim"] != results.ema_scalars["bits_per_dim"]
+    for scalars in (results.scalars, results.ema_scalars):
+        parts = scalars["bits_per_dim_tokens"] - scalars["bits_per_dim_logdet"]
+        assert scalars["bits_per_dim"] == pytest.approx(parts, abs=1e-5)
+
+
+def test_several_draws(tmp_path, data_dir):
+    context = untrained(tmp_path, data_dir, train__ema_decay=0.0, Data__eval_split='"validation[:9]"')
+    results = Likelihood(num_draws=3)(context)
+    draws = np.stack([by_hand(context, averaged=False, draw=i) for i in range(3)])
+    assert results.scalars["bits_per_dim"] == pytest.approx(draws.mean(), rel=1e-6)
+    bound = importance_weighted(draws, 64)
+    assert results.scalars["bits_per_dim_importance_weighted"] == pytest.approx(bound, rel=1e-6)
+    assert bound < draws.mean()
+    assert results.ema_scalars == {}
+
+
+@given(bits=st.lists(st.floats(-2, 10), min_size=1, max_size=6), num_dims=st.integers(1, 40))
+@settings(max_examples=50, deadline=None)
+def test_the_importance_weighted_bound_is_the_log_of_the_mean(bits, num_dims):
+    """And lies between the mean of the draws' bits and the least of them."""
+    draws = np.array(bits)[:, None]
+    bound = importance_weighted(draws, num_dims)
+    assert bound == pytest.approx(-math.log2(np.mean(2.0 ** (-draws * num_dims))) / num_dims, abs=1e-9)
+    assert min(bits) - 1e-9 <= bound <= np.mean(bits) + 1e-9
+    assert bound <= min(bits) + math.log2(len(bits)) / num_dims + 1e-9
+
+
+def test_texts(tmp_path, shapes_dir):
+    """Bits per character are all bits over all characters; prefix and suffix are apart."""
+    context = untrained(tmp_path, shapes_dir, **SHAPES)
+    results = Likelihood(text_prefix_prob=0.0)(context)
+    texts, bits, characters, means = context.run.data.texts(), 0.0, 0, []
+    for batch in context.batches():
+        with torch.no_grad():
+            tensors = {name: torch.tensor(array) for name, array in batch.items() if not name.startswith("_")}
+            model = context.state.model
+            keys = prng.example_keys(derive_seed(0, 2), torch.tensor(batch["_index"]))
+            dequant = context.run.objective.draw(model, tensors, keys, train=False)["dequant"]
+            tokens, _, _ = model.encode_image((tensors["image"] + dequant) / 127.5 - 1)
+            hidden, _ = model(tensors["text"], tokens, text_first=False, text_mask=tensors["text_mask"])
+            nats = -model.text_logits(hidden).log_softmax(-1).gather(2, tensors["text"].long()[..., None]).squeeze(2)
+        for i in np.flatnonzero(batch["_mask"]):
+            counted = nats[i][tensors["text_loss"][i]].double() / math.log(2)
+            bits += counted.sum().item()
+            means.append(counted.mean().item())
+            (text,) = texts.decode(batch["text"][i : i + 1])
+            characters += len(text)
+    assert characters > 7 * 20
+    assert results.scalars["text_bits_per_character"] == pytest.approx(bits / characters, rel=1e-5)
+    assert results.scalars["text_bits_per_token"] == pytest.approx(np.mean(means), rel=1e-5)
+
+    mixed = Likelihood()(context).scalars
+    assert {"bits_per_dim_prefix", "bits_per_dim_suffix", "text_prefix_bits_per_token", "text_suffix_bits_per_token",
+            "bits_per_dim_factored"} <= mixed.keys()  # fmt: skip
+    # Texts first: none is scored, for only what comes second is.
+    assert "text_bits_per_character" not in Likelihood(text_prefix_prob=1.0)(context).scalars
+
+
+def test_another_split(tmp_path, data_dir):
+    context = untrained(tmp_path, data_dir)
+    scores = {split: Likelihood(split=split)(context).scalars["bits_per_dim"] for split in ("test[:5]", "test[5:9]")}
+    both = Likelihood(split="test[:9]")(context).scalars["bits_per_dim"]
+    assert scores["test[:5]"] != scores["test[5:9]"]
+    assert both != scores["test[:5]"]
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "message"),
+    [
+        (lambda: Likelihood(split="nope"), "no split 'nope'"),
+        (lambda: Likelihood(split="test[:0]"), r"split 'test\[:0\]' of 'digits' has no examples"),
+    ],
+)
+def test_what_is_wrong_is_found_before(tmp_path, data_dir, evaluator, message):
+    context = untrained(tmp_path, data_dir)
+    with pytest.raises(ValueError, match=message) as error:
+        evaluator().check(context)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,110 @@
+"""Pictures of samples: a row for each condition, the same images whatever they are sampled beside."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from jetformer import prng
+from jetformer.evaluators.samples import Samples, sample_images
+from jetformer.runtime import derive_seed
+from jetformer.sampling import decode, grid
+from jetformer.sampling.guidance import Guidance
+from runs import untrained
+
+WIDTH = 3 * 9 + 1  # three images of 8 pixels with lines around them
+FACTOR = 512 // WIDTH
+
+
+def image_at(picture, row, column):
+    """An image of a labelled picture, as it was before it was enlarged."""
+    top = row * (14 + 10 * FACTOR) + 14 + FACTOR
+    left = (1 + 9 * column) * FACTOR
+    return picture[top : top + 8 * FACTOR : FACTOR, left : left + 8 * FACTOR : FACTOR]
+
+
+def test_a_row_for_each_class(tmp_path, data_dir):
+    context = untrained(tmp_path, data_dir)
+    results = Samples(num_classes=4, num_images=3, num_round_trips=2)(context)
+    picture = results.pictures["grid"]
+    assert picture.shape == (4 * (14 + 10 * FACTOR), WIDTH * FACTOR, 1)
+    keys = prng.example_keys(derive_seed(0, 3), torch.arange(12, dtype=torch.int32))
+    with context.state.averaged():
+        expected, _ = decode.sample_images(
+            context.state.model.eval(), torch.arange(4).repeat_interleave(3)[:, None], keys
+        )
+    for row in range(4):
+        for column in range(3):
+            assert (image_at(picture, row, column) == expected[3 * row + column].numpy()).all()
+    assert picture[:14].min() < 50  # the label
+    assert results.scalars["round_trip_error"] < 0.01
+    assert results.pictures["round_trip"].shape[1] % (2 * 9 + 1) == 0
+
+
+def test_guidance_in_rows(tmp_path, data_dir):
+    context = untrained(tmp_path, data_dir)
+    evaluator = Samples(
+        num_classes=2, num_images=3, guidance=Guidance("density"), guidance_weights=(0.0, 4.0), num_round_trips=0
+    )
+    evaluator.check(context)
+    picture = evaluator(context).pictures["grid"]
+    assert picture.shape[0] == 4 * (14 + 10 * FACTOR)
+    plain = Samples(num_classes=2, num_images=3, num_round_trips=0)(context).pictures["grid"]
+    for row in range(2):  # without weight the images are those of the class alone, whatever the rounding of the mixture
+        assert np.abs(image_at(picture, 2 * row, 1).astype(int) - image_at(plain, row, 1)).max() <= 1
+        assert (image_at(picture, 2 * row + 1, 1) != image_at(plain, row, 1)).any()
+
+
+def test_images_do_not_depend_on_the_batch(tmp_path, data_dir):
+    context = untrained(tmp_path, data_dir)
+    rows = {"text": np.arange(7, dtype=np.int32)[:, None]}
+    together, three = (sample_images(context, rows, seed=1, batch_size=size).astype(int) for size in (7, 3))
+    assert together.shape == (7, 8, 8, 1)
+    assert np.abs(together - three).max() <= 1
+    assert (sample_images(context, rows, seed=2) != together).any()
+
+
+def test_the_round_trip_without_what_is_factored_out(tmp_path, data_dir):
+    context = untrained(tmp_path, data_dir, JetFormer__out_dim=2)
+    results = Samples(num_classes=1, num_images=1, num_round_trips=5)(context)
+    rows = 512 // (5 * 9 + 1) * 10 + 14
+    assert results.pictures["round_trip"].shape[0] == 4 * rows  # images, back, their tokens alone, latents
+    latents = []
+    with context.state.averaged(), torch.no_grad():
+        image = torch.from_numpy(context.first_examples(5, ("image",))["image"])
+        noise = prng.uniform(prng.example_keys(derive_seed(0, 4), torch.arange(5, dtype=torch.int32)), image.shape[1:])
+        latents = torch.cat(context.state.model.encode_image((image + noise) / 127.5 - 1)[:2], dim=-1)
+    assert results.scalars["latents_mean"] == pytest.approx(latents.mean().item(), abs=1e-5)
+
+
+def test_prompts(tmp_path, shapes_dir):
+    context = untrained(tmp_path, shapes_dir, gin_file="experiments/shapes.gin", Jet__num_heads=2)
+    samples = Samples(prompts=("a red circle", "a blue square"), num_images=2, num_round_trips=1)
+    samples.check(context)
+    assert samples(context).pictures["grid"].shape[2] == 3
+    with pytest.raises(ValueError, match="is too long for the model"):
+        dataclasses.replace(samples, prompts=("a red circle and " * 30,)).check(context)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give num_classes or prompts"),
+        ({"prompts": "a"}, "give a tuple of prompts"),
+        ({"prompts": ()}, "give a tuple of prompts"),
+        ({"num_classes": 0}, "Samples.num_classes = 0"),
+        ({"num_classes": 2, "guidance_weights": (1.0,)}, "a guidance weight of 1.0 without guidance"),
+    ],
+)
+def test_arguments_that_mean_nothing(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Samples(**arguments)
+
+
+def test_labels_are_drawn():
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    pictures = [grid.labelled(images, 2, [label]) for label in ("class 3", "class 4")]
+    assert pictures[0].shape == pictures[1].shape
+    assert (pictures[0][:14] != pictures[1][:14]).any()
+    assert (pictures[0][14:] == pictures[1][14:]).all()

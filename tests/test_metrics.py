@@ -1,0 +1,324 @@
+"""What is written arrives: in TensorBoard's files, and in Weights & Biases, which stops no run, whatever goes wrong."""
+
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import closing
+
+import numpy as np
+import pytest
+from PIL import Image
+from upath import UPath
+
+from jetformer import metrics
+from runs import scalars
+
+WARNING = "Going on without W&B: "
+
+
+def write(writer):
+    """Scalars at three steps, of which the last is before the others, as an evaluation's may be, and an image."""
+    writer.write_scalars(10, {"train/loss": 3.5, "grad_norm": np.float32(0.25)})
+    writer.write_scalars(20, {"train/loss": 2.5})
+    writer.write_scalars(5, {"val/loss": 4.5})
+    picture = np.zeros((4, 6, 3), np.uint8)
+    picture[1, 2] = (255, 128, 3)
+    writer.write_images(20, {"samples": picture[None]})
+    writer.write_texts(0, {"config": "    Jet.depth = 2\n    a < b"})
+    return picture
+
+
+def check_events(directory):
+    written = scalars(directory)
+    assert written["train/loss"] == {10: 3.5, 20: 2.5}
+    assert written["grad_norm"] == {10: 0.25}
+    assert written["val/loss"] == {5: 4.5}
+
+
+@pytest.fixture
+def wandb(tmp_path_factory, monkeypatch):
+    """W&B as on a machine where nobody has logged in, and offline."""
+    wandb = pytest.importorskip("wandb")
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    home = tmp_path_factory.mktemp("home")
+    for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(home / name.lower()))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # it reads the environment once
+    yield wandb
+    wandb.teardown()
+
+
+def records(file):
+    """What the file of a W&B run holds: 7 bytes, then LevelDB's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data = file.read_bytes()
+    assert data.startswith(b":W&B")
+    position, parts = 7, b""
+    while position < len(data):
+        if (rest := -position % 2**15) < 7:  # a header does not straddle blocks
+            position += rest
+        _, size, kind = struct.unpack_from("<IHB", data, position)
+        position += 7
+        parts += data[position : position + size]
+        position += size
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def wandb_runs(directory):
+    """The files of the W&B runs in a directory, in the order they were started, once W&B has written all."""
+    pytest.importorskip("wandb").teardown()
+    return sorted(directory.glob("wandb/*run-*/*.wandb"), key=lambda file: file.parent.name)
+
+
+def history(file):
+    """The rows of a W&B run, without what W&B adds."""
+    rows = []
+    for record in records(file):
+        if record.WhichOneof("record_type") == "history":
+            row = {}
+            for item in record.history.item:
+                key = item.key or "/".join(item.nested_key)
+                if not key.startswith("_"):
+                    row[key] = json.loads(item.value_json)
+            rows.append(row)
+    return rows
+
+
+def one(file, kind):
+    """A W&B run's first record of a kind."""
+    return next(getattr(record, kind) for record in records(file) if record.WhichOneof("record_type") == kind)
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if WARNING in record.getMessage()]
+
+
+def test_events(tmp_path):
+    written = metrics.Metrics(UPath(tmp_path), process_index=0)
+    write(written.writer)
+    written.publish()
+    check_events(tmp_path)
+    written.writer.write_scalars(30, {"train/loss": 1.5})
+    written.close()
+    assert scalars(tmp_path)["train/loss"][30] == 1.5
+    assert [file.name for file in tmp_path.iterdir() if not file.name.startswith("events.")] == []
+
+
+def test_events_at_a_url(tmp_path):
+    workdir = UPath(f"memory://{tmp_path.name}/run")
+    workdir.mkdir(parents=True)
+    written = metrics.Metrics(workdir, process_index=0)
+
+    def fetched():
+        for file in workdir.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        return tmp_path
+
+    write(written.writer)
+    written.publish()
+    check_events(fetched())
+    written.writer.write_scalars(30, {"train/loss": 1.5})
+    written.close()
+    assert scalars(fetched())["train/loss"][30] == 1.5
+
+
+def test_other_processes_write_to_the_log_alone(tmp_path, wandb):
+    written = metrics.Metrics(UPath(tmp_path), process_index=1, wandb_project="jetformer")
+    write(written.writer)
+    written.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb(tmp_path, wandb, caplog):
+    workdir = tmp_path / "digits" / "3"
+    workdir.mkdir(parents=True)
+    written = metrics.Metrics(UPath(workdir), process_index=0, wandb_project="jetformer")
+    picture = write(written.writer)
+    written.writer.write_images(20, {"gray": np.full((2, 4, 4, 1), 0.5, np.float32)})
+    written.writer.write_histograms(20, {"weights": np.arange(10.0)}, {"weights": 5})
+    written.writer.write_hparams({"Jet.depth": 2})
+    written.close()
+
+    check_events(workdir)
+    (file,) = wandb_runs(workdir)
+    rows = history(file)
+    assert rows[:3] == [
+        {"step": 10, "train/loss": 3.5, "grad_norm": 0.25},
+        {"step": 20, "train/loss": 2.5},
+        {"step": 5, "val/loss": 4.5},
+    ]
+    samples, config, gray, weights = rows[3:]
+    files = file.parent / "files"
+    assert samples["step"] == 20
+    with Image.open(files / samples["samples/filenames"][0]) as image:
+        np.testing.assert_array_equal(np.asarray(image), picture)
+    assert gray["gray/count"] == 2
+    with Image.open(files / gray["gray/filenames"][1]) as image:
+        np.testing.assert_array_equal(np.asarray(image), np.full((4, 4), 128))
+    assert config["step"] == 0
+    assert "<pre>    Jet.depth = 2\n    a &lt; b</pre>" in (files / config["config/path"]).read_text()
+    assert weights["weights/values"] == [2, 2, 2, 2, 2]
+    assert [(update.key, update.value_json) for update in one(file, "config").update] == [("Jet/depth", "2")]
+    run = one(file, "run")
+    assert (run.project, run.display_name, run.run_group, run.job_type) == (
+        "jetformer",
+        "digits/3",
+        "digits/3",
+        "train",
+    )
+    drawn_over = {record.metric.glob_name: record.metric.step_metric for record in records(file)}
+    assert drawn_over["*"] == "step"
+    assert one(file, "exit").exit_code == 0
+    assert not list(file.parent.rglob("*.patch"))
+    assert warnings(caplog) == []
+
+
+def test_a_resumed_run_continues_its_wandb_run(tmp_path, wandb):
+    workdir = UPath(tmp_path)
+    ids = []
+    for step in (1, 2):
+        written = metrics.Metrics(workdir, process_index=0, wandb_project="jetformer")
+        written.writer.write_scalars(step, {"train/loss": 1.0})
+        written.close()
+        ids.append(one(wandb_runs(tmp_path)[-1], "run").run_id)
+    assert ids == [(workdir / metrics.WANDB_ID_FILE).read_text()] * 2
+    assert [history(file)[0]["step"] for file in wandb_runs(tmp_path)] == [1, 2]
+
+
+def test_an_evaluation_job_is_a_wandb_run_of_the_group(tmp_path, wandb):
+    """While the run goes on in the same process, too."""
+    workdir = UPath(tmp_path / "digits" / "3")
+    directory = workdir / "eval_fid"
+    directory.mkdir(parents=True)
+    training = metrics.Metrics(workdir, process_index=0, wandb_project="jetformer")
+    training.writer.write_scalars(7, {"train/loss": 1.0})
+    evaluation = metrics.Metrics(directory, process_index=0, wandb_project="jetformer", training_workdir=workdir)
+    evaluation.writer.write_scalars(5, {"val/fid": 9.0})
+    evaluation.close()
+    training.close()
+    of_training, of_evaluation = (wandb_runs(place)[0] for place in (workdir, directory))
+    runs = [one(file, "run") for file in (of_training, of_evaluation)]
+    assert runs[0].run_id != runs[1].run_id
+    assert [run.run_group for run in runs] == ["digits/3", "digits/3"]
+    assert [run.display_name for run in runs] == ["digits/3", "3/eval_fid"]
+    assert [run.job_type for run in runs] == ["train", "eval"]
+    assert history(of_training) == [{"step": 7, "train/loss": 1.0}]
+    assert history(of_evaluation) == [{"step": 5, "val/fid": 9.0}]
+
+
+def test_wandb_of_a_run_at_a_url(tmp_path, wandb, monkeypatch):
+    """An offline run's files stay where they are, for nobody else has them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    workdir = UPath(f"memory://{tmp_path.name}/wandb/3")
+    workdir.mkdir(parents=True)
+    written = metrics.Metrics(workdir, process_index=0, wandb_project="jetformer")
+    written.writer.write_scalars(7, {"train/loss": 1.0})
+    written.publish()
+    written.close()
+    (directory,) = tmp_path.glob("wandb-*")
+    (file,) = wandb_runs(directory)
+    assert history(file) == [{"step": 7, "train/loss": 1.0}]
+    run = one(file, "run")
+    assert run.display_name == "wandb/3"
+    assert run.run_id == (workdir / metrics.WANDB_ID_FILE).read_text()
+
+
+def test_a_run_that_fails_is_a_failed_wandb_run(tmp_path, wandb):
+    written = metrics.Metrics(UPath(tmp_path), process_index=0, wandb_project="jetformer")
+    with pytest.raises(FloatingPointError), closing(written):
+        raise FloatingPointError
+    assert one(wandb_runs(tmp_path)[0], "exit").exit_code == 1
+
+
+def test_wandb_disabled(tmp_path, wandb, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    written = metrics.Metrics(UPath(tmp_path), process_index=0, wandb_project="jetformer")
+    write(written.writer)
+    written.close()
+    check_events(tmp_path)
+    assert not (tmp_path / "wandb").exists()
+    assert warnings(caplog) == []
+
+
+def test_no_wandb(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it raises ModuleNotFoundError
+    written = metrics.Metrics(UPath(tmp_path), process_index=0, wandb_project="jetformer")
+    write(written.writer)
+    written.close()
+    check_events(tmp_path)
+    (warning,) = warnings(caplog)
+    assert "pip install -e '.[wandb]'" in warning
+
+
+def test_an_error_while_writing(tmp_path, wandb, caplog):
+    writer = metrics.WandbWriter("jetformer", UPath(tmp_path))
+    writer.write_scalars(1, {"train/loss": 1.0})
+    writer.write_scalars(2, {"train/loss": np.zeros(3)})
+    for step in range(3, 6):
+        writer.write_scalars(step, {"train/loss": np.zeros(3)})
+    writer.close()
+    (warning,) = warnings(caplog)
+    assert "can only convert an array of size 1" in warning
+
+
+def test_no_network(tmp_path, wandb, monkeypatch, caplog):
+    """Nothing waits for it but the end."""
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setattr(metrics, "_WANDB_INIT_SECONDS", 2)
+    written = metrics.Metrics(UPath(tmp_path), process_index=0, wandb_project="jetformer")
+    write(written.writer)
+    written.publish()
+    assert warnings(caplog) == []  # W&B is still trying
+    check_events(tmp_path)
+    written.writer.write_scalars(30, {"train/loss": 1.5})
+    written.close()
+    assert scalars(tmp_path)["train/loss"][30] == 1.5
+    (warning,) = warnings(caplog)
+    assert "refused" in warning
+    assert "\n" not in warning
+
+
+@pytest.mark.slow
+def test_no_login_at_a_terminal(tmp_path, wandb, monkeypatch):
+    """Nobody is asked for a key, though somebody might be there."""
+    monkeypatch.delenv("WANDB_MODE")
+    program = (
+        "import sys; from jetformer import metrics; from upath import UPath\n"
+        "written = metrics.Metrics(UPath(sys.argv[1]), process_index=0, wandb_project='jetformer')\n"
+        "written.writer.write_scalars(1, {'train/loss': 1.0})\n"
+        "written.close()\n"
+    )
+    terminal, other_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdin=other_end, stdout=other_end, stderr=other_end
+    )
+    os.close(other_end)
+    too_late = threading.Timer(180, process.kill)
+    too_late.start()
+    output = b""
+    try:
+        while part := os.read(terminal, 2**16):
+            output += part
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    finally:
+        os.close(terminal)
+    returncode = process.wait()
+    too_late.cancel()
+    assert returncode == 0, output
+    assert output.count(WARNING.encode() + b"No API key configured.") == 1, output
+    assert b"choice" not in output
+    assert scalars(tmp_path)["train/loss"] == {1: 1.0}
