@@ -12,6 +12,7 @@ import collections
 import contextlib
 import itertools
 import json
+import math
 import pathlib
 import platform
 import resource
@@ -40,8 +41,8 @@ PHASES = ("data", "forward", "backward", "optimizer")
 
 
 def linear_parameters(model: nn.Module) -> int:
-    """How many parameters the weights of all linear layers have."""
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    """How many parameters the weights of all linear layers and convolutions have."""
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d))
 
 
 def model_flops(model: nn.Module, batch_size: int, text_length: int) -> int:
@@ -54,17 +55,28 @@ def model_flops(model: nn.Module, batch_size: int, text_length: int) -> int:
     from jetformer.models.decoder import Decoder
     from jetformer.models.jet import Jet
     from jetformer.models.jetformer import JetFormer
+    from jetformer.models.labelled import LabelledFlow
     from jetformer.models.language_model import LanguageModel
 
     linear = lambda module, tokens: 2 * linear_parameters(module) * tokens
     attention = lambda width, tokens: 4 * width * tokens * tokens
 
     def of_flow(flow: Jet) -> int:
-        tokens = flow.patchify.num_tokens
-        total = linear(flow, tokens)
+        if not isinstance(flow, Jet):
+            return 0
+        total = 0
         for coupling in flow.couplings:
-            encoder = coupling.dnn.vit
-            total += len(encoder.blocks) * attention(coupling.dnn.posemb.shape[-1], tokens)
+            tokens, dnn = math.prod(coupling.grid), coupling.dnn
+            total += linear(coupling, tokens)
+            if hasattr(dnn, "vit"):
+                total += len(dnn.vit.blocks) * attention(dnn.posemb.shape[-1], tokens)
+        return total
+
+    def of_labelled_flow(model: LabelledFlow) -> int:
+        total = of_flow(model.flow)
+        for coupling in model.flow.couplings:  # whose context is one token
+            tokens, key_value = math.prod(coupling.grid), coupling.dnn.cross_attn.key_value
+            total += linear(key_value, 1 - tokens) + 2 * key_value.out_features * tokens
         return total
 
     def of_decoder(decoder: Decoder, tokens: int) -> int:
@@ -83,7 +95,7 @@ def model_flops(model: nn.Module, batch_size: int, text_length: int) -> int:
     def of_language_model(model: LanguageModel) -> int:
         return of_decoder(model.decoder, text_length) + linear(model.text_head, text_length)
 
-    of_model = {Jet: of_flow, JetFormer: of_jetformer, LanguageModel: of_language_model}
+    of_model = {Jet: of_flow, LabelledFlow: of_labelled_flow, JetFormer: of_jetformer, LanguageModel: of_language_model}
     return 3 * batch_size * of_model[type(model)](model)
 
 
@@ -114,6 +126,8 @@ def synthetic_batch(model: nn.Module, batch_size: int, text_length: int) -> dict
     batch = {}
     if hasattr(model, "image_shape"):
         batch["image"] = rng.integers(0, 256, (batch_size, *model.image_shape), dtype=np.uint8)
+    if hasattr(model, "num_labels"):
+        batch["label"] = rng.integers(0, model.num_labels, batch_size, dtype=np.int32)
     if text_length:
         shape = batch_size, text_length
         batch["text"] = rng.integers(0, model.bos_id, shape, dtype=np.int32)
@@ -298,7 +312,7 @@ def measure(run, where: runtime.Runtime, *, steps: int, warmup: int, samples: in
 
 def _num_tokens(model: nn.Module, text_length: int) -> int:
     """T: image tokens of an image, or tokens of a text."""
-    return getattr(model, "num_image_tokens", text_length) or model.patchify.num_tokens
+    return getattr(model, "num_image_tokens", text_length) or getattr(model, "flow", model).patchify.num_tokens
 
 
 def _profile(stepping: Iterator, directory: str, machine: Machine) -> None:

@@ -30,7 +30,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-__all__ = ["Checkpointer", "check_compatible", "latest", "restore", "steps", "verify"]
+__all__ = ["Checkpointer", "check_compatible", "latest", "load_weights", "restore", "steps", "verify"]
 
 MARKER = "COMPLETE"
 
@@ -192,6 +192,33 @@ def restore(
         # that fails says so at once instead of leaving the others to wait for it.
         dcp.load(state, storage_reader=_reader(fs, _directory(root, step)), planner=planner, no_dist=True)
     return state
+
+
+def load_weights(workdir: str | os.PathLike, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Loads the model of a checkpoint into `tensors`, a model's state on the CPU, in place.
+
+    What the checkpoint has a moving average of ("ema") is that, the rest is as trained ("model").
+
+    Raises:
+      ValueError: if the checkpoint is damaged, or one of the tensors is missing, too many or of another shape.
+    """
+    verify(workdir, step)
+    fs, root = _open(workdir)
+    reader = _reader(fs, _directory(root, step))
+    saved = reader.read_metadata().state_dict_metadata
+    theirs = {name.removeprefix("model."): "model" for name in saved if name.startswith("model.")}
+    theirs |= {name.removeprefix("ema."): "ema" for name in saved if name.startswith("ema.")}
+    for name in (*tensors, *(name for name in theirs if name not in tensors)):
+        found, expected = _describe(saved, f"{theirs.get(name)}.{name}"), _describe(tensors, name)
+        if found != expected:
+            raise ValueError(
+                f"the weights of step {step} of {os.fspath(workdir)} are another model's: {name} is {found} there, "
+                f"{expected} here"
+            )
+    state = {part: {name: tensors[name] for name in theirs if theirs[name] == part} for part in set(theirs.values())}
+    _quiet()
+    with _plain_errors():
+        dcp.load(state, storage_reader=reader, no_dist=True)
 
 
 # Where things are. All but DCP's own reading and writing goes through fsspec.

@@ -15,9 +15,10 @@ from upath import UPath
 
 from jetformer import objectives, optim
 from jetformer.data import dataset
-from jetformer.evaluators import attributes, classify, features, fid, likelihood, probe, samples
-from jetformer.models import decoder, jet, jetformer, language_model, patches
+from jetformer.evaluators import attributes, classify, features, fid, flow, likelihood, probe, samples
+from jetformer.models import decoder, invertible, jet, jetformer, labelled, language_model, patches
 from jetformer.sampling import guidance
+from jetformer.storage import write_whole
 
 CONFIG_FILE = "config.gin"  # in the workdir: all that was parsed, includes resolved
 OPERATIVE_CONFIG_FILE = "operative_config.gin"  # in the workdir: all that was used, defaults included
@@ -30,9 +31,14 @@ for _configurable in (
     features.ClassifierFeatures,
     features.InceptionFeatures,
     fid.Fid,
+    flow.FlowSamples,
     guidance.Guidance,
+    invertible.IdentityFlow,
+    invertible.LearnedProjection,
+    invertible.PCAProjection,
     jet.Jet,
     jetformer.JetFormer,
+    labelled.LabelledFlow,
     language_model.LanguageModel,
     likelihood.Likelihood,
     objectives.JetFormerObjective,
@@ -45,6 +51,7 @@ for _configurable in (
     probe.Probe,
     samples.Samples,
     dataset.Data,
+    dataset.MixtureData,
 ):
     gin.external_configurable(_configurable, module=_configurable.__module__.rpartition(".")[2])
 
@@ -108,8 +115,8 @@ _NOT_ARCHITECTURE = ("dropout", "head_block", "head_dtype", "path")
 
 
 _MODELS = (
-    *(jetformer.JetFormer, language_model.LanguageModel, jet.Jet, decoder.Decoder),
-    *(patches.Patchify, patches.PatchPCA),
+    *(jetformer.JetFormer, language_model.LanguageModel, labelled.LabelledFlow, jet.Jet, decoder.Decoder),
+    *(patches.Patchify, patches.PatchPCA, invertible.LearnedProjection, invertible.PCAProjection),
 )
 
 
@@ -129,5 +136,6 @@ def architecture() -> dict[str, str]:
 
 def save(workdir: UPath) -> None:
     """Writes the parsed and the operative configuration into the workdir."""
-    (workdir / CONFIG_FILE).write_text(gin.config_str())
-    (workdir / OPERATIVE_CONFIG_FILE).write_text(gin.operative_config_str())
+    # Whole: an evaluation job may be reading them.
+    write_whole(workdir / CONFIG_FILE, gin.config_str())
+    write_whole(workdir / OPERATIVE_CONFIG_FILE, gin.operative_config_str())

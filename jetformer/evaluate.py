@@ -6,10 +6,12 @@ Reads the configuration that the run has saved, with --gin_file and --gin_bindin
 and runs the evaluators of `train.evaluators` on each that is complete, the oldest first, until that of the last step is
 done. What they find is in `<workdir>/eval_<name>/` (see `evaluators/base.py`). Training is not held up by it, and may
 delete a checkpoint at any time; started again, or beside another such job, it does what has not been done. What fails
-is said in one line, and the rest goes on; the exit code is 1 then.
+is said in one line, and the rest goes on; the exit code is 1 then. (A configuration that cannot be used ends the job at
+its start.)
 """
 
 import contextlib
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +20,7 @@ from absl import app, flags, logging
 from upath import UPath
 
 from jetformer import program, runtime
+from jetformer.preemption import Preempted
 
 flags.adopt_module_key_flags(program)
 flags.DEFINE_string("workdir", None, "The run's.", required=True)
@@ -26,6 +29,7 @@ flags.DEFINE_integer("step", None, "Evaluate the checkpoint of this step, even i
 flags.DEFINE_bool("once", False, "Evaluate the newest checkpoint there is, even if that has been done, and end.")
 flags.DEFINE_integer("every", 1, "Evaluate every so-manieth checkpoint, and the last.", lower_bound=1)
 flags.DEFINE_bool("newest", False, "Of several checkpoints that wait, evaluate the newest only.")
+flags.DEFINE_float("wait_seconds", 60.0, "How long to wait for a run that has not begun.", lower_bound=0.0)
 flags.DEFINE_float("poll_seconds", 1.0, "How often to look for a new checkpoint.", lower_bound=0.0)
 FLAGS = flags.FLAGS
 
@@ -57,37 +61,59 @@ class Job:
         self.failures: list[str] = []
         self._workdir, self._overrides, self._machine = workdir, (gin_files, gin_bindings), machine
         self._chosen = names
-        self._config: str | None = None  # what the run has saved, and what it says
-        self._run = None
-        self._read_config()
-        self._loaded = None  # the configuration, and the run and its state on the devices
+        self._saved: tuple[str, str] | None = None  # what the run has written of itself, and what it says
+        self._run, self._last_step = None, 0
+        self._loaded = None  # what the run has written of itself, and the run and its state on the devices
         self._checked: set[str] = set()
-        self._given_up: set[tuple[str, int | None]] = set()
+        self._given_up: set[tuple[str, int | None]] = set()  # evaluators at steps; at None for good
         self._written: dict[str, Any] = {}  # the writers, by evaluator
+        self._read_config()
 
     def close(self) -> None:
         """Ends the writing."""
+        self._write_results()
         for written in self._written.values():
             written.close()
 
-    def _read_config(self) -> None:
-        from jetformer import train
+    def _write_results(self) -> None:
+        """What a job that was killed, or one beside this one, may have left out."""
+        from jetformer.evaluators import base
 
-        saved = train.saved_config(self._workdir)
-        if saved == self._config:
+        if self._machine.process_index == 0:
+            for name in self._names:
+                base.write_results(self._workdir, name)
+
+    def _read_config(self) -> None:
+        """Reads the run's configuration, if it is another one than before: training may begin again with other
+        settings, or for longer."""
+        from jetformer import train
+        from jetformer.evaluators import base
+
+        facts = self._workdir / train.RUN_FILE
+        saved = train.saved_config(self._workdir), facts.read_text() if facts.exists() else "{}"
+        if saved == self._saved:
             return
-        self._run = train.configured(self._workdir, *self._overrides)
-        self._config = saved  # training may begin again with another one
-        evaluators = self._run.evaluators
-        if not evaluators:
+        run = train.configured(self._workdir, *self._overrides)
+        if not run.evaluators:
             raise ValueError(
                 f"{self._workdir} has no evaluators: bind some, as --gin_bindings='train.evaluators = "
                 '{"val": @Likelihood()}\''
             )
         for name in self._chosen or ():
-            if name not in evaluators:
-                raise ValueError(f"there is no evaluator {name!r}; train.evaluators has {', '.join(evaluators)}")
-        self._names = tuple(self._chosen or evaluators)
+            if name not in run.evaluators:
+                raise ValueError(f"there is no evaluator {name!r}; train.evaluators has {', '.join(run.evaluators)}")
+        # From run.json: a length in epochs takes the dataset to know, which this machine may lack.
+        self._last_step = json.loads(saved[1]).get("total_steps") or run.steps()
+        self._saved, self._run, self._names = saved, run, tuple(self._chosen or run.evaluators)
+        self._given_up.clear()
+        self._write_results()
+        for name in self._names:
+            if steps := base.other_settings(self._workdir, name, run.evaluators[name]):
+                logging.warning(
+                    "%s: %d step(s) were evaluated with other settings and stay as they are: delete %s to evaluate "
+                    "them again, or give the evaluator another name",
+                    *(name, len(steps), base.directory_of(self._workdir, name)),
+                )
 
     def follow(self, poll_seconds: float, every: int = 1, newest: bool = False) -> None:
         """Evaluates checkpoints as they come, until that of the run's last step.
@@ -97,38 +123,66 @@ class Job:
           every: evaluate every so-manieth checkpoint, and the last.
           newest: of several that wait, evaluate the newest only.
         """
+        seen: set[int] = set()
+        waiting_for = None
         while True:
             steps, last_step, period = self._machine.of_first(self._look())
-            waiting = [step for step in steps if step >= last_step or step // period % every == 0]
+            wanted = lambda step, last=last_step, k=period * every: step >= last or step % k == 0
+            missing = self._machine.of_first(self._missing(*steps, *seen))
+            for step in sorted(seen - set(steps)):
+                if missing[step]:
+                    logging.warning("The checkpoint of step %d was deleted before it was evaluated", step)
+            seen = {step for step in steps if wanted(step)}
             if newest:
-                waiting = waiting[-1:]
-            todo = [step for step in waiting if self._machine.of_first(self._missing(step))]
+                seen = {max(seen)} if seen else set()
+            todo = [step for step in sorted(seen) if missing[step]]
             if todo:
-                self.evaluate(todo[0], self._machine.of_first(self._missing(todo[0])))
+                self.evaluate(todo[0], missing[todo[0]], again=False)
             elif steps and steps[-1] >= last_step:
                 return
             else:
+                if waiting_for != steps[-1:]:
+                    waiting_for = steps[-1:]
+                    logging.info("Waiting for a checkpoint after step %d of %d", *(steps[-1:] or [0]), last_step)
                 time.sleep(poll_seconds)
 
     def _look(self) -> tuple[list[int], int, int]:
         """The steps of complete checkpoints, the run's last step, and after how many steps it saves one."""
         from jetformer import checkpoint
 
-        self._read_config()
-        return checkpoint.steps(self._workdir), self._run.steps(), self._run.checkpoint_steps
+        try:
+            self._read_config()
+        except ValueError as error:  # the one before is as good until it is whole
+            logging.warning("The run's configuration cannot be used: %s", error)
+        return checkpoint.steps(self._workdir), self._last_step, self._run.checkpoint_steps
 
-    def _missing(self, step: int) -> list[str]:
-        """The evaluators that are still to be run on a checkpoint."""
+    def _missing(self, *steps: int) -> dict[int, list[str]]:
+        """The evaluators that are still to be run on checkpoints, by step."""
         from jetformer.evaluators.base import evaluated_steps
 
-        return [
-            name
-            for name in self._names
-            if not {(name, step), (name, None)} & self._given_up and step not in evaluated_steps(self._workdir, name)
-        ]
+        done = {name: evaluated_steps(self._workdir, name) for name in self._names}
+        given_up = self._given_up
+        return {
+            step: [
+                name for name in self._names if step not in done[name] and not {(name, step), (name, None)} & given_up
+            ]
+            for step in steps
+        }
 
-    def evaluate(self, step: int, names: Sequence[str] | None = None) -> None:
-        """Runs evaluators (None: all of the job's) on the checkpoint of a step, one after the other."""
+    def evaluate(self, step: int, names: Sequence[str] | None = None, again: bool = True) -> bool:
+        """Runs evaluators on the checkpoint of a step, one after the other.
+
+        Args:
+          step: the step.
+          names: which evaluators; None: all of the job's.
+          again: also those that have been run on it.
+
+        Returns:
+          False if the checkpoint was deleted while it was read.
+
+        Raises:
+          ValueError: with `again`, if the checkpoint cannot be read.
+        """
         from jetformer import checkpoint, metrics, train
 
         since, wrong = time.perf_counter(), None
@@ -138,12 +192,17 @@ class Job:
             wrong = error
         # Each process reads for itself. Training may delete a checkpoint that one of them has still read.
         if found := next((error for error in self._machine.of_all(wrong) if error is not None), None):
-            if self._machine.of_first(step in checkpoint.steps(self._workdir)):
+            if not self._machine.of_first(step in checkpoint.steps(self._workdir)):
+                logging.warning("The checkpoint of step %d was deleted while it was read (%s)", step, found)
+                return False
+            if again:
                 raise found
-            logging.warning("The checkpoint of step %d was deleted while it was read: on to the next (%s)", step, found)
-            return
+            self._fail(f"the checkpoint of step {step}", found, [(name, step) for name in self._names])
+            return True
         logging.info("Step %d: read in %.1f s", step, time.perf_counter() - since)
         for name in names or self._names:
+            if not again and not self._machine.of_first(name in self._missing(step)[step]):
+                continue  # another job has done it meanwhile
             try:
                 self._check(name, run, state, step)
                 if name not in self._written:
@@ -152,18 +211,27 @@ class Job:
                     self._written[name] = metrics.Metrics(
                         directory, self._machine.process_index, run.wandb_project, training_workdir=self._workdir
                     )
-                written = self._written[name]
-                scalars = train.evaluate(run, state, step, name, self._workdir, self._machine, written.writer)
-                written.publish()
-            except (ValueError, OSError, ImportError) as error:
-                if name in self._checked and self._machine.process_count > 1:
+                scalars = train.evaluate(run, state, step, name, self._workdir, self._machine, self._written[name])
+            except Preempted:
+                raise
+            except Exception as error:  # whatever it is, the others can go on, and the exit code tells
+                if self._machine.process_count > 1 and name in self._checked:
                     raise  # the other processes may be anywhere
                 # What a check finds wrong is wrong at the next step, too, and may take minutes to find.
-                self._given_up.add((name, step if name in self._checked else None))
-                self.failures.append(f"{name} at step {step}: {' '.join(str(error).split())}")
-                logging.error("%s", self.failures[-1])
+                for_good = name not in self._checked and isinstance(error, ValueError | ImportError)
+                self._fail(f"{name} at step {step}", error, [(name, None if for_good else step)])
                 continue
             logging.info("Step %d: %s", step, ", ".join(f"{tag} {value:.4f}" for tag, value in scalars.items()))
+        return True
+
+    def _fail(self, what: str, error: Exception, given_up: list[tuple[str, int | None]]) -> None:
+        """Says and remembers what has failed, and that it is not to be tried again."""
+        self._given_up |= set(given_up)
+        self.failures.append(f"{what}: {' '.join(str(error).split()) or type(error).__name__}")
+        logging.error("%s", self.failures[-1])
+        # A user's mistake or a disk's is told by its message, anything else by where it came from.
+        expected = isinstance(error, ValueError | OSError | ImportError)
+        logging.log(logging.DEBUG if expected else logging.ERROR, "", exc_info=error)
 
     def _check(self, name: str, run, state, step: int) -> None:
         """Has an evaluator look whether it can evaluate, once; what any process finds wrong is raised on all."""
@@ -185,16 +253,26 @@ class Job:
         """The run and its state at a step, built anew only where its configuration has changed."""
         from jetformer import train
 
-        self._read_config()
-        if self._loaded is None or self._loaded[0] != self._config:
+        if self._loaded is None or self._loaded[0] != self._saved:
             self._loaded = None  # its memory goes first
             run, state, _ = train.load(self._workdir, *self._overrides, self._machine, step)
             run.check_eval_batch_size(self._machine)
             self._checked.clear()
-            self._loaded = self._config, run, state
+            self._loaded = self._saved, run, state
         else:
             train.restore(self._workdir, self._loaded[2], self._machine, step)
         return self._loaded[1:]
+
+
+def wait_for_run(workdir: UPath, wait_seconds: float, poll_seconds: float) -> None:
+    """Waits until a run that was started at the same time as this has written its configuration."""
+    from jetformer import config
+
+    until = time.monotonic() + wait_seconds
+    if not (workdir / config.CONFIG_FILE).exists():
+        logging.info("Waiting up to %.0f s for a run in %s", wait_seconds, workdir)
+    while not (workdir / config.CONFIG_FILE).exists() and time.monotonic() < until:
+        time.sleep(poll_seconds)
 
 
 def main(argv: list[str]) -> None:
@@ -209,16 +287,18 @@ def main(argv: list[str]) -> None:
 
         if FLAGS.once and FLAGS.step is not None:
             raise ValueError("give --once or --step, not both")
-        workdir = UPath(FLAGS.workdir)
+        workdir, once = UPath(FLAGS.workdir), FLAGS.once or FLAGS.step is not None
+        if not once:
+            wait_for_run(workdir, FLAGS.wait_seconds, FLAGS.poll_seconds)
         with contextlib.closing(Job(workdir, FLAGS.gin_file, FLAGS.gin_bindings, machine, FLAGS.evaluators)) as job:
-            if FLAGS.once or FLAGS.step is not None:
+            if not once:
+                job.follow(FLAGS.poll_seconds, FLAGS.every, FLAGS.newest)
+            while once:
                 step = FLAGS.step if FLAGS.step is not None else machine.of_first(checkpoint.latest(workdir))
                 if step is None or step not in checkpoint.steps(workdir):
                     which = "" if FLAGS.step is None else f" of step {step}"
                     raise ValueError(f"{workdir} has no complete checkpoint{which}")
-                job.evaluate(step)
-            else:
-                job.follow(FLAGS.poll_seconds, FLAGS.every, FLAGS.newest)
+                once = not job.evaluate(step)
         if job.failures:
             raise ValueError(f"{len(job.failures)} evaluation(s) failed: {'; '.join(job.failures)}")
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from jetformer import prng
 from jetformer.models.jetformer import JetFormer
+from jetformer.models.labelled import LabelledFlow
 from jetformer.models.language_model import LanguageModel
 
 Batch = dict[str, Tensor]
@@ -47,6 +48,22 @@ def check_has(batch: Batch, *keys: str) -> None:
                 f"the batch has no {key!r}: the preprocessing must make it (label_as_text makes a text of a label, "
                 "caption one of a text)"
             )
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """The class labels `[B]` of a batch: its `label`, or its texts of one token.
+
+    Raises:
+      ValueError: if it has neither.
+    """
+    if "label" in batch:
+        return batch["label"]
+    if "text" in batch and batch["text"].shape[1] == 1:
+        return batch["text"][:, 0]
+    raise ValueError(
+        "the batch has no label: the preprocessing must keep it, as \"decode | keep('image', 'label')\", or make a "
+        "text of it with label_as_text"
+    )
 
 
 def batch_size(batch: Batch) -> int:
@@ -279,18 +296,30 @@ class JetFormerObjective:
 class JetObjective:
     """Negative log-likelihood of images under a flow alone (Jet; big_vision `trainers/proj/jet/train.py`).
 
+    Of a `LabelledFlow` each image is scored given its label.
+
     Attributes:
       dequantize: add the dequantization noise.
+      drop_labels_prob: probability that a label is dropped in training, so that a `LabelledFlow` also learns images
+        without one.
     """
 
     dequantize: bool = True
+    drop_labels_prob: float = 0.0
 
     def draw(self, model: nn.Module, batch: Batch, keys: Tensor, train: bool) -> Draws:
-        """The random draws of one step: dequant `[B, H, W, C]`, uniform in [0, 1). See `JetFormerObjective.draw`."""
-        del model, train
-        if not self.dequantize:
-            return {}
-        return {"dequant": prng.uniform(prng.fold_in(keys, _DEQUANT), batch["image"].shape[1:])}
+        """The random draws of one step: dequant `[B, H, W, C]`, uniform in [0, 1), and in training drop_labels bool
+        `[B]`. See `JetFormerObjective.draw`."""
+        draws = {}
+        if self.dequantize:
+            draws["dequant"] = prng.uniform(prng.fold_in(keys, _DEQUANT), batch["image"].shape[1:])
+        if self.drop_labels_prob and not isinstance(model, LabelledFlow):
+            raise ValueError(
+                f"JetObjective.drop_labels_prob is of a LabelledFlow, not of a {type(model).__name__}: leave it out"
+            )
+        if self.drop_labels_prob and train:
+            draws["drop_labels"] = prng.uniform(prng.fold_in(keys, _DROP_PREFIX), ()) < self.drop_labels_prob
+        return draws
 
     def normalizers(self, batch: Batch, draws: Draws, train: bool) -> dict[str, Tensor]:
         """How many examples the loss averages over. See `JetFormerObjective.normalizers`."""
@@ -308,13 +337,14 @@ class JetObjective:
         train: bool = True,
         normalizers: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Terms]:
-        """Scores the images uint8 `[B, H, W, C]` of a batch; arguments as in `JetFormerObjective.__call__`.
+        """Scores the images uint8 `[B, H, W, C]` of a batch, of a `LabelledFlow` given its labels (see `labels_of`);
+        arguments as in `JetFormerObjective.__call__`.
 
         Returns:
           The loss, and what it consists of by example: bits_per_dim = bits_per_dim_latents - bits_per_dim_logdet.
 
         Raises:
-          ValueError: if there is a noise curriculum, which Jet's objective does not have.
+          ValueError: if there is a noise curriculum, which Jet's objective does not have, or the batch lacks something.
         """
         if not isinstance(noise_scale, Tensor) and noise_scale:
             raise ValueError("Jet's objective has no noise curriculum: leave train.noise_scale at 0")
@@ -323,7 +353,10 @@ class JetObjective:
         pixels = batch["image"].to(next(model.parameters()).dtype)
         if self.dequantize:
             pixels = pixels + draws["dequant"]
-        terms = self.score(model, to_unit_range(pixels))
+        context = None
+        if isinstance(model, LabelledFlow):
+            context = model.context(labels_of(batch).long(), draws.get("drop_labels") if train else None)
+        terms = self.score(model, to_unit_range(pixels), context)
         loss = terms["bits_per_dim"][0].sum() / normalizers["image"]
         return loss, {name: (value.detach(), counts) for name, (value, counts) in terms.items()}
 

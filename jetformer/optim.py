@@ -138,10 +138,9 @@ def noise_curriculum(step: int, total_steps: int, noise_scale: float, noise_min:
 
 
 def decayed_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What weight decay applies to: the matrices of linear layers (attention, MLPs, projections, heads). Not
-    embeddings,
-    position embeddings, norms or biases."""
-    return [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    """What weight decay applies to: the matrices of linear layers (attention, MLPs, projections, heads) and
+    convolutions. Not embeddings, position embeddings, norms or biases, nor what maps the flow's own values."""
+    return [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
 
 
 def make_optimizer(

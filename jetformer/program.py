@@ -40,6 +40,9 @@ def one_line_errors() -> Iterator[None]:
     signal.signal(signal.SIGTERM, _stop)
     try:
         yield
+    except KeyboardInterrupt:
+        _say("interrupted: start the same command again to go on")
+        sys.exit(130)
     except preemption.Preempted:
         _say("stopped: start the same command again to go on")
         sys.exit(preemption.EXIT_CODE)

@@ -51,7 +51,7 @@ _UNITS = {
 # Which of a metric's values is best, by the words of its name; of others that is not said.
 _NEITHER = {"std", "logdet", "tokens"}  # of a spread, and of the terms of a sum
 _LOWER = {"bits", "loss", "nats", "perplexity", "error", "mse", "distance", "fid", "kid"}
-_HIGHER = {"accuracy", "score", "precision", "recall", "psnr", "ssim"}
+_HIGHER = {"accuracy", "score", "precision", "recall", "psnr", "ssim", "images", "captions"}
 
 _COLOURS = (
     *("#3a6ea5", "#d9722b", "#3f8f5f", "#b8405e", "#7b5ea7"),
@@ -95,7 +95,8 @@ class Run:
     def evaluation_tags(self) -> list[str]:
         """The metrics of evaluation, of older runs as well, whose evaluations are in the event files only."""
         tags = {tag for records in self.results.values() for record in records for tag in record}
-        return [tag for tag in self.curves if tag in tags or re.match("(val|eval|test)(_ema)?/", tag)]
+        found = [tag for tag in self.curves if tag in tags or re.match("(val|eval|test)(_ema)?/", tag)]
+        return sorted(found, key=_importance)
 
 
 class Line(NamedTuple):
@@ -305,12 +306,18 @@ def differing_bindings(runs: Sequence[Run]) -> dict[str, list[str | None]]:
     file = next(name for name in names if all(name in run.configs for run in runs))
     parsed = [bindings(run.configs[file]) for run in runs]
     rows = {name: [values.get(name) for values in parsed] for name in sorted(set().union(*parsed))}
-    return {name: row for name, row in rows.items() if len(set(row)) > 1}
+    # Where a run does not use a thing at all, one line says so: that which binds it.
+    used = [{name.rpartition(".")[0] for name in values} for values in parsed]
+    return {
+        name: row
+        for name, row in rows.items()
+        if len(set(row)) > 1 and all(name.rpartition(".")[0] in names for names in used)
+    }
 
 
 def better(tag: str) -> str | None:
     """Whether a metric's "lower" or "higher" values are better, if its name says so."""
-    words = set(_quantity(tag).split("_"))
+    words = set(re.split("[/_]", _quantity(tag)))
     if words & _NEITHER:
         return None
     # An Inception distance is one, and no score.
@@ -510,10 +517,16 @@ def run_charts(run: Run, metrics: Sequence[str]) -> Charts:
     groups = sorted({_group(tag) for tag in run.curves}, key=_group_order)
     colours = dict(zip(groups, itertools.cycle(_COLOURS), strict=False)) | {"run": _GREY}
     quantities: dict[str, list[str]] = {}
-    for tag in sorted(metrics, key=lambda tag: _group_order(_group(tag))):
-        quantities.setdefault(_quantity(tag), []).append(tag)
+    for tag in sorted(metrics, key=lambda tag: (_group_order(_group(tag)), _natural(tag))):
+        quantities.setdefault(_quantity(tag).partition("/")[0], []).append(tag)
     charts = {}
     for quantity, tags in quantities.items():
+        parts = [tag for tag in tags if _part(tag)]
+        if parts:  # as of each class or layer: a chart for each evaluation, a line for each part
+            for group in dict.fromkeys(map(_group, tags)):
+                lines = zip((tag for tag in tags if _group(tag) == group), itertools.cycle(_COLOURS), strict=False)
+                charts[group, quantity] = [Line(_part(tag) or "all", run.curves[tag], colour) for tag, colour in lines]
+            continue
         heading = ", ".join(_group(tag) for tag in tags)
         charts[heading, quantity] = [Line(_group(tag), run.curves[tag], colours[_group(tag)]) for tag in tags]
     # Of what is in training and in evaluations first.
@@ -542,6 +555,21 @@ def _group(tag: str) -> str:
 def _quantity(tag: str) -> str:
     """What is after the slash."""
     return tag.partition("/")[2] or tag
+
+
+def _part(tag: str) -> str:
+    """What is after the second slash: of which part of a whole a metric is, as one class or layer."""
+    return _quantity(tag).partition("/")[2]
+
+
+def _natural(tag: str) -> list[Any]:
+    """Sorts 5_shot before 10_shot."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", tag)]
+
+
+def _importance(tag: str) -> tuple[bool, bool, list[Any]]:
+    """Sorts likelihoods first, then other wholes, then parts."""
+    return bool(_part(tag)), "bits_per" not in tag, _natural(tag)
 
 
 def _group_order(group: str) -> tuple[int, str]:
@@ -623,9 +651,9 @@ def _summary(run: Run) -> list[tuple[str, float, int, float | None, int | None]]
 def _finals(runs: Sequence[Run]) -> list[tuple[str, list[tuple[float | None, int | None, bool]]]]:
     """Each metric, those of evaluation first: in each run the last value, its step, and whether it is the best."""
     evaluation = {tag for run in runs for tag in run.evaluation_tags()}
-    tags = sorted(set().union(*(run.curves for run in runs)), key=lambda tag: (_group_order(_group(tag)), tag))
+    tags = set().union(*(run.curves for run in runs))
     rows = []
-    for tag in sorted(tags, key=lambda tag: tag not in evaluation):
+    for tag in sorted(tags, key=lambda tag: (tag not in evaluation, _importance(tag))):
         last = [max(run.curves[tag]) if tag in run.curves else None for run in runs]
         values = [None if step is None else run.curves[tag][step] for run, step in zip(runs, last, strict=True)]
         known = [value for value in values if value is not None]

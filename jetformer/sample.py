@@ -2,6 +2,7 @@
 
     python -m jetformer.sample --workdir=/tmp/digits --classes=3,7 --out=/tmp/samples
     python -m jetformer.sample --workdir=/tmp/shapes --prompt="a red circle" --guidance_weight=2 --out=/tmp/samples
+    python -m jetformer.sample --workdir=/tmp/jet_digits --temperature=0.8 --out=/tmp/samples
     python -m jetformer.sample --workdir=/tmp/shapes --images='/tmp/samples/images/*' --task=caption --out=/tmp/texts
 
 Writes PNGs, a grid of them, a page to browse them (index.html) and samples.jsonl, where each line is an image with its
@@ -53,7 +54,11 @@ flags.DEFINE_float("guidance_weight", 0.0, "w of p(x | y)^(1+w) / p(x)^w.")
 flags.DEFINE_enum(
     "guidance_schedule", "constant", ["constant", "linear", "cosine"], "The weight over an image's tokens."
 )
-flags.DEFINE_float("temperature", 1.0, "Multiplies the scales of image tokens' mixtures; divides a caption's logits.")
+flags.DEFINE_float(
+    "temperature",
+    1.0,
+    "Multiplies the scales of image tokens' mixtures, or a flow's latents; divides a caption's logits.",
+)
 flags.DEFINE_float("temperature_probs", 1.0, "Multiplies the log-weights of image tokens' mixtures.")
 flags.DEFINE_integer("top_k", None, "Captions: choose among so many of the most probable tokens.")
 flags.DEFINE_float("top_p", 1.0, "Captions: choose among the most probable tokens of at least this probability.")
@@ -101,22 +106,17 @@ def source() -> tuple[UPath, int | None]:
 def download(repo: str, revision: str | None, step: int | None) -> UPath:
     """The workdir that a repository holds: its configuration, its tokenizer, and the checkpoint of `step`, or the
     newest."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import HfApi
 
     from jetformer import checkpoint
+    from jetformer.convert import hub
 
-    try:
-        if step is None:
+    if step is None:
+        with hub.plain_errors(f"--hf_repo={repo}"):
             files = (file.split("/") for file in HfApi().list_repo_files(repo, revision=revision))
             steps = [int(f[1]) for f in files if len(f) == 3 and f[0] == "checkpoints" and f[2] == checkpoint.MARKER]
-            step = max(steps, default=0)
-        directory = snapshot_download(
-            repo, revision=revision, allow_patterns=["*.gin", "*.model", f"checkpoints/{step:09d}/*"]
-        )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ValueError(f"--hf_repo={repo}: {error}") from error
-    return UPath(directory)
+        step = max(steps, default=0)
+    return hub.fetch_all(repo, revision, ["*.gin", "*.model", f"checkpoints/{step:09d}/*"])
 
 
 def given_prompts() -> list[str]:
@@ -280,6 +280,52 @@ class Images:
         return sampled.cpu().numpy(), known
 
 
+class FlowImages:
+    """Images of a flow alone; of a `LabelledFlow` also of classes."""
+
+    def __init__(self, run, model, workdir: UPath, compile):
+        from jetformer.models.labelled import LabelledFlow
+
+        del run, workdir
+        self._compile = compile
+        self.settings = {"temperature": FLAGS.temperature}
+        self.unreadable, self.num_tokens = [], 1
+        if given_prompts() or FLAGS.images is not None:
+            raise ValueError("a flow alone reads no texts and no images: leave out --prompt, --prompts and --images")
+        if FLAGS.classes is None:
+            self.jobs = [Job("sample", FLAGS.seed)]
+            return
+        if not isinstance(model, LabelledFlow):
+            raise ValueError(f"a {type(model).__name__} knows no classes: leave out --classes")
+        self.jobs = []
+        for label in FLAGS.classes:
+            if not label.strip().isdigit() or int(label) >= model.num_labels:
+                raise ValueError(f"--classes: there is no class {label!r}, but those below {model.num_labels}")
+            self.jobs.append(Job(f"class {int(label)}", FLAGS.seed, np.array(int(label))))
+
+    def __call__(self, model, group: list[Job], keys, on_token) -> tuple[np.ndarray, list[dict[str, float]]]:
+        import torch
+
+        from jetformer import objectives, prng
+        from jetformer.sampling.decode import to_uint8
+
+        labels = stacked((job.text for job in group), keys.device)
+
+        def draw():
+            latents = prng.normal(keys, model.image_shape)
+            context = None if labels is None else model.context(labels)
+            image, logdet = model.inverse(latents * FLAGS.temperature, context)
+            nats = -objectives.standard_normal_nll(latents * FLAGS.temperature) - logdet
+            return to_uint8(image), nats - math.prod(model.image_shape) * math.log(127.5)
+
+        with torch.no_grad():
+            sampled, nats = self._compile(draw)()
+        on_token()
+        scale = -1 / (math.prod(model.image_shape) * math.log(2))
+        known = [{"log_likelihood": x, "bits_per_dim": x * scale} for x in nats.cpu().tolist()]
+        return sampled.cpu().numpy(), known
+
+
 class Texts:
     """Texts: captions of images by a JetFormer, or by a language model how its prompts go on."""
 
@@ -337,6 +383,7 @@ _FLAGS_OF = {
     "complete": ("temperature_probs", "guidance", "guidance_weight", "guidance_schedule", "rows"),
     "caption": ("top_k", "top_p"),
     "text": ("top_k", "top_p"),
+    "flow": (),
 }
 
 
@@ -361,21 +408,24 @@ def sample_all(run, state, step: int, workdir: UPath, machine: runtime.Runtime, 
     from tqdm import tqdm
 
     from jetformer import prng, train
+    from jetformer.models.jet import Jet
     from jetformer.models.jetformer import JetFormer
+    from jetformer.models.labelled import LabelledFlow
     from jetformer.models.language_model import LanguageModel
     from jetformer.sampling import gallery
 
     model, loop = state.model, train.loop_of(machine)
-    if not isinstance(model, JetFormer | LanguageModel):
-        raise ValueError(f"a {type(model).__name__} alone has nothing to sample tokens from: give a JetFormer's run")
+    if not isinstance(model, JetFormer | LanguageModel | Jet | LabelledFlow):
+        raise ValueError(f"a {type(model).__name__} alone has nothing to sample: give a JetFormer's or a flow's run")
     if (FLAGS.images is None) != (FLAGS.task is None):
         raise ValueError("--images and --task go together: give both, or neither")
     if FLAGS.images is not None and isinstance(model, LanguageModel):
         raise ValueError("a LanguageModel reads no images: leave out --images")
-    writes_text = FLAGS.task == "caption" or isinstance(model, LanguageModel)
-    what = FLAGS.task or ("text" if writes_text else "image")
+    of_flow = isinstance(model, Jet | LabelledFlow)
+    writes_text = not of_flow and (FLAGS.task == "caption" or isinstance(model, LanguageModel))
+    what = FLAGS.task or ("text" if writes_text else "flow" if of_flow else "image")
     check_flags(what)
-    task = (Texts if writes_text else Images)(run, model, workdir, loop.compile)
+    task = (Texts if writes_text else FlowImages if of_flow else Images)(run, model, workdir, loop.compile)
     settings = {"task": what, "run": str(workdir), "step": step, "ema": state.ema is not None and FLAGS.ema}
     settings |= task.settings
 

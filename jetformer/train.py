@@ -24,24 +24,31 @@ from torch import Tensor, nn
 from upath import UPath
 
 import jetformer
-from jetformer import checkpoint, config, objectives, optim
+from jetformer import checkpoint, config, objectives, optim, prng
 from jetformer.data.dataset import Data
 from jetformer.evaluators.base import Context, Evaluator, directory_of, evaluated_steps, prepare, write
 from jetformer.loops import steps
-from jetformer.models import remat
+from jetformer.models import invertible, remat
 from jetformer.models.initializers import init_weights
+from jetformer.models.labelled import LabelledFlow
 from jetformer.preemption import Preempted, Preemption
 from jetformer.runtime import Runtime, derive_seed, resolve_mesh
 from jetformer.sampling.guidance import Guidance
+from jetformer.storage import write_whole
 
 if TYPE_CHECKING:
     from clu.metric_writers import MetricWriter
+
+    from jetformer.metrics import Metrics
 
 RUN_FILE = "run.json"  # in the workdir: what it runs on, and its parameters
 TOKENIZER_FILE = "tokenizer.model"  # in the workdir, where the experiment reads texts
 
 # What draws of different purposes are seeded with, beside the run's seed.
 _INIT = 1
+
+# So many examples of the first batch suffice to initialize what depends on data.
+_INIT_EXAMPLES = 256
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -64,6 +71,8 @@ class Run:
       schedule: called with total_steps, batch_size, data_size; gives the learning-rate factor by step.
       batch_size: examples a step, over all processes.
       total_steps, total_examples, total_epochs: how long to train.
+      init_from: a run's workdir, or one of its checkpoints (…/checkpoints/000012000): begin with its weights, the
+        moving average's where it has one. It is looked at before step 0 only, not where a run is resumed.
       seed: of everything random.
       grad_clip_norm: largest global norm of the gradients; None for no clipping.
       grad_accum_steps: into how many parts a batch is cut.
@@ -100,6 +109,7 @@ class Run:
     total_steps: int | None = None
     total_examples: int | None = None
     total_epochs: float | None = None
+    init_from: str | None = None
     seed: int = 0
     grad_clip_norm: float | None = 1.0
     grad_accum_steps: int = 1
@@ -127,8 +137,11 @@ class Run:
             if inspect.isclass(value):
                 raise ValueError(f"train.{name} is a class: write @{value.__name__}(), with parentheses")
         for name in self.evaluators:
-            if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-                raise ValueError(f"train.evaluators: {name!r} cannot name a directory: use letters, digits and _.-")
+            if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name.endswith("_ema"):
+                raise ValueError(
+                    f"train.evaluators: {name!r} cannot be a name: use letters, digits and _.-, and no _ema at "
+                    "its end, as figures with the moving average have"
+                )
         for name in ("batch_size", "eval_batch_size", "grad_accum_steps", "log_steps", "checkpoint_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name} = {value}: give 1 or more")
@@ -178,13 +191,14 @@ class Run:
         """As `check_mesh`, for evaluation alone."""
         _check_divides("eval_batch_size", self.batch_size_of_evaluation(), runtime)
 
-    def build_model(self) -> nn.Module:
-        """The model on the CPU, with initial weights that depend on the seed alone, not on the device."""
+    def build_model(self, to_train: bool = True) -> nn.Module:
+        """The model on the CPU, with initial weights (to train) that depend on the seed alone, not on the device."""
         with torch.device("meta"):
             model = config.call(self.model)
         model.to_empty(device="cpu")
-        with torch.no_grad():
-            init_weights(model, torch.Generator().manual_seed(derive_seed(self.seed, _INIT)))
+        if to_train:  # else all of it comes from a checkpoint, and what it was made of may not be on this machine
+            with torch.no_grad():
+                init_weights(model, torch.Generator().manual_seed(derive_seed(self.seed, _INIT)))
         return model
 
     def check_model(self) -> nn.Module:
@@ -244,6 +258,13 @@ class Run:
         Raises:
           ValueError: if there is one. (The embedding of another one would be taken, or the device would stop.)
         """
+        if isinstance(model, LabelledFlow):
+            labels = objectives.labels_of(batch)
+            for label in (labels.min(), labels.max()):
+                if not 0 <= label < model.num_labels:
+                    raise ValueError(
+                        f"there is a label {label} in the data, but LabelledFlow.num_labels is {model.num_labels}"
+                    )
         vocab_size = getattr(model, "vocab_size", None)  # a flow alone reads no text
         if vocab_size is None or "text" not in batch:
             return
@@ -263,10 +284,40 @@ class Run:
         """Examples a step of evaluation."""
         return self.eval_batch_size or self.batch_size
 
-    def build_state(self, runtime: Runtime, to_train: bool = True) -> "State":
-        """Model, optimizer (to train) and moving average at step 0."""
+    def initialize(self, model: nn.Module, runtime: Runtime) -> None:
+        """Gives a new model on the CPU the weights that it begins training with, where these are not all random: those
+        of `init_from`, or what ActNorms are by the first batch.
+
+        Of the batch process 0 takes up to 256 examples and tells the others what it finds.
+
+        Raises:
+          ValueError: if there are no such weights, or they are another model's.
+        """
+        if self.init_from is not None:
+            load_weights(self.init_from, model)
+        elif invertible.needs_data(model):
+            runtime.first_does(lambda: self._initialize_by_data(model))
+            values = [p.data for p in invertible.parameters_from_data(model)]
+            found = runtime.of_first(values if runtime.process_index == 0 else None)
+            for value, theirs in zip(values, found, strict=True):
+                value.copy_(theirs)
+
+    def _initialize_by_data(self, model: nn.Module) -> None:
+        with closing(self.data.train_batches(batch_size=self.batch_size, seed=self.seed)) as batches:
+            batch = {name: torch.tensor(array[:_INIT_EXAMPLES]) for name, array in next(batches).items()}
+        examples = torch.arange(objectives.batch_size(batch), dtype=torch.int32)
+        draws = self.objective.draw(model, batch, prng.example_keys(derive_seed(self.seed, 0), examples), train=True)
+        with invertible.initializing(model):
+            self.objective(model, batch, draws, noise_scale=self.noise_scale)
+
+    def build_state(
+        self, runtime: Runtime, to_train: bool = True, initialize: Callable[[nn.Module], None] = lambda model: None
+    ) -> "State":
+        """Model, optimizer (to train) and moving average at step 0; `initialize` is called with the model while it is
+        on the CPU. What is not to be trained has no weights yet."""
         loop = loop_of(runtime)
-        model = self.build_model()
+        model = self.build_model(to_train)
+        initialize(model)
         remat.set_policy(model, self.activation_checkpointing)
         runner = loop.place(model, runtime, mesh=self.mesh, compile=self.compile, autocast_dtype=self.autocast)
         optimizer = None
@@ -325,6 +376,38 @@ def loop_of(runtime: Runtime) -> ModuleType:
     return loop
 
 
+def load_weights(path: str, model: nn.Module) -> None:
+    """Loads the weights of another run into a model on the CPU: those of the moving average, where it has one.
+
+    Args:
+      path: the run's workdir, whose newest checkpoint counts, or one of its checkpoints.
+      model: the model.
+
+    Raises:
+      ValueError: if there is no checkpoint, or it is of another architecture.
+    """
+    workdir, step = UPath(path.rstrip("/")), None
+    if workdir.name.isdigit() and workdir.parent.name == "checkpoints":
+        workdir, step = workdir.parent.parent, int(workdir.name)
+    if step is None and (step := checkpoint.latest(workdir)) is None:
+        raise ValueError(f"train.init_from = {path!r}: there is no complete checkpoint")
+    info = checkpoint.verify(workdir, step)["info"]
+    _check_architecture(f"train.init_from = {path!r}", info, "begin with another")
+    checkpoint.load_weights(workdir, step, model.state_dict())
+    logging.info("Weights of step %d of %s", step, workdir)
+
+
+def _check_architecture(what: str, info: Mapping[str, Any], remedy: str) -> None:
+    """Compares the architecture that a checkpoint's `info` says it is of with this run's."""
+    ours = config.architecture()
+    for name, value in info.get("architecture", {}).items():
+        if ours.get(name) != value:
+            raise ValueError(
+                f"{what} holds a run with another architecture: its {name} is {value}, this one's {ours.get(name)}; "
+                f"{remedy}, or use that run's configuration"
+            )
+
+
 def restore(workdir: UPath, state: State, runtime: Runtime, step: int | None = None) -> int:
     """Restores a complete checkpoint of the workdir into `state`: that of `step`, or the newest; returns its step, 0 if
     there is none.
@@ -336,13 +419,7 @@ def restore(workdir: UPath, state: State, runtime: Runtime, step: int | None = N
     """
     if step is None and (step := checkpoint.latest(workdir)) is None:
         return 0
-    ours = config.architecture()
-    for name, value in checkpoint.verify(workdir, step)["info"].get("architecture", {}).items():
-        if ours.get(name) != value:
-            raise ValueError(
-                f"{workdir} holds a run with another architecture: its {name} is {value}, this one's "
-                f"{ours.get(name)}; use another --workdir, or that run's configuration"
-            )
+    _check_architecture(str(workdir), checkpoint.verify(workdir, step)["info"], "use another --workdir")
     checkpoint.restore(workdir, step, state.tensors(), loop_of(runtime).load_planner())
     return step
 
@@ -373,7 +450,9 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
         noise_min=run.noise_min,
     )
     loop.set_up(run.mesh, _compilation_cache(run, workdir), run.matmul_precision)
-    state = run.build_state(runtime)
+    resumes = runtime.of_first(checkpoint.latest(workdir) is not None)
+    initialize = (lambda model: None) if resumes else functools.partial(run.initialize, runtime=runtime)
+    state = run.build_state(runtime, initialize=initialize)
     start_step = restore(workdir, state, runtime)
     runtime.agree_on("the step to go on from", start_step)
     if start_step > total_steps:
@@ -397,8 +476,8 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
 
     workdir.mkdir(parents=True, exist_ok=True)
     if runtime.process_index == 0:
-        config.save(workdir)
-        (workdir / RUN_FILE).write_text(json.dumps(_facts(run, state.model, runtime), indent=1))
+        write_whole(workdir / RUN_FILE, json.dumps(_facts(run, state.model, runtime), indent=1))
+        config.save(workdir)  # after it, for a job that follows: a run that is to last longer has not ended
         if run.data.has_texts():  # a workdir is all that sampling needs, wherever it is copied to
             (workdir / TOKENIZER_FILE).write_bytes(run.data.texts().tokenizer.serialized())
     written = metrics.Metrics(workdir, runtime.process_index, run.wandb_project)
@@ -449,7 +528,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
             if due and not (missing and runtime.of_first(number in evaluated_steps(workdir, name))):
                 meter.check()
                 with meter.paused(), progress.timed(f"eval_{name}", wait_jax_async_dispatch=False):
-                    evaluate(run, state, number, name, workdir, runtime, writer, preemption.check)
+                    evaluate(run, state, number, name, workdir, runtime, written, preemption.check)
 
     with Preemption() as preemption, closing(training):
         try:
@@ -535,7 +614,7 @@ def evaluate(
     name: str,
     workdir: UPath,
     runtime: Runtime,
-    writer: "MetricWriter",
+    written: "Metrics",
     each_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Runs the evaluator `name` of `train.evaluators`, writes down what it finds, and returns its figures by tag.
@@ -543,8 +622,9 @@ def evaluate(
     `each_batch` is called after every batch.
     """
     since = time.perf_counter()
-    results = run.evaluators[name](context(run, state, step, name, workdir, runtime, each_batch))
-    return write(results, name, step, time.perf_counter() - since, workdir, writer, runtime)
+    evaluator = run.evaluators[name]
+    results = evaluator(context(run, state, step, name, workdir, runtime, each_batch))
+    return write(results, name, step, time.perf_counter() - since, evaluator, workdir, written, runtime)
 
 
 def saved_config(workdir: UPath) -> str:

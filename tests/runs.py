@@ -56,7 +56,7 @@ def untrained(workdir, data_dir, gin_file="experiments/digits.gin", **overrides)
     """What an evaluator is given for a small run with random parameters, and others as their moving average."""
     config.parse([gin_file], bindings(data_dir, **overrides))
     experiment, machine = config.call(train.Run), Runtime(torch.device("cpu"))
-    state = experiment.build_state(machine, to_train=False)
+    state = experiment.build_state(machine)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in [*state.model.parameters(), *(state.ema or {}).values()]:

@@ -14,6 +14,7 @@ from runs import bindings, start
 EXPERIMENTS = (
     *("digits", "cifar10", "imagenet64", "imagenet256", "shapes", "coco_captions", "tinystories"),
     *("benchmark_cpu", "benchmark_head", "benchmark_flow", "benchmark_sampling"),
+    *("jet_digits", "jet_digits_labelled", "ablations/cnn", "ablations/levels", "ablations/masking"),
 )
 
 

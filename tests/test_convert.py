@@ -1,14 +1,36 @@
-"""The converter: nothing lost, nothing unknown let through."""
+"""The converter: what other implementations compute, from their weights; nothing lost, nothing unknown let through,
+nothing unpickled."""
 
+import pathlib
+import pickle
+import shutil
+
+import gin
 import numpy as np
 import pytest
 import torch
+import yaml
+from torch.nn import functional as F
+from upath import UPath
 
-from golden_files import Golden, paths
-from jetformer.convert import from_big_vision, image_head_order
+from golden_files import DIRECTORY, Golden, assert_log, assert_output, paths
+from jetformer import config, train
+from jetformer.convert import big_vision, from_big_vision, image_head_order, jet_pytorch, jetformer_pytorch, sharing
+from jetformer.convert.sources import Source, assemble, fit, permutation
+from jetformer.models.decoder import Decoder, GatedMlp
+from jetformer.models.initializers import init_weights
 from jetformer.models.jet import Jet
+from jetformer.models.jetformer import JetFormer
+from jetformer.models.patches import Patchify, PatchPCA
+from jetformer.objectives import JetFormerObjective
 from small_models import small_model
-from test_golden import load, objective_inputs
+from test_golden import jet_from_config, load, objective_inputs
+
+# What golden jet-pytorch weights do not tell.
+JET_BINDINGS = ("Jet.num_heads = 2", 'Jet.kinds = ("channels", "spatial")')
+
+
+# Tables.
 
 
 def test_image_head_order_takes_apart_what_the_reference_interleaves():
@@ -35,10 +57,665 @@ def test_every_number_finds_its_place(path):
 
 
 def test_unknown_parameters_are_named():
-    with pytest.raises(ValueError, match="EmbedAudio/kernel has no place in JetFormer"):
+    with pytest.raises(ValueError, match=r"EmbedAudio/kernel has no place in JetFormer: its shape is \[2, 2\]"):
         from_big_vision({"EmbedAudio/kernel": np.zeros((2, 2))}, small_model())
     flow = Jet((4, 4, 3), depth=1, emb_dim=8, num_heads=2, ps=2)
-    with pytest.raises(ValueError, match="couplings/dnn/extra/kernel has no place in Jet"):
+    with pytest.raises(ValueError, match="couplings/0/dnn/extra/kernel has no place in Jet"):
         from_big_vision({"couplings/dnn/extra/kernel": np.zeros((1, 2))}, flow)
     with pytest.raises(TypeError, match="Linear"):
         load(torch.nn.Linear(2, 2), {})
+
+
+def test_layers_may_be_stacked_or_unrolled():
+    """Couplings, their permutations and the blocks of their ViTs."""
+    file = Golden(DIRECTORY / "jet_mixed.npz")
+    params = file.numpy("params")
+    model = jet_from_config(file.config, file.numpy("in")["x"].shape[1:])
+    expected = from_big_vision(params, model, partial=False)
+    unrolled = big_vision.unstacked(params)
+    assert "couplings/1/dnn/init_proj/kernel" in unrolled
+    stacked = {k: v for k, v in params.items() if "encoderblock_" not in k}
+    for name in params:
+        if "/encoderblock_0/" in name:
+            blocks = [params[name.replace("_0/", f"_{i}/", 1)] for i in range(file.config["block_depth"])]
+            stacked[name.replace("encoderblock_0", "encoderblock")] = np.stack(blocks, axis=1)
+    for other in (unrolled, stacked):
+        state = from_big_vision(other, model, partial=False)
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+TABLE = {
+    "ab": Source({"a": (1, 2), "b": (2, 2)}),
+    "c": Source({"c": (3,)}, lambda x: x - 1),
+    "d": torch.arange(2),
+}
+
+
+def theirs(**changes):
+    tensors = {"a": torch.zeros(1, 2), "b": torch.ones(2, 2), "c": torch.zeros(3), **changes}
+    return {name: x for name, x in tensors.items() if x is not None}
+
+
+def test_a_table_makes_a_state_dict():
+    state = assemble(TABLE, theirs(e=torch.zeros(5)), "M", unused={"e"})
+    assert state["ab"].tolist() == [[0, 0], [1, 1], [1, 1]]
+    assert state["c"].tolist() == [-1, -1, -1]
+    assert state["d"].tolist() == [0, 1]
+    assert assemble(TABLE, {"c": torch.zeros(3)}, "M", partial=True).keys() == {"c"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"b": None}, r"b is missing: M needs it, in shape \[2, 2\]$"),
+        ({"a": None, "b": None}, r"a is missing \(and 1 more\): M needs it, in shape \[1, 2\]$"),
+        ({"c": torch.zeros(4)}, r"c has shape \[4\], and M needs \[3\]$"),
+        ({"e": torch.zeros(5)}, r"e has no place in M: its shape is \[5\]$"),
+    ],
+)
+def test_what_does_not_fit_a_table_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        assemble(TABLE, theirs(**changes), "M")
+
+
+def test_permutations_have_one_1_in_each_row_and_column():
+    order = torch.tensor([2, 0, 1])
+    matrix = F.one_hot(order, 3).T.float()  # column j picks what comes j-th
+    assert permutation(matrix).tolist() == order.tolist()
+    for wrong in (torch.zeros(3, 3), torch.ones(3, 3), F.one_hot(torch.tensor([0, 0, 1])).float(), matrix * 1.5):
+        with pytest.raises(ValueError, match="is no permutation matrix"):
+            permutation(wrong)
+    table = {"p": Source({"mask": (3, 3)}, permutation)}
+    with pytest.raises(ValueError, match=r"^mask is no permutation matrix"):
+        assemble(table, {"mask": torch.zeros(3, 3)}, "M")
+
+
+def test_parts_that_others_do_not_have_are_named():
+    model = Jet((4, 4, 3), depth=1, emb_dim=8, num_heads=2, ps=2, actnorm=True)
+    state = {k: v for k, v in model.state_dict().items() if "actnorm" not in k}
+    with pytest.raises(ValueError, match="weights of jet_pytorch have nothing for actnorms"):
+        fit(state, model.state_dict(), model, "weights of jet_pytorch")
+    model = Jet((4, 4, 3), depth=1, emb_dim=8, num_heads=2, ps=2, predictor="cnn")
+    with pytest.raises(ValueError, match=r"leave Jet\.predictor at 'vit'"):
+        from_big_vision({}, model)
+
+
+# jet-pytorch.
+
+
+@pytest.fixture(scope="module")
+def jet_file(tmp_path_factory):
+    """The golden state dict as the package's users have it: on the Hub, and from training."""
+    from safetensors.torch import save_file
+
+    directory = tmp_path_factory.mktemp("jet_pytorch")
+    tensors = Golden(DIRECTORY / "convert_jet_pytorch.npz").tensors("params")
+    save_file(tensors, directory / "jet.safetensors")
+    torch.save({"model": tensors, "opt": {"state": {}, "param_groups": []}, "epoch": 4}, directory / "jet.pt")
+    return directory / "jet.safetensors"
+
+
+def parsed(weights, *bindings):
+    """The model that weights tell of, on the meta device."""
+    gin.clear_config()
+    gin.parse_config(weights.gin)
+    gin.parse_config(list(bindings))
+    return config.call(train.Run).check_model()
+
+
+def converted(module, weights, *bindings):
+    model = parsed(weights, *bindings)
+    table, unused = module.table(model, weights)
+    state = fit(assemble(table, weights.tensors, type(model).__name__, unused), model.state_dict(), model, "weights")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def check_jet(model, tolerance=2e-4):
+    """The model computes what jet-pytorch does."""
+    file = Golden(DIRECTORY / "convert_jet_pytorch.npz")
+    x, expected = file.tensors("in")["x"], file.tensors("out")
+    with torch.no_grad():
+        z, logdet = model(x)
+        tokens, _ = model.patchify(z)
+        assert_output(tokens, expected["z"], tolerance)
+        assert_log(logdet, expected["logdet"])
+        image, _ = model.patchify.inverse(expected["z"])
+        assert_output(model.inverse(image)[0], expected["x_reconstructed"], tolerance)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_jet_pytorch(jet_file, suffix):
+    weights = jet_pytorch.read(str(jet_file.with_suffix(suffix)))
+    assert weights.needs.keys() == {"Jet.num_heads", "Jet.kinds"}
+    model = converted(jet_pytorch, weights, *JET_BINDINGS)
+    assert [c.projection for c in model.couplings][1::2] == ["checkerboard", "checkerboard-inv", "vstripes"]
+    check_jet(model)
+
+
+def test_the_numerics_of_jet_pytorch_are_not_the_references(jet_file):
+    """Each of the two differences shows in the golden values, where one looks closely."""
+    check_jet(converted(jet_pytorch, jet_pytorch.read(str(jet_file)), *JET_BINDINGS), 1e-6)
+    for binding in ('Jet.gelu = "tanh"', "Jet.norm_eps = 1e-6"):
+        model = converted(jet_pytorch, jet_pytorch.read(str(jet_file)), *JET_BINDINGS, binding)
+        with pytest.raises(AssertionError):
+            check_jet(model, 1e-6)
+
+
+def package_defaults(**changes):
+    """The shapes of jet_imagenet64x64_200m, without numbers; permutations of tokens as they are."""
+    order = jet_pytorch._SPATIAL
+    spatial = [jet_pytorch.spatial_permutation(order[i], (16, 16)) for i in (0, 1, 2, 3, 4, 5)]
+    block = {
+        **{"pos_emb": (1, 256, 512), "init_proj.weight": (512, 24), "init_proj.bias": (512,)},
+        **{"final_proj.weight": (48, 512), "final_proj.bias": (48,)},
+        **{f"encoder.blocks.{i}.ln1.weight": (512,) for i in range(2)},
+    }
+    shapes = {f"blocks.{i}.dnn.{name}": shape for i in range(32) for name, shape in block.items()}
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    tensors["channel_projections"] = torch.empty(26, 48, 48, device="meta")
+    tensors["spatial_projections"] = torch.stack([F.one_hot(p, 256).T for p in spatial])
+    return {name: x for name, x in {**tensors, **changes}.items() if x is not None}
+
+
+def test_of_the_packages_default_sizes_its_other_defaults_are_taken():
+    """The weights on the Hub have them; what was taken is said."""
+    weights = jet_pytorch._experiment(package_defaults(), "x", step=7)
+    assert not weights.needs
+    assert len(weights.notes) == 3
+    model = parsed(weights)
+    assert model.image_shape == (64, 64, 3)
+    assert [c.kind for c in model.couplings[:6]] == ["channels"] * 4 + ["spatial", "channels"]
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(210e6, rel=0.05)
+    assert gin.query_parameter("Jet.num_heads") == 8
+    assert gin.query_parameter("Jet.spatial_coupling_projs") == tuple(jet_pytorch._SPATIAL)
+    assert gin.query_parameter("Data.name") == "downsampled_imagenet/64x64"
+    assert gin.query_parameter("train.total_steps") == 7
+
+
+def test_what_jet_pytorch_weights_do_not_tell_is_asked_for():
+    empty = lambda *shape: torch.empty(shape, device="meta")
+    wide = {"blocks.0.dnn.pos_emb": empty(1, 250, 512), "blocks.0.dnn.final_proj.weight": empty(20, 512)}
+    weights = jet_pytorch._experiment(package_defaults(**wide), "x")
+    assert weights.needs == {
+        "Jet.ps": "which patches have 20 numbers",
+        "Jet.input_shape": "which image has 250 patches",
+    }
+    only_channels = {"channel_projections": empty(32, 48, 48), "spatial_projections": empty(0, 256, 256)}
+    weights = jet_pytorch._experiment(package_defaults(**only_channels), "x")
+    assert "Jet.kinds = ('channels',)" in weights.gin
+    with pytest.raises(ValueError, match="32 couplings, but permutations for 5 of channels and 6 of tokens"):
+        jet_pytorch._experiment(package_defaults(channel_projections=empty(5, 48, 48)), "x")
+    with pytest.raises(ValueError, match="channel_projections should have 3 axes, and it is missing"):
+        jet_pytorch._experiment(package_defaults(channel_projections=None), "x")
+
+
+# alexojica/JetFormer.
+
+
+JETFORMER_PT, JETFORMER_YAML = (DIRECTORY / f"convert_jetformer_pytorch.{suffix}" for suffix in ("pt", "yaml"))
+
+
+def check_jetformer(model, tolerance=2e-4):
+    """The model computes what alexojica/JetFormer does."""
+    file = Golden(DIRECTORY / "convert_jetformer_pytorch.npz")
+    inputs, expected = file.tensors("in"), file.tensors("out")
+    image = inputs["image_uint8_nchw"].permute(0, 2, 3, 1)
+    text = inputs["label"][:, None]
+    with torch.no_grad():
+        tokens, factored, logdet = model.encode_image(image.float() / 127.5 - 1)
+        assert_output(torch.cat((tokens, factored), dim=-1), expected["latent_tokens"], tolerance)
+        assert_log(logdet, expected["logdet"])
+        text_hidden, image_hidden = model(text, tokens, text_first=True)
+        assert_output(model.text_logits(text_hidden), expected["text_logits"], tolerance)
+        order = image_head_order(model.image_head.num_mixtures, model.out_dim)
+        assert_output(model.image_head.logits(image_hidden), expected["image_logits"][..., order], tolerance)
+        batch = {"image": image, "text": text, "text_loss": torch.ones_like(text, dtype=torch.bool)}
+        objective = JetFormerObjective(text_prefix_prob=1.0, loss_on_prefix=False, dequantize=False)
+        _, terms = objective(model, batch, {}, train=False)
+        assert_output(terms["bits_per_dim"][0].mean(), expected["image_bits_per_dim"], tolerance)
+
+
+def read_jetformer(**changes):
+    """The golden checkpoint, with its YAML changed: `model__width=8` sets model.width, None takes a key out."""
+    tree = yaml.safe_load(JETFORMER_YAML.read_text())
+    for name, value in changes.items():
+        *parents, key = name.split("__")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[key] = value
+        if value is None:
+            del node[key]
+    weights = jetformer_pytorch._experiment(jetformer_pytorch._Config(tree, "its YAML"), False, None)
+    weights.tensors = jetformer_pytorch.read(str(JETFORMER_PT)).tensors
+    return weights
+
+
+@pytest.mark.parametrize("yaml_path", [None, str(JETFORMER_YAML)], ids=["its own config", "YAML"])
+def test_jetformer_pytorch(yaml_path):
+    weights = jetformer_pytorch.read(str(JETFORMER_PT), yaml_path)
+    assert not weights.notes
+    assert not weights.needs
+    check_jetformer(converted(jetformer_pytorch, weights))
+
+
+@pytest.mark.parametrize("binding", ['Decoder.activated = "gate"', "Jet.norm_eps = 1e-6", 'Patchify.order = "hwc"'])
+def test_the_numerics_of_jetformer_pytorch_are_not_the_references(binding):
+    """Each of these differences shows in the golden values, where one looks closely."""
+    check_jetformer(converted(jetformer_pytorch, read_jetformer()), 2e-6)
+    with pytest.raises(AssertionError):
+        check_jetformer(converted(jetformer_pytorch, read_jetformer(), binding), 2e-6)
+
+
+def test_blocks_of_jetformer_pytorch_where_weights_are_large():
+    """Those of the golden file are so small that the form of GELU does not show."""
+    weights = read_jetformer()
+    weights.tensors = {name: 5 * x for name, x in weights.tensors.items()}
+    model, own = converted(jetformer_pytorch, weights), weights.tensors
+    x = 3 * torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    prefix = "transformer.1.feed_forward"
+    gate, up, linear = (own[f"{prefix}.w_{name}.weight"] for name in ("gate", "up", "linear"))
+    expected, wrong = ((F.gelu(x @ up.T, approximate=a) * (x @ gate.T)) @ linear.T for a in ("none", "tanh"))
+    assert (wrong - expected).abs().max() > 1e-3
+    assert_output(model.decoder.blocks[1].mlp(x), expected, 1e-4)
+
+    prefix = "adaptor.flow.couplings.2.dnn.vit_encoder.layers.0"
+    part = {name.removeprefix(f"{prefix}."): x for name, x in own.items() if name.startswith(f"{prefix}.")}
+    norm = lambda x, name: F.layer_norm(x, (16,), part[f"{name}.weight"], part[f"{name}.bias"])
+    linear = lambda x, name: F.linear(x, part[f"{name}.weight"], part[f"{name}.bias"])
+    attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+    attention.load_state_dict({k.removeprefix("attn."): v for k, v in part.items() if k.startswith("attn.")})
+    x = x[..., :16]
+    with torch.no_grad():
+        y = norm(x, "norm1")
+        expected = x + attention(y, y, y, need_weights=False)[0]
+        expected = expected + linear(F.gelu(linear(norm(expected, "norm2"), "mlp.fc1")), "mlp.fc2")
+    assert_output(model.flow.couplings[2].dnn.vit.blocks[0](x), expected, 1e-4)
+
+
+def test_yaml_keys_that_mean_nothing_here_are_counted_in_one_line():
+    weights = read_jetformer(model__attn_logits_softcap=30.0, new__thing=[1], optimizer__name="adamw", num_epochs=3)
+    assert weights.notes == ["its YAML: 2 keys mean nothing here: model.attn_logits_softcap, new.thing"]
+    check_jetformer(converted(jetformer_pytorch, weights))
+
+
+def test_a_yaml_is_read_as_its_program_reads_it():
+    """Numbers that YAML takes for text, a head dimension that is not used, what the likelihood leaves out."""
+    weights = read_jetformer(model__scale_tol="1e-3", model__head_dim=64, training__noise_scale=16, ema_decay="0.99")
+    assert weights.notes == ["its YAML: model.head_dim means nothing: a head has width / num_heads = 8"]
+    check_jetformer(converted(jetformer_pytorch, weights))
+    assert gin.query_parameter("train.noise_scale") == 16.0
+    weights = read_jetformer(patch_pca__model__codeword_dim=8, adaptor__latent_noise_dim=30)
+    assert "10 of a token's 48 numbers count in no likelihood there" in weights.notes[0]
+    weights = read_jetformer(input__dataset="cifar10", model__boi_id=None, patch_pca__model__add_dequant_noise=True)
+    parsed(weights)
+    assert gin.query_parameter("Data.name") == "cifar10"
+    assert gin.query_parameter("JetFormer.boi_id") is None
+    assert gin.query_parameter("JetFormerObjective.dequantize") is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adaptor__model__actnorm": True}, "adaptor.model.actnorm = True normalizes activations between couplings"),
+        ({"adaptor__model__masking_mode": "pairing"}, "permutes channels at random, and does not save how"),
+        ({"adaptor__model__kinds": ["channels", "spatial"]}, "couplings of tokens are not known here"),
+        ({"adaptor__model__kinds": None}, "couplings of tokens are not known here"),
+        ({"patch_pca__model__depth_to_seq": 2}, "patch_pca.model.depth_to_seq = 2 cuts tokens into several"),
+        (
+            {"patch_pca__model__skip_pca": False, "patch_pca__model__pca_init_file": "pca.npz"},
+            "its PCA of patches is in a file of its own",
+        ),
+        ({"model__width": None}, "its YAML has no model.width, which the model needs"),
+        ({"model__bos_id": None}, "its YAML has no model.bos_id, which the model needs"),
+        ({"model__width": "wide"}, "its YAML: model.width = 'wide' is no int"),
+        ({"model__width": 32.5}, "its YAML: model.width = 32.5 is no int"),
+        ({"model__causal_mask_on_prefix": 1}, "its YAML: model.causal_mask_on_prefix = 1 is no bool"),
+        ({"input__input_size": 16}, "its YAML: input.input_size = 16 is no tuple"),
+        ({"input__input_size": [16]}, r"its YAML: input.input_size = \[16\] is no height and width"),
+    ],
+)
+def test_yaml_that_asks_for_something_else_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_jetformer(**changes)
+
+
+def test_a_moving_average_comes_along(tmp_path):
+    content = torch.load(JETFORMER_PT, weights_only=True)
+    own = [name for name in content["model_state_dict"] if not name.startswith("jet.")]
+    content["ema_state_dict"] = {name: 2 * content["model_state_dict"][name] for name in own}
+    content["config"]["ema_decay"] = 0.99
+    torch.save(content, tmp_path / "x.pt")
+    weights = jetformer_pytorch.read(str(tmp_path / "x.pt"))
+    model = parsed(weights)
+    assert gin.query_parameter("train.ema_decay") == 0.99
+    table, unused = jetformer_pytorch.table(model, weights)
+    state, average = (assemble(table, tensors, "M", unused) for tensors in (weights.tensors, weights.ema))
+    name = "flow.couplings.0.dnn.vit.blocks.0.attn.qkv.weight"
+    assert torch.equal(average[name], 2 * state[name])
+    torch.testing.assert_close(average["text_norm.weight"] + 1, 2 * (state["text_norm.weight"] + 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("image_emb.bias"), r"image_emb.bias is missing: JetFormer needs it, in shape \[32\]"),
+        (
+            lambda s: s.update({"transformer.1.attention.w_k.weight": torch.zeros(4, 32)}),
+            r"transformer.1.attention.w_k.weight has shape \[4, 32\], and JetFormer needs \[8, 32\]",
+        ),
+        (lambda s: s.update({"audio.weight": torch.zeros(3)}), r"audio.weight has no place in JetFormer"),
+        (
+            lambda s: s.update({"jet.couplings.0.dnn.init_proj.bias": torch.ones(16)}),
+            r"jet.couplings.0.dnn.init_proj.bias should be the same as adaptor.flow.couplings.0.dnn.init_proj.bias",
+        ),
+    ],
+)
+def test_tensors_of_jetformer_pytorch_that_do_not_fit_are_named(change, message, tmp_path):
+    content = torch.load(JETFORMER_PT, weights_only=True)
+    change(content["model_state_dict"])
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=message):
+        converted(jetformer_pytorch, jetformer_pytorch.read(str(tmp_path / "x.pt")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks.5.dnn.pos_emb": None}, r"blocks.5.dnn.pos_emb is missing: Jet needs it, in shape \[1, 16, 16\]"),
+        (
+            {"blocks.2.dnn.encoder.blocks.0.mha.in_proj_bias": torch.zeros(47)},
+            r"blocks.2.dnn.encoder.blocks.0.mha.in_proj_bias has shape \[47\], and Jet needs \[48\]",
+        ),
+        ({"extra": torch.zeros(2, 3)}, r"extra has no place in Jet: its shape is \[2, 3\]"),
+        ({"channel_projections": torch.zeros(3, 12, 12)}, r"channel_projections.0 is no permutation matrix"),
+    ],
+)
+def test_tensors_of_jet_pytorch_that_do_not_fit_are_named(change, message, tmp_path):
+    tensors = Golden(DIRECTORY / "convert_jet_pytorch.npz").tensors("params") | change
+    torch.save({name: x for name, x in tensors.items() if x is not None}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=message):
+        converted(jet_pytorch, jet_pytorch.read(str(tmp_path / "x.pt")), *JET_BINDINGS)
+
+
+def test_files_that_are_something_else_are_refused(tmp_path):
+    torch.save({"state": 1}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="it has no model_state_dict"):
+        jetformer_pytorch.read(str(tmp_path / "x.pt"))
+    with pytest.raises(ValueError, match="is no state dict: tensors by name"):
+        jet_pytorch.read(str(tmp_path / "x.pt"))
+    torch.save({"model_state_dict": {"a": torch.zeros(1)}}, tmp_path / "y.pt")
+    with pytest.raises(ValueError, match="has no config: give its YAML with --yaml"):
+        jetformer_pytorch.read(str(tmp_path / "y.pt"))
+    torch.save({"model_state_dict": {"a": torch.zeros(1)}, "format_version": 6}, tmp_path / "z.pt")
+    with pytest.raises(ValueError, match="is of format 6, which came after commit 6bdd607"):
+        jetformer_pytorch.read(str(tmp_path / "z.pt"))
+    (tmp_path / "no.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match=r"no.yaml is no YAML"):
+        jetformer_pytorch.read(str(JETFORMER_PT), str(tmp_path / "no.yaml"))
+
+
+# big_vision's files.
+
+
+def jet_params():
+    file = Golden(DIRECTORY / "jet_mixed.npz")
+    return file.numpy("params"), jet_from_config(file.config, file.numpy("in")["x"].shape[1:])
+
+
+def same(state, expected):
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(state[name], value), name
+
+
+@pytest.mark.parametrize("prefix", ["", "params/", "opt/target/"])
+def test_npz(prefix, tmp_path):
+    """Parameters alone, or in a training state of either age."""
+    params, model = jet_params()
+    rest = {"params/": {"opt/0/mu/x": np.zeros(3)}, "opt/target/": {"opt/state/step": np.array(7)}}.get(prefix, {})
+    np.savez(tmp_path / "x.npz", **{f"{prefix}{k}": v for k, v in params.items()}, **rest)
+    weights = big_vision.read(str(tmp_path / "x.npz"))
+    table, unused = big_vision.table(model, weights)
+    same(assemble(table, weights.tensors, "Jet", unused), from_big_vision(params, model, partial=False))
+
+
+def test_bfloat16_in_npz(tmp_path):
+    """numpy writes it as two bytes without a meaning."""
+    numbers = torch.tensor([1.5, -2.0, 3e38, 0.0])
+    np.savez(tmp_path / "x.npz", a=numbers.bfloat16().view(torch.uint16).numpy().view("V2"))
+    assert torch.equal(big_vision.read(str(tmp_path / "x.npz")).tensors["a"], numbers.bfloat16().float())
+
+
+def test_arrays_of_no_numbers_are_named(tmp_path):
+    np.savez(tmp_path / "x.npz", a=np.zeros(2), note=np.array("text"))
+    with pytest.raises(ValueError, match="note holds no numbers but <U4"):
+        big_vision.read(str(tmp_path / "x.npz"))
+
+
+def write_bv(directory, arrays):
+    """As big_vision's `tssave`: a Zarr array for each name, with ~ for /."""
+    tensorstore = pytest.importorskip("tensorstore")
+    for name, array in arrays.items():
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": f"{directory}/{name.replace('/', '~')}/"},
+            "metadata": {"compressor": {"id": "zstd"}, "chunks": [max(1, (n + 1) // 2) for n in array.shape]},
+        }
+        store = tensorstore.open(spec, create=True, open=True, dtype=array.dtype, shape=array.shape).result()
+        store.write(array).result()
+
+
+def test_bv(tmp_path):
+    """The directory of a step, or the prefix with a file that says which is the last."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    params, model = jet_params()
+    state = {f"params/{k}": v for k, v in params.items()} | {"opt/0/count": np.array(3), "opt/0/mu/x": np.ones(4)}
+    name = "params/couplings/dnn/posemb"
+    state[name] = state[name].astype(ml_dtypes.bfloat16)
+    write_bv(tmp_path / "checkpoint.bv-000012345", state)
+    (tmp_path / "checkpoint.bv-LAST").write_text("000012345\n")
+    expected = from_big_vision(params | {name[7:]: state[name].astype(np.float32)}, model, partial=False)
+    for path in ("checkpoint.bv", "checkpoint.bv-000012345", "checkpoint.bv-000012345/"):
+        weights = big_vision.read(str(tmp_path / path))
+        assert weights.step == 12345
+        table, unused = big_vision.table(model, weights)
+        same(assemble(table, weights.tensors, "Jet", unused), expected)
+    shutil.rmtree(tmp_path / "checkpoint.bv-000012345" / "params~couplings~dnn~posemb")
+    (tmp_path / "checkpoint.bv-000012345" / "params~couplings~dnn~posemb").mkdir()
+    with pytest.raises(ValueError, match="params~couplings~dnn~posemb is no array that can be read"):
+        big_vision.read(str(tmp_path / "checkpoint.bv"))
+
+
+def test_a_pca_of_patches_comes_from_its_file(tmp_path):
+    file = Golden(DIRECTORY / "patch_pca_whiten.npz")
+    params = file.numpy("params")
+    np.savez(tmp_path / "pca.npz", **params, n_samples_seen_=np.array(3))
+    shape, size = file.numpy("in")["x"].shape[1:], file.config["patch_size"]
+    path = str(tmp_path / "pca.npz")
+    pca = PatchPCA(tuple(shape), size, whiten=file.config["whiten"])
+    weights = big_vision.Weights(big_vision._tensors(params))
+    table, unused = big_vision.table(pca, weights)
+    state = assemble(table, weights.tensors, "PatchPCA", unused)
+    model = JetFormer(
+        tuple(shape),
+        lambda s: PatchPCA(s, size, path=path),
+        lambda: Decoder(width=16, depth=1, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8),
+        **{"vocab_size": 13, "bos_id": 10, "boi_id": 11, "nolabel_id": 12},
+    )
+    weights = big_vision.Weights({})
+    table, unused = big_vision.table(model, weights)
+    found = assemble(table, weights.tensors, "JetFormer", unused, partial=True)
+    same(found, {f"patches.{name}": value for name, value in state.items()})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.pop("EmbedImage/bias"), r"EmbedImage/bias is missing: JetFormer needs it, in shape \[32\]"),
+        (
+            lambda p: p.update({"decoder/layers/mlp/linear": p["decoder/layers/mlp/linear"][:1]}),
+            r"decoder/layers/1/mlp/linear is missing: JetFormer needs it, in shape \[64, 32\]",
+        ),
+        (
+            lambda p: p.update({"LogitsImage/kernel": np.zeros((32, 67))}),
+            r"LogitsImage/kernel has shape \[32, 67\], and JetFormer needs \[32, 68\]",
+        ),
+        (
+            lambda p: p.update({"params_adaptor/couplings/dnn/posemb": np.zeros((3, 1, 16, 16))}),
+            r"params_adaptor/couplings/2/dnn/posemb has no place in JetFormer: its shape is \[1, 16, 16\]",
+        ),
+    ],
+)
+def test_big_vision_parameters_that_do_not_fit_are_named(change, message):
+    file = Golden(DIRECTORY / "objective_class_conditional.npz")
+    model, _, _ = objective_inputs(file)
+    params = file.numpy("params")
+    change(params)
+    with pytest.raises(ValueError, match=message):
+        from_big_vision(params, model, partial=False)
+
+
+# Nothing is unpickled.
+
+
+class Malicious:
+    """What unpickling it would do: create a file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.marker,)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    marker = tmp_path / "marker"
+    bomb = Malicious(marker)
+    torch.save({"model": {"a": torch.zeros(1)}, "opt": bomb}, tmp_path / "new.pt")
+    torch.save({"model_state_dict": bomb}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(bomb, protocol=2))
+    np.savez(tmp_path / "x.npz", a=np.array([bomb], dtype=object))
+    np.save(tmp_path / "y.npy", np.array([bomb], dtype=object), allow_pickle=True)
+    (tmp_path / "y.npy").rename(tmp_path / "y.npz")
+    (tmp_path / "plain.npz").write_bytes(pickle.dumps(bomb, protocol=2))
+    for name in ("new.pt", "old.pt", "plain.pt"):
+        for read in (jet_pytorch.read, jetformer_pytorch.read):
+            with pytest.raises(ValueError, match=rf"{name} is not loaded: it holds more than tensors") as error:
+                read(str(tmp_path / name))
+            assert "\n" not in str(error.value)
+    for name in ("x.npz", "y.npz", "plain.npz"):
+        with pytest.raises(ValueError, match=rf"{name} is no .npz of arrays, or damaged") as error:
+            big_vision.read(str(tmp_path / name))
+        assert "\n" not in str(error.value)
+    (tmp_path / "x.yaml").write_text(f"a: !!python/object/apply:pathlib.Path.touch [{marker}]")
+    with pytest.raises(ValueError, match=r"x.yaml is no YAML"):
+        jetformer_pytorch.read(str(JETFORMER_PT), str(tmp_path / "x.yaml"))
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(bomb))  # it would have
+    assert marker.exists()
+
+
+def test_damaged_files_are_named(tmp_path, jet_file):
+    (tmp_path / "x.safetensors").write_bytes(jet_file.read_bytes()[:-100])
+    (tmp_path / "x.pt").write_bytes(JETFORMER_PT.read_bytes()[:-1000])
+    (tmp_path / "x.npz").write_bytes((DIRECTORY / "jet_mixed.npz").read_bytes()[:-1000])
+    for name, read in (("x.safetensors", jet_pytorch.read), ("x.pt", jet_pytorch.read), ("x.npz", big_vision.read)):
+        with pytest.raises(ValueError, match=rf"{name} is .*, or damaged"):
+            read(str(tmp_path / name))
+        with pytest.raises((ValueError, OSError), match=f"no_{name}"):
+            read(str(tmp_path / f"no_{name}"))
+
+
+# The numerics that others have are arguments.
+
+
+def test_numerics_are_part_of_the_architecture():
+    gin.clear_config()
+    reference = config.architecture()
+    names = ("Jet.gelu", "Jet.norm_eps", "Decoder.gelu", "Decoder.activated", "Patchify.order")
+    assert [reference[name] for name in names] == ["'tanh'", "1e-06", "'tanh'", "'gate'", "'hwc'"]
+    gin.parse_config('Jet.gelu = "exact"')
+    assert config.architecture()["Jet.gelu"] == "'exact'"
+
+
+def test_the_other_branch_of_the_gated_mlp():
+    """Activating it is the same as exchanging both branches' weights."""
+    gate, up = (GatedMlp(8, 16, "tanh", activated) for activated in ("gate", "up"))
+    init_weights(gate, torch.Generator().manual_seed(0))
+    state = gate.state_dict()
+    up.load_state_dict(state | {"gate_up.weight": state["gate_up.weight"].roll(16, 0)})
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(up(x), gate(x))
+    with pytest.raises(ValueError, match="unknown branch 'both' of the gated MLP: one of gate, up"):
+        GatedMlp(8, 16, "tanh", "both")
+    with pytest.raises(ValueError, match="unknown form of GELU 'erf': one of tanh, exact"):
+        Decoder(width=8, depth=1, mlp_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, gelu="erf")
+
+
+def test_patches_channel_by_channel():
+    """As `torch.nn.functional.unfold` cuts them, and back."""
+    x = torch.randn(2, 6, 4, 3)
+    patches = Patchify((6, 4, 3), 2, order="chw")
+    tokens, _ = patches(x)
+    assert torch.equal(tokens, F.unfold(x.permute(0, 3, 1, 2), 2, stride=2).transpose(1, 2))
+    assert torch.equal(patches.inverse(tokens)[0], x)
+    with pytest.raises(ValueError, match="unknown order 'cwh' of a patch's numbers: one of hwc, chw"):
+        Patchify((6, 4, 3), 2, order="cwh")
+
+
+# Sharing.
+
+
+def shared(tmp_path, **options):
+    model = small_model().float()
+    tensors = {"model": model.state_dict(), "ema": {name: 2 * p.detach() for name, p in model.named_parameters()}}
+    card = sharing.card(
+        model,
+        name="run",
+        config="train.seed = 3\n",
+        step=12,
+        metrics={"val/bits_per_dim": 3.25},
+        dataset="imagenet_resized/64x64",
+        texts=False,
+        ema=True,
+        **options,
+    )
+    files = {"config.gin": b"train.seed = 3\n", "tokenizer.model": b"tokens"}
+    sharing.write(UPath(tmp_path / "shared"), tensors, step=12, files=files, card=card)
+    return model, tensors, tmp_path / "shared"
+
+
+def test_safetensors_there_and_back(tmp_path):
+    model, tensors, directory = shared(tmp_path)
+    weights = sharing.read(UPath(directory))
+    assert (weights.step, weights.gin, weights.tokenizer) == (12, "train.seed = 3\n", b"tokens")
+    table, unused = sharing.table(model, weights)
+    same(assemble(table, weights.tensors, "JetFormer", unused), tensors["model"])
+    same(dict(weights.ema), tensors["ema"])
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no model.safetensors: give what --to=safetensors has written"):
+        sharing.read(UPath(directory))
+
+
+def test_the_model_card(tmp_path):
+    """Its header is what the Hub reads; its commands are those of this project."""
+    model, _, directory = shared(tmp_path, repo="people/run", license="mit")
+    text = (directory / "README.md").read_text()
+    _, header, body = text.split("---\n", 2)
+    header = yaml.safe_load(header)
+    assert header["license"] == "mit"
+    assert header["pipeline_tag"] == "unconditional-image-generation"
+    assert "jetformer" in header["tags"]
+    (result,) = header["model-index"][0]["results"]
+    assert result["dataset"] == {"name": "imagenet_resized/64x64", "type": "imagenet_resized_64x64"}
+    assert result["metrics"] == [{"type": "bits_per_dim", "name": "val/bits_per_dim", "value": 3.25}]
+    assert "| val/bits_per_dim | 3.25 |" in body
+    assert "--from=safetensors --hf_repo=people/run --out=WORKDIR" in body
+    assert "--classes=0,1" in body
+    assert "train.seed = 3" in body
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in body
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    huggingface_hub.ModelCard(text)  # parses it as the Hub does

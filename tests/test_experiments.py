@@ -25,11 +25,35 @@ PARAMETERS = {
     "imagenet64": 396_212_224,
     "imagenet256": 1_068_477_440,
     "imagenet256_1p3b": 2_657_488_896,
+    "jet_digits": 825_408,
+    "jet_digits_labelled": 1_026_464,
+    "jet_cifar10": 103_155_200,
+    "jet_imagenet64": 207_177_216,
+    "jet_imagenet21k": 207_177_216,
+    "ablations/actnorm": 825_536,
+    "ablations/channels_only": 825_408,
+    "ablations/checkerboard": 825_408,
+    "ablations/cnn": 1_194_964,
+    "ablations/dense_lu": 825_984,
+    "ablations/dense_plain": 825_664,
+    "ablations/glow": 826_112,
+    "ablations/halves": 825_408,
+    "ablations/jetformer_after_flow": 530_772,
+    "ablations/jetformer_before_flow": 530_772,
+    "ablations/jetformer_identity_flow": 324_384,
+    "ablations/jetformer_patch_pca": 324_384,
+    "ablations/jetformer_pca_after_flow": 530_736,
+    "ablations/jetformer_pca_before_flow": 530_736,
+    "ablations/levels": 822_368,
+    "ablations/masking": 831_616,
+    "ablations/scale_exp": 825_408,
+    "ablations/stripes": 825_408,
 }
 
 
 def test_every_experiment_is_here():
-    assert {path.stem for path in DIRECTORY.glob("*.gin")} == PARAMETERS.keys()
+    files = {path.relative_to(DIRECTORY).with_suffix("").as_posix() for path in DIRECTORY.rglob("*.gin")}
+    assert files == PARAMETERS.keys()
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -4,7 +4,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from upath import UPath
 
+from jetformer import train
+from jetformer.runtime import Runtime
 from runs import bindings, run, scalars, start
 
 
@@ -28,3 +32,8 @@ def test_fit_and_train(tmp_path, data_dir):
         train__total_steps=2,
     )
     assert 0 < scalars(tmp_path / "run")["train/bits_per_dim"][1] < 12
+    # The checkpoint has the PCA: another machine needs no file of it.
+    output.unlink()
+    _, state, _ = train.load(UPath(tmp_path / "run"), [], [], Runtime(torch.device("cpu")))
+    components = state.model.patches.components
+    torch.testing.assert_close(components @ components.T, torch.eye(4), atol=1e-5, rtol=0)

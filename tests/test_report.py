@@ -457,8 +457,8 @@ def test_runs_beside_each_other(tmp_path):
     ]
     finals = page.rows("finals")
     assert finals[0] == ["metric", "a", "b"]
-    assert finals[1] == ["fid/distance", "–", "9.5000 at 300"]
-    assert finals[2] == ["val/bits_per_dim", "5.9321 at 600", "5.0000 at 300"]
+    assert finals[1] == ["val/bits_per_dim", "5.9321 at 600", "5.0000 at 300"]
+    assert ["fid/distance", "–", "9.5000 at 300"] in finals
     assert ["train/loss", "101.00 at 400", "2.0000 at 2"] in finals
     assert ["Parameters", "1,288", "–"] in page.rows("runs")
     titles = re.findall(r"<figcaption>(\S+)</figcaption>", report.comparison([report.read_run(a), report.read_run(b)]))
@@ -579,3 +579,21 @@ def test_a_browser_draws_it(tmp_path, compare):
     assert found["images"] == "2"
     assert found["axes"].split(",") == ["log"] * len(figures)
     assert found["sizes"].split(",") == ["true"] * len(figures)
+
+
+def test_parts_of_an_evaluation_are_lines_of_one_chart():
+    """As accuracies of layers and classes; likelihoods come first, and 5 before 10."""
+    tags = ["probe/accuracy_10_shot/layer_1", "probe/accuracy_5_shot/layer_0", "probe/accuracy_5_shot/layer_10",
+            "probe/accuracy_5_shot/layer_2", "shown/images", "shown/images/colour", "val/bits_per_dim"]  # fmt: skip
+    curves = {tag: {1: 0.5, 2: 0.25} for tag in tags}
+    records = [{"step": 2, **dict.fromkeys(tags, 0.25)}]
+    run = report.Run("r", report.UPath("r"), {}, {}, curves, {"all": records}, {}, [])
+    charts = report.run_charts(run, tags)
+    names = {key: [line.name for line in lines] for key, lines in charts.items()}
+    assert names["probe", "accuracy_5_shot"] == ["layer_0", "layer_2", "layer_10"]
+    assert names["shown", "images"] == ["all", "colour"]
+    assert names["val", "bits_per_dim"] == ["val"]
+    order = run.evaluation_tags()
+    assert order[:2] == ["val/bits_per_dim", "shown/images"]
+    assert order.index("probe/accuracy_5_shot/layer_0") < order.index("probe/accuracy_10_shot/layer_1")
+    assert report.better("probe/accuracy_5_shot/layer_0") == report.better("shown/images/colour") == "higher"

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from upath import UPath
 
-from jetformer import config, train
+from jetformer import config, prng, train
+from jetformer.objectives import JetObjective
 from jetformer.runtime import Runtime
 from runs import bindings, start
 
@@ -43,6 +44,14 @@ def classes(tmp_path_factory, data_dir):
     """A run of digits.gin, as short."""
     small = bindings(data_dir, train__total_steps=4, train__evaluators='{"val": @Likelihood()}')
     return finished(tmp_path_factory.mktemp("classes"), "experiments/digits.gin", small)
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory, data_dir):
+    """A run of jet_digits_labelled.gin, as short; fast enough to tell its labels apart."""
+    flow = {"train__evaluators": "{}", "train__noise_scale": 0.0, "train__ema_decay": 0.0, "make_optimizer__lr": 0.03}
+    small = bindings(data_dir, train__total_steps=4, **flow)
+    return finished(tmp_path_factory.mktemp("flow"), "experiments/jet_digits_labelled.gin", small)
 
 
 def sample(out, *flags, environment=None):
@@ -340,3 +349,49 @@ def test_a_run_on_the_hugging_face_hub(captioned, tmp_path):
     code, log, ours = sample(tmp_path / "ours", *flags, f"--workdir={captioned}")
     assert code == 0, log
     assert np.array_equal(picture(tmp_path / "out", theirs[0]), picture(tmp_path / "ours", ours[0]))
+
+
+# A flow alone
+
+
+def test_a_flow_at_two_temperatures(flow, tmp_path):
+    """A latent times the temperature; its likelihood is the objective's."""
+    for temperature in (0.5, 1.0):
+        out = tmp_path / str(temperature)
+        code, log, records = sample(out, f"--workdir={flow}", "--num_images=3", f"--temperature={temperature}")
+        assert code == 0, log
+        assert [record["seed"] for record in records] == [0, 1, 2]
+        _, state, _ = train.load(UPath(flow), [], [], Runtime(torch.device("cpu")))
+        with state.averaged(), torch.no_grad():
+            keys = torch.stack([prng.key(seed) for seed in range(3)])
+            latents = temperature * prng.normal(keys, (8, 8, 1))
+            x, _ = state.model.eval().inverse(latents)
+            bits, _ = JetObjective.score(state.model, x)["bits_per_dim"]
+        for record, image, expected in zip(records, x, bits, strict=True):
+            pixels = ((image[..., 0] + 1) * 127.5).floor().clamp(0, 255).numpy()
+            assert np.abs(picture(out, record) - pixels).max() <= 1
+            assert record["bits_per_dim"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_flow_of_classes_goes_on(flow, tmp_path):
+    code, log, records = sample(tmp_path, f"--workdir={flow}", "--classes=3,7", "--num_images=2")
+    assert code == 0, log
+    assert [record["prompt"] for record in records] == ["class 3", "class 3", "class 7", "class 7"]
+    assert (picture(tmp_path, records[0]) != picture(tmp_path, records[2])).any()
+    code, log, _ = sample(tmp_path, f"--workdir={flow}", "--classes=3,7", "--num_images=3")
+    assert code == 0, log
+    assert "4 of 6 samples are there already" in log
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--classes=10"], "there is no class '10', but those below 10"),
+        (["--prompt=a"], "a flow alone reads no texts and no images"),
+        (["--top_k=3"], "--top_k means nothing for what is sampled here (flow)"),
+    ],
+)
+def test_what_a_flow_cannot_sample(flow, tmp_path, flags, message):
+    code, log, _ = sample(tmp_path, f"--workdir={flow}", *flags)
+    assert code == 1
+    assert message in log.splitlines()[-1]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from upath import UPath
 
-from jetformer import checkpoint, config, train
+from jetformer import checkpoint, config, metrics, train
 from jetformer.loops import torch_loop
 from jetformer.preemption import Preempted
 from jetformer.runtime import Runtime
@@ -117,6 +117,17 @@ def test_sigterm_saves_and_asks_for_a_restart(tmp_path, data_dir):
     assert max(written) == step
     run(tmp_path, data_dir, train__total_steps=step + 2)
     assert checkpoint.latest(tmp_path) == step + 2
+
+
+@pytest.mark.slow
+def test_a_run_mirrored_to_wandb(tmp_path, data_dir, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run(tmp_path, data_dir, train__total_steps=2, train__wandb_project='"tests"')
+    (directory,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert (tmp_path / metrics.WANDB_ID_FILE).read_text() in directory.name
+    assert list(directory.glob("run-*.wandb"))
+    assert list(scalars(tmp_path)["train/loss"]) == [1, 2]
 
 
 @pytest.mark.slow

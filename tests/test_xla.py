@@ -128,6 +128,37 @@ def test_losses_with(tmp_path, data_dir, overrides, tolerance):
         assert actual[name] == pytest.approx(expected[name], rel=tolerance), name
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"Jet__actnorm": True, "Jet__invertible_dense": '"lu"', "Jet__masking": True, "Jet__scale_form": '"exp"'},
+        {"Jet__invertible_dense": '"plain"', "Jet__predictor": '"cnn"', "Jet__num_levels": 2},
+    ],
+    ids=["glow", "cnn"],
+)
+def test_a_flow_alone(tmp_path, data_dir, how):
+    """What it may be built of has its lowerings, begins with the same weights, and inverts itself."""
+    flow = {
+        "train__model": "@Jet",
+        "train__objective": "@JetObjective()",
+        "train__evaluators": '{"val": @Likelihood(), "samples": @FlowSamples()}',
+        "train__noise_scale": 0.0,
+        "train__total_steps": 3,
+        "Likelihood__every_steps": 3,
+        "FlowSamples__every_steps": 3,
+        "Jet__input_shape": "(8, 8, 1)",
+        "Jet__ps": 2,
+        **how,
+    }
+    run(tmp_path / "cpu", data_dir, **flow)
+    run_on_xla(tmp_path / "xla", bindings(data_dir, **flow), devices=2)
+    expected, actual = scalars(tmp_path / "cpu"), scalars(tmp_path / "xla")
+    for name in ("train/loss", "val/bits_per_dim", "samples/latents_std"):
+        assert actual[name] == pytest.approx(expected[name], rel=1e-5), name
+    assert actual["samples/round_trip_error"][3] < 0.01
+    assert set(actual["xla/fallbacks"].values()) == {0.0}
+
+
 def test_nothing_is_compiled_after_the_second_step(tmp_path, data_dir):
     """200 steps that log, and every other one of which evaluates, samples and saves."""
     everything = {f"{name}_steps": 2 for name in ("Likelihood__every", "Samples__every", "train__checkpoint")}

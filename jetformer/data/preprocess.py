@@ -177,9 +177,18 @@ def _resizer(method: str, antialias: bool):
     if method not in _METHODS:
         raise ValueError(f"no resize method {method!r}, there are: {', '.join(_METHODS)}")
 
+    # These are means of pixels, which do not overshoot; clipping them would take as long as resizing.
+    within = method in (
+        tf.image.ResizeMethod.BILINEAR,
+        tf.image.ResizeMethod.NEAREST_NEIGHBOR,
+        tf.image.ResizeMethod.AREA,
+    )
+
     def apply(image, size):
         resized = tf.image.resize(image, size, method=method, antialias=antialias)
-        # Bicubic overshoots. The cast truncates, it does not round.
+        # The cast truncates, it does not round.
+        if within:
+            return tf.cast(resized, image.dtype)
         return tf.cast(tf.clip_by_value(resized, image.dtype.min, image.dtype.max), image.dtype)
 
     return apply

@@ -237,11 +237,11 @@ def read_texts(name: str, split: str, key: str, *, lower: bool = False, data_dir
     # Loading a tokenizer does without TensorFlow.
     import tensorflow_datasets as tfds
 
-    from jetformer.data import pipeline, preprocess
+    from jetformer.data import pipeline, preprocess, sources
 
     pipeline.prepare(name, data_dir)
     pipeline.num_examples(name, split, data_dir)  # which looks that the split exists
-    builder = tfds.builder(name, data_dir=data_dir)
+    builder = sources.builder(name, data_dir)
     tensors = preprocess.flatten()(builder.info.features.get_tensor_info())
     with_texts = [k for k, tensor in tensors.items() if tensor.tf_dtype.name == "string"]
     if key not in with_texts:

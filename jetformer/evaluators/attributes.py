@@ -36,6 +36,7 @@ class Checker(Protocol):
         """What is right in a caption made from the example's image."""
 
 
+@dataclasses.dataclass(frozen=True)
 class ShapesChecker:
     """Of `shapes`: see `data/builders/shapes/checker.py`."""
 
@@ -65,8 +66,8 @@ class Attributes(Evaluator):
     """The share of named attributes that is right, over the first examples of a split, by a dataset's checker.
 
     Figures in 0..1: images, of images sampled from captions, and captions, of captions written for images, each also by
-    attribute (`images/colour`, …); real_images, what the checker gives the dataset's own. With the moving average of
-    the parameters, if there is one. What the model does not learn (images after texts, texts after images) is left out.
+    attribute (`images/colour`, …); real_images, what the checker gives the dataset's own. What the model does not learn
+    (images after texts, texts after images) is left out.
 
     Attributes:
       checker: the dataset's.
@@ -78,6 +79,7 @@ class Attributes(Evaluator):
       temperature: of captions, divides the logits.
       top_k: of captions, chooses among so many of the most probable tokens.
       batch_size: how many to sample at a time, over all processes; None: that of evaluation.
+      ema: with the moving average of the parameters, if there is one.
     """
 
     checker: Checker
@@ -88,6 +90,7 @@ class Attributes(Evaluator):
     temperature: float = 1.0
     top_k: int | None = 1
     batch_size: int | None = None
+    ema: bool = True
 
     def check(self, context: Context) -> None:
         run, model = context.run, context.state.model
@@ -121,6 +124,7 @@ class Attributes(Evaluator):
                 rows,
                 seed=_IMAGES_SEED,
                 batch_size=self.batch_size,
+                averaged=self.ema,
                 guidance=self.guidance,
                 temperature_scales=self.temperature_scales,
             )
@@ -153,7 +157,9 @@ class Attributes(Evaluator):
             return {"tokens": tokens}
 
         batches = context.batches_of({"image": images}, self.batch_size)
-        return texts.decode(context.per_example(write, batches, seed=_CAPTIONS_SEED, staged=True)["tokens"])
+        return texts.decode(
+            context.per_example(write, batches, seed=_CAPTIONS_SEED, averaged=self.ema, staged=True)["tokens"]
+        )
 
     def _add(self, name: str, scores: list[Score], results: Results) -> None:
         totals = {a: np.sum([score[a] for score in scores], axis=0) for a in self.checker.attributes}

@@ -1,17 +1,17 @@
 """What evaluators have in common: what they are given, what they give, and where that is written down.
 
     <workdir>/eval_<name>/results.jsonl             a line for each step: {"step": …, "seconds": …, "<name>/…": …}
-    <workdir>/eval_<name>/steps/000000200.json      the same, of one step
+    <workdir>/eval_<name>/steps/000000200.json      the same of one step, and the evaluator's settings
     <workdir>/eval_<name>/<picture>/000000200.png   pictures
 
 A step counts as evaluated once its own file is there, which is written whole or not at all. results.jsonl is made of
-these files anew each time, so that several jobs may write at once and none loses what another one did.
+these files, so that several jobs may write at once and none loses what another one did.
 """
 
 import contextlib
 import dataclasses
 import json
-import os
+import re
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,10 @@ from jetformer.data.dataset import Data
 from jetformer.loops import steps
 from jetformer.runtime import Runtime, derive_seed
 from jetformer.sampling.grid import save_png
+from jetformer.storage import write_whole
 
 if TYPE_CHECKING:
-    from clu.metric_writers import MetricWriter
-
+    from jetformer.metrics import Metrics
     from jetformer.train import Run, State
 
 RESULTS_FILE = "results.jsonl"
@@ -228,14 +228,29 @@ def directory_of(workdir: UPath, name: str) -> UPath:
 
 def evaluated_steps(workdir: UPath, name: str) -> set[int]:
     """The steps whose evaluation is complete."""
-    directory = directory_of(workdir, name) / "steps"
-    if not directory.exists():
-        return set()
-    return {int(file.stem) for file in directory.iterdir() if file.suffix == ".json"}
+    return set(_records(directory_of(workdir, name)))
+
+
+def other_settings(workdir: UPath, name: str, evaluator: Evaluator) -> list[int]:
+    """The steps that have been evaluated under this name with other settings than the evaluator's."""
+    records = _records(directory_of(workdir, name))
+    return sorted(n for n, path in records.items() if json.loads(path.read_text())["settings"] != settings(evaluator))
+
+
+def settings(evaluator: Evaluator) -> str:
+    """What figures of an evaluator depend on."""
+    return repr(dataclasses.replace(evaluator, every_steps=None))
 
 
 def write(
-    results: Results, name: str, step: int, seconds: float, workdir: UPath, writer: "MetricWriter", runtime: Runtime
+    results: Results,
+    name: str,
+    step: int,
+    seconds: float,
+    evaluator: Evaluator,
+    workdir: UPath,
+    written: "Metrics",
+    runtime: Runtime,
 ) -> dict[str, float]:
     """Writes down what an evaluator has found, in process 0, and returns its figures by tag.
 
@@ -244,44 +259,45 @@ def write(
       name: what it is called in `train.evaluators`.
       step: the step.
       seconds: how long it took.
+      evaluator: which has found it.
       workdir: the run's.
-      writer: where figures and pictures go beside the workdir's files.
+      written: where figures and pictures go beside these files.
       runtime: which process this is.
     """
     scalars = results.tagged(name)
     directory = directory_of(workdir, name)
-    writer.write_scalars(step, scalars)
+    written.writer.write_scalars(step, scalars)
     if runtime.process_index == 0:
         for picture, pixels in results.pictures.items():
             (directory / picture).mkdir(parents=True, exist_ok=True)
             save_png(pixels, directory / picture / f"{step:09d}.png")
-            writer.write_images(step, {f"{name}/{picture}": pixels[None]})
-    writer.flush()  # the record says that all of it is there
+            written.writer.write_images(step, {f"{name}/{picture}": pixels[None]})
+    written.publish()  # the record says that all of it is there
     if runtime.process_index == 0:
         (directory / "steps").mkdir(parents=True, exist_ok=True)
-        _write_whole(
-            directory / "steps" / f"{step:09d}.json", json.dumps({"step": step, "seconds": round(seconds, 3)} | scalars)
-        )
-        _write_results(directory, step)
+        record = {"step": step, "seconds": round(seconds, 3), "settings": settings(evaluator), "figures": scalars}
+        write_whole(directory / "steps" / f"{step:09d}.json", json.dumps(record))
+        write_results(workdir, name)
     return scalars
 
 
-def _write_results(directory: UPath, step: int) -> None:
-    """Brings results.jsonl up to date: its lines, and those of steps that it lacks."""
-    file = directory / RESULTS_FILE
-    lines = file.read_text().splitlines() if file.exists() else []
-    records = {json.loads(line)["step"]: line for line in lines}
-    for path in (directory / "steps").iterdir():
-        if path.suffix == ".json" and (int(path.stem) == step or int(path.stem) not in records):
-            records[int(path.stem)] = path.read_text()
-    _write_whole(file, "".join(f"{records[number]}\n" for number in sorted(records)))
+def write_results(workdir: UPath, name: str) -> None:
+    """Makes results.jsonl of the records of all steps; nothing where there are none.
+
+    What another job has recorded meanwhile is seen after writing, and then it is written again: the last of several
+    jobs to write has seen all. What a kill between a record and this has left out the next call has.
+    """
+    directory, lines = directory_of(workdir, name), {}
+    while missing := sorted(set(records := _records(directory)) - set(lines)):
+        for number in missing:
+            record = json.loads(records[number].read_text())
+            lines[number] = json.dumps({key: record[key] for key in ("step", "seconds")} | record["figures"])
+        write_whole(directory / RESULTS_FILE, "".join(f"{lines[number]}\n" for number in sorted(lines)))
 
 
-def _write_whole(path: UPath, text: str) -> None:
-    """Writes a file such that nobody ever sees a part of it."""
-    if not isinstance(path, os.PathLike):  # an object store shows an object when it is whole
-        path.write_text(text)
-        return
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text)
-    os.replace(part, path)
+def _records(directory: UPath) -> dict[int, UPath]:
+    """The files of the steps that have been evaluated, by step."""
+    if not (directory / "steps").exists():
+        return {}
+    files = (directory / "steps").iterdir()
+    return {int(file.stem): file for file in files if re.fullmatch(r"\d+\.json", file.name)}

@@ -19,8 +19,7 @@ class Classify(Evaluator):
     """How often the label whose text is the most likely given the image is the image's own, over a split.
 
     An image is run once, then the text of each label. Figures in 0..1: accuracy, and accuracy/<label> over the images
-    of that label. With the moving average of the parameters, if there is one. The model has to learn texts that come
-    after images.
+    of that label. The model has to learn texts that come after images.
 
     Attributes:
       labels: the labels' texts in the order of their numbers.
@@ -30,6 +29,7 @@ class Classify(Evaluator):
       split: TFDS split; None: the dataset's `eval_split`.
       pp: preprocessing string that leaves `image` and `label`; None: the dataset's of evaluation, whose texts are then
         the labels.
+      ema: with the moving average of the parameters, if there is one.
     """
 
     labels: tuple[str, ...] | None = None
@@ -37,11 +37,14 @@ class Classify(Evaluator):
     data: Data | None = None
     split: str | None = None
     pp: str | None = None
+    ema: bool = True
 
     def __post_init__(self):
         super().__post_init__()
         if (self.labels is None) == (self.num_classes is None):
             raise ValueError("Classify: give labels (texts) or num_classes")
+        if self.num_classes is not None and self.num_classes < 2:
+            raise ValueError(f"Classify.num_classes = {self.num_classes}: give 2 or more")
         if isinstance(self.labels, str) or (self.labels is not None and len(self.labels) < 2):
             raise ValueError(f"Classify.labels = {self.labels!r}: give a tuple of texts, as ('a cat', 'a dog')")
 
@@ -78,9 +81,11 @@ class Classify(Evaluator):
             return context.loop.compile(lambda: {"predicted": scores.argmax(1), "label": labels.long()})()
 
         batches = context.batches(self.data, self.split, self.pp)
-        rows = context.per_example(score, batches, seed=_SEED, staged=True)
-        right = rows["predicted"] == rows["label"]
+        rows = context.per_example(score, batches, seed=_SEED, averaged=self.ema, staged=True)
         names = self.labels or [str(c) for c in range(self.num_classes)]
+        if not 0 <= rows["label"].min() <= rows["label"].max() < len(names):
+            raise ValueError(f"Classify has {len(names)} labels, and the data have a label {rows['label'].max()}")
+        right = rows["predicted"] == rows["label"]
         scalars = {"accuracy": float(right.mean())}
         for label in np.unique(rows["label"]):
             scalars[f"accuracy/{names[label]}"] = float(right[rows["label"] == label].mean())

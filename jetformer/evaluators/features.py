@@ -10,9 +10,7 @@ import hashlib
 import importlib.metadata
 import io
 import math
-import os
 import pickle
-import uuid
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from absl import logging
 from upath import UPath
 
 from jetformer.evaluators.base import Context, prepare
+from jetformer.storage import write_whole
 
 # Of images uint8 [B, H, W, C]: "features" float32 [B, F], and "logits" float32 [B, K] of classes.
 Function = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -183,13 +182,13 @@ class ClassifierFeatures:
 
     def name(self, context: Context) -> str:
         """As in `Extractor`."""
-        builder = _builder(context)
-        settings = builder.info.full_name, context.run.data.train_split, self._pp(context)
+        data = context.run.data
+        settings = data.identity(), data.train_split, self._pp(context)
         settings += context.state.model.image_shape, self.hidden_dim, self.max_epochs
         return f"classifier_{hashlib.sha256(repr(settings).encode()).hexdigest()[:12]}"
 
     def _path(self, context: Context) -> UPath:
-        return UPath(self.path or UPath(_builder(context).data_dir) / f"{self.name(context)}.npz")
+        return UPath(self.path or UPath(context.run.data.directory()) / f"{self.name(context)}.npz")
 
     def check(self, context: Context) -> None:
         """As in `Extractor`."""
@@ -264,14 +263,6 @@ class ClassifierFeatures:
         }
 
 
-def _builder(context: Context):
-    import tensorflow_datasets as tfds
-
-    import jetformer.data.builders  # noqa: F401 (makes the package's own datasets known to TFDS)
-
-    return tfds.builder(context.run.data.name, data_dir=context.run.data.data_dir)
-
-
 def _pixels(images: np.ndarray) -> np.ndarray:
     """Images uint8 `[B, H, W, C]` as float64 `[B, H · W · C]` in [0, 1]."""
     return images.reshape(len(images), math.prod(images.shape[1:])) / 255
@@ -328,9 +319,4 @@ def write_arrays(path: UPath, arrays: dict[str, np.ndarray]) -> None:
     content = io.BytesIO()
     np.savez(content, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not isinstance(path, os.PathLike):  # an object store shows an object when it is whole
-        path.write_bytes(content.getvalue())
-        return
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    part.write_bytes(content.getvalue())
-    os.replace(part, path)
+    write_whole(path, content.getvalue())

@@ -45,8 +45,8 @@ class Fid(Evaluator):
     """Compares generated images with those of a split, or with statistics of real ones.
 
     Images are generated for the texts (or classes) of the split's examples in their order, again and again until there
-    are enough; always with the same seeds, and with the moving average of the parameters, if there is one. Each process
-    looks at the images that it has made: images stay where they are. Figures:
+    are enough; always with the same seeds. Each process looks at the images that it has made: images stay where they
+    are. Figures:
       fid: Fréchet distance between Gaussians fitted to the features (arXiv 1706.08500); with other features than
         Inception's, which FID is defined with, it is called frechet_distance;
       inception_score: arXiv 1606.03498, a mean over ten parts; it looks at no real image;
@@ -73,6 +73,7 @@ class Fid(Evaluator):
       guidance: see `Guidance`.
       temperature_scales: multiplies the standard deviations of the tokens' mixtures.
       temperature_probs: multiplies the log-weights of the tokens' mixtures.
+      ema: with the moving average of the parameters, if there is one.
       keep_images: also write the images, as `<workdir>/eval_<name>/images/<step>/<number>.png`.
     """
 
@@ -88,6 +89,7 @@ class Fid(Evaluator):
     temperature_scales: float = 1.0
     temperature_probs: float = 1.0
     keep_images: bool = False
+    ema: bool = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -145,10 +147,7 @@ class Fid(Evaluator):
         return self.split or self._data(context).eval_split
 
     def _num_examples(self, context: Context) -> int:
-        from jetformer.data import pipeline
-
-        data = self._data(context)
-        return pipeline.num_examples(data.name, self._split(context), data.data_dir)
+        return self._data(context).num_examples(self._split(context))
 
     def _of_classes(self, context: Context) -> bool:
         data = self._data(context)
@@ -259,7 +258,7 @@ class Fid(Evaluator):
             return {name: found[name] for name in names}
 
         batches = context.batches_of(rows, self.batch_size)
-        return context.per_example(function, batches, seed=_SEED, staged=True, to_rows=to_rows)
+        return context.per_example(function, batches, seed=_SEED, averaged=self.ema, staged=True, to_rows=to_rows)
 
     def _figures(self, metrics: tuple[str, ...], made: Rows, real: Rows, text: np.ndarray) -> dict[str, float]:
         figures = {}

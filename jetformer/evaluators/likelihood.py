@@ -21,8 +21,10 @@ class Likelihood(Evaluator):
     """The terms of the run's objective, without the noise of training, over all examples of a split; with the
     parameters and, under names of their own, with their moving average.
 
-    Beside the objective's own terms it gives
-      text_bits_per_character: where texts are tokenized, of the texts' characters; the bits for their ends are in it;
+    The objective's own terms are means over examples. So is its text_bits_per_token, an example's being the mean over
+    its tokens; a `TextObjective`'s is a mean over all tokens. Terms that no example has are left out. It also gives
+      text_bits_per_token_overall: where texts are tokenized, all texts' bits over all their tokens, ends included;
+      text_bits_per_character: the same bits over all their characters;
       bits_per_dim_importance_weighted: with several draws u of the dequantization noise, -log2 of the mean of p(x + u)
         per dim, which is at most the mean that bits_per_dim is, and nearer to the likelihood of 8-bit images
         (arXiv 1509.00519, section 3; for dequantization arXiv 1902.00275, section 3.2).
@@ -54,6 +56,10 @@ class Likelihood(Evaluator):
                     f"Likelihood.text_prefix_prob is of a JetFormerObjective, not of a {type(objective).__name__}: "
                     "leave it out"
                 )
+            if self.text_prefix_prob > 0:
+                context.run.check_order(text_first=True)
+            if self.text_prefix_prob < 1:
+                context.run.check_order(text_first=False)
             objective = dataclasses.replace(objective, text_prefix_prob=self.text_prefix_prob)
         if self.num_draws > 1 and not getattr(objective, "dequantize", False):
             raise ValueError(f"Likelihood.num_draws = {self.num_draws}, but nothing is dequantized: leave it at 1")
@@ -97,22 +103,25 @@ class Likelihood(Evaluator):
             batches = context.batches(self.data, self.split)
             rows = context.per_example(score, batches, seed=_SEED, averaged=averaged)
             names = [key.removesuffix("/count") for key in rows if key.endswith("/count")]
+            counts = {name: int(rows[f"{name}/count"].sum()) for name in names}
             draws = {name: np.stack([rows[f"{name}/{i}"] for i in range(self.num_draws)]) for name in names}
             into |= {
-                name: float(values.astype(np.float64).mean(0).sum() / max(rows[f"{name}/count"].sum(), 1))
+                name: float(values.astype(np.float64).mean(0).sum() / counts[name])
                 for name, values in draws.items()
+                if counts[name]
             }
-            if "text" in rows:
-                total = np.mean([rows[f"text_bits/{i}"].astype(np.float64).sum() for i in range(self.num_draws)])
+            if "text" in rows and rows["text_counts"].any():
+                bits = np.mean([rows[f"text_bits/{i}"].astype(np.float64).sum() for i in range(self.num_draws)])
                 decode = data.texts().tokenizer.decode
                 tokens = zip(rows["text"], rows["text_counts"], strict=True)
-                num_characters = sum(len(decode(text[counts].tolist())) for text, counts in tokens)
-                into["text_bits_per_character"] = float(total / max(num_characters, 1))
-            if self.num_draws > 1:
+                num_characters = sum(len(decode(text[counted].tolist())) for text, counted in tokens)
+                into["text_bits_per_token_overall"] = float(bits / rows["text_counts"].sum())
+                into["text_bits_per_character"] = float(bits / max(num_characters, 1))
+            if self.num_draws > 1 and counts["bits_per_dim"]:
+                counted = rows["bits_per_dim/count"].astype(bool)
                 num_dims = math.prod(context.state.model.image_shape)
-                counts = rows["bits_per_dim/count"].astype(bool)
-                bits = draws["bits_per_dim"][:, counts]
-                into["bits_per_dim_importance_weighted"] = importance_weighted(bits, num_dims)
+                bound = importance_weighted(draws["bits_per_dim"][:, counted], num_dims)
+                into["bits_per_dim_importance_weighted"] = bound
         return results
 
 

@@ -24,8 +24,8 @@ class Probe(Evaluator):
     Representations are means over an image's tokens: of its latents, and of what each layer of the decoder gives for
     them; without a text before them, or with a dropped one where the model learns images after texts only. They are
     standardized by the training examples. As in big_vision's `evaluators/fewshot_lsr.py`, few-shot examples are chosen
-    with a fixed seed. Figures in 0..1: `latents/<k>_shot`, `layer_<i>/<k>_shot`, and `…/all` for all examples. With the
-    moving average of the parameters, if there is one.
+    with a fixed seed. Figures in 0..1: `accuracy_<k>_shot/latents` and `accuracy_<k>_shot/layer_<i>`, for all examples
+    `accuracy_all/…`.
 
     Attributes:
       every_steps: run it in training every so many steps, and at the end; None: in evaluation jobs only.
@@ -36,6 +36,7 @@ class Probe(Evaluator):
       pp: preprocessing string that leaves `image` and `label`; None: the dataset's of evaluation, whose texts are then
         the labels.
       seed: of the choice of examples.
+      ema: with the moving average of the parameters, if there is one.
     """
 
     shots: tuple[int | None, ...] = (1, 5, 10, None)
@@ -44,10 +45,15 @@ class Probe(Evaluator):
     split: str | None = None
     pp: str | None = None
     seed: int = 0
+    ema: bool = True
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.shots or any(k is not None and k < 1 for k in self.shots):
+        if (
+            not isinstance(self.shots, tuple | list)
+            or not self.shots
+            or any(k is not None and k < 1 for k in self.shots)
+        ):
             raise ValueError(f"Probe.shots = {self.shots}: give a tuple of numbers from 1 on, None for all examples")
 
     def check(self, context: Context) -> None:
@@ -67,10 +73,10 @@ class Probe(Evaluator):
         results = Results()
         for k in self.shots:
             chosen = order if k is None else np.concatenate([order[labels[order] == c][:k] for c in np.unique(labels)])
-            name = "all" if k is None else f"{k}_shot"
+            name = "accuracy_all" if k is None else f"accuracy_{k}_shot"
             for layer in train:
                 accuracy = ridge_accuracy(train[layer][chosen], labels[chosen], test[layer], wanted)
-                results.scalars[f"{layer}/{name}"] = accuracy
+                results.scalars[f"{name}/{layer}"] = accuracy
         return results
 
     def _represent(self, context: Context, split: str | None) -> steps.Rows:
@@ -104,7 +110,9 @@ class Probe(Evaluator):
         def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
             return context.loop.compile(lambda: pooled(model, batch, keys))()
 
-        return context.per_example(function, context.batches(self.data, split, self.pp), seed=_SEED, staged=True)
+        return context.per_example(
+            function, context.batches(self.data, split, self.pp), seed=_SEED, averaged=self.ema, staged=True
+        )
 
 
 def ridge_accuracy(

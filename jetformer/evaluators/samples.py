@@ -20,7 +20,7 @@ _SEED, _ROUND_TRIP_SEED = 3, 4
 class Samples(Evaluator):
     """Images of classes or prompts, always with the same seeds, so that one sees the same images improve.
 
-    With the moving average of the parameters, if there is one. Pictures:
+    Pictures:
       grid: a row of samples for each class or prompt and weight of guidance;
       round_trip: images of the evaluation split, dequantized; the same decoded from their latents; decoded from their
         tokens alone, with 0 for the dimensions that are factored out; and the first latent dimensions as pixels.
@@ -38,6 +38,7 @@ class Samples(Evaluator):
       temperature_scales: multiplies the standard deviations of the tokens' mixtures.
       temperature_probs: multiplies the log-weights of the tokens' mixtures.
       num_round_trips: how many images to encode and decode; 0 for none.
+      ema: with the moving average of the parameters, if there is one.
     """
 
     num_classes: int | None = None
@@ -49,6 +50,7 @@ class Samples(Evaluator):
     temperature_scales: float = 1.0
     temperature_probs: float = 1.0
     num_round_trips: int = 8
+    ema: bool = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,6 +61,13 @@ class Samples(Evaluator):
         for name in ("num_classes", "num_images", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"Samples.{name} = {value}: give 1 or more")
+        if self.guidance_weights == ():
+            raise ValueError("Samples.guidance_weights = (): give some weights, or None")
+        if self.num_round_trips < 0:
+            raise ValueError(f"Samples.num_round_trips = {self.num_round_trips}: give 0 or more")
+        for name in ("temperature_scales", "temperature_probs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Samples.{name} = {getattr(self, name)}: give more than 0")
         self.guidances()
 
     def guidances(self) -> list[Guidance]:
@@ -105,6 +114,7 @@ class Samples(Evaluator):
                 rows,
                 seed=_SEED,
                 batch_size=self.batch_size or len(rows["text"]),
+                averaged=self.ema,
                 guidance=guidance,
                 temperature_scales=self.temperature_scales,
                 temperature_probs=self.temperature_probs,
@@ -135,7 +145,7 @@ class Samples(Evaluator):
             }
 
         first = context.first_examples(self.num_round_trips, ("image",))
-        rows = context.per_example(there_and_back, context.batches_of(first), seed=_ROUND_TRIP_SEED)
+        rows = context.per_example(there_and_back, context.batches_of(first), seed=_ROUND_TRIP_SEED, averaged=self.ema)
         latents, model = rows["latents"], context.state.model
         results.scalars |= {
             "round_trip_error": float(rows["error"].max()),
@@ -150,7 +160,13 @@ class Samples(Evaluator):
 
 
 def sample_images(
-    context: Context, rows: dict[str, np.ndarray], *, seed: int, batch_size: int | None = None, **options
+    context: Context,
+    rows: dict[str, np.ndarray],
+    *,
+    seed: int,
+    batch_size: int | None = None,
+    averaged: bool = True,
+    **options,
 ) -> np.ndarray:
     """Samples an image for each row, over all processes: the same whatever their number and the batch size.
 
@@ -159,13 +175,18 @@ def sample_images(
       rows: text int32 `[N, T]`, and text_mask bool `[N, T]` where not all of it is valid.
       seed: the same seed, the same images.
       batch_size: see `Context.batches_of`.
+      averaged: see `Context.per_example`.
       options: of `decode.sample_images`.
 
     Returns:
       uint8 `[N, H, W, C]`, on every process.
     """
     sampled = context.per_example(
-        sampling_function(context, **options), context.batches_of(rows, batch_size), seed=seed, staged=True
+        sampling_function(context, **options),
+        context.batches_of(rows, batch_size),
+        seed=seed,
+        averaged=averaged,
+        staged=True,
     )
     return sampled["image"]
 

@@ -1,7 +1,7 @@
 """The decoder-only transformer: Gemma blocks (big_vision `models/ppp/gemma.py`).
 
 RMSNorm scaled by 1 + weight, rotary position embeddings that rotate halves, multi-query / grouped-query / multi-head
-attention, a gated tanh GELU. No biases. Dimensions: B batch, T query length, S key length, E width, N heads, K
+attention, a gated GELU. No biases. Dimensions: B batch, T query length, S key length, E width, N heads, K
 key/value heads, H head dimension.
 
 The key/value cache belongs to whoever decodes (`sampling/decode.py`): the decoder only writes and reads the tensors it
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from jetformer import prng
 from jetformer.models import initializers
+from jetformer.models.activations import gelu
 from jetformer.models.attention import attend
 from jetformer.models.remat import rematerialize
 
@@ -93,10 +94,14 @@ class Attention(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """linear(gelu(gate(x)) · up(x)), `[B, T, E]` to `[B, T, E]`."""
+    """linear(gelu(gate(x)) · up(x)), or where "up" is activated linear(gate(x) · gelu(up(x))), `[B, T, E]` to
+    `[B, T, E]`."""
 
-    def __init__(self, width: int, mlp_dim: int):
+    def __init__(self, width: int, mlp_dim: int, gelu_form: str, activated: str):
         super().__init__()
+        if activated not in ("gate", "up"):
+            raise ValueError(f"unknown branch {activated!r} of the gated MLP: one of gate, up")
+        self.activated, self.gelu = activated, gelu(gelu_form)
         self.gate_up = nn.Linear(width, 2 * mlp_dim, bias=False)
         self.linear = nn.Linear(mlp_dim, width, bias=False)
 
@@ -106,7 +111,9 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.linear(F.gelu(gate, approximate="tanh") * up)
+        if self.activated == "up":
+            gate, up = up, gate
+        return self.linear(self.gelu(gate) * up)
 
 
 class DecoderBlock(nn.Module):
@@ -120,13 +127,15 @@ class DecoderBlock(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         dropout: float,
+        gelu: str,
+        activated: str,
     ):
         super().__init__()
         self.dropout = dropout
         self.pre_attention_norm = RMSNorm(width)
         self.attn = Attention(width, num_heads, num_kv_heads, head_dim)
         self.pre_mlp_norm = RMSNorm(width)
-        self.mlp = GatedMlp(width, mlp_dim)
+        self.mlp = GatedMlp(width, mlp_dim, gelu, activated)
 
     def forward(
         self,
@@ -153,9 +162,11 @@ class Decoder(nn.Module):
       num_kv_heads: key/value heads: 1 is multi-query, `num_heads` multi-head, between them grouped-query attention.
       head_dim: H, even.
       dropout: probability of dropping an entry of what attention and MLP add, where `forward` is given keys for it.
+      gelu: form of GELU, see `activations.gelu`.
+      activated: which branch of the gated MLP goes through GELU: "gate" or "up".
 
     Raises:
-      ValueError: if sizes do not divide.
+      ValueError: if sizes do not divide, or for an unknown form of GELU or branch.
     """
 
     rematerializes = "blocks"  # see `remat.set_policy`
@@ -169,12 +180,15 @@ class Decoder(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         dropout: float = 0.0,
+        gelu: str = "tanh",
+        activated: str = "gate",
     ):
         super().__init__()
         self.width, self.num_kv_heads, self.head_dim, self.dropout = width, num_kv_heads, head_dim, dropout
         self.rematerialize = False
         self.blocks = nn.ModuleList(
-            DecoderBlock(width, mlp_dim, num_heads, num_kv_heads, head_dim, dropout) for _ in range(depth)
+            DecoderBlock(width, mlp_dim, num_heads, num_kv_heads, head_dim, dropout, gelu, activated)
+            for _ in range(depth)
         )
 
     def forward(

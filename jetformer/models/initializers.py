@@ -29,6 +29,11 @@ def normal_(tensor: Tensor, std: float, generator: torch.Generator) -> Tensor:
     return nn.init.normal_(tensor, std=std, generator=generator)
 
 
+def rotation_(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A square matrix that is orthogonal, and evenly distributed among those."""
+    return nn.init.orthogonal_(tensor, generator=generator)
+
+
 def init_weights(module: nn.Module, generator: torch.Generator) -> None:
     """Initializes a model: calls `init_weights(generator)` of every submodule that has one, in order of registration.
 

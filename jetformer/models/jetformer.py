@@ -38,6 +38,8 @@ class JetFormer(nn.Module):
       boi_id: token that begins an image; None leaves it out.
       nolabel_id: token that stands in the place of a dropped prefix.
       flow: `Jet` or another invertible module, called with (rows, columns, channels) of the patches; None for none.
+      before_flow, after_flow: invertible modules that the patches go through first and last, called likewise; None for
+        none. `LearnedProjection` and `PCAProjection` are there for it.
       out_dim: D. The patches' other dimensions are factored out as standard Gaussian noise. None models all.
       num_mixtures: K, components of the image head.
       multivariate: use one Gaussian with full covariance instead; K is 1.
@@ -64,6 +66,8 @@ class JetFormer(nn.Module):
         boi_id: int | None,
         nolabel_id: int,
         flow: Callable[[ImageShape], nn.Module] | None = None,
+        before_flow: Callable[[ImageShape], nn.Module] | None = None,
+        after_flow: Callable[[ImageShape], nn.Module] | None = None,
         out_dim: int | None = None,
         num_mixtures: int = 4,
         multivariate: bool = False,
@@ -94,7 +98,10 @@ class JetFormer(nn.Module):
         self.factored_dim = self.patches.dim - self.out_dim
         if self.factored_dim < 0:
             raise ValueError(f"out_dim {out_dim} is more than a patch's {self.patches.dim} dimensions")
-        self.flow = flow((*self.patches.grid, self.patches.dim)) if flow else None
+        token_shape = (*self.patches.grid, self.patches.dim)
+        self.flow = flow(token_shape) if flow else None
+        self.before_flow = before_flow(token_shape) if before_flow else None
+        self.after_flow = after_flow(token_shape) if after_flow else None
 
         self.decoder = decoder()
         width = self.decoder.width
@@ -134,8 +141,8 @@ class JetFormer(nn.Module):
                 "in the preprocessing, or change JetFormer.image_shape"
             )
         tokens, logdet = self.patches(image)
-        if self.flow is not None:
-            latents, flow_logdet = self.flow(tokens.unflatten(1, self.patches.grid))
+        for step in self._flows():
+            latents, flow_logdet = step(tokens.unflatten(1, self.patches.grid))
             tokens, logdet = latents.flatten(1, 2), logdet + flow_logdet
         tokens, factored = tokens.split((self.out_dim, self.factored_dim), dim=-1)
         return tokens, factored, logdet
@@ -145,11 +152,15 @@ class JetFormer(nn.Module):
         may have beyond [-1, 1], and log-determinants `[B]` in nats."""
         latents = torch.cat((tokens, factored), dim=-1)
         logdet = 0.0
-        if self.flow is not None:
-            latents, logdet = self.flow.inverse(latents.unflatten(1, self.patches.grid))
-            latents = latents.flatten(1, 2)
+        for step in reversed(self._flows()):
+            latents, flow_logdet = step.inverse(latents.unflatten(1, self.patches.grid))
+            latents, logdet = latents.flatten(1, 2), logdet + flow_logdet
         image, patches_logdet = self.patches.inverse(latents)
         return image, logdet + patches_logdet
+
+    def _flows(self) -> list[nn.Module]:
+        """What the patches go through, in order."""
+        return [step for step in (self.before_flow, self.flow, self.after_flow) if step is not None]
 
     # Sequences.
 

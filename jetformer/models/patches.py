@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 ImageShape = tuple[int, int, int]
 
+# A patch's rows p, columns q and channels c, by the name of their order.
+_PATCH_ORDERS = {"hwc": "p q c", "chw": "c p q"}
+
 
 class Patchify(nn.Module):
     """Cuts an image into non-overlapping square patches.
@@ -18,20 +21,25 @@ class Patchify(nn.Module):
     Args:
       image_shape: (H, W, C) of one image.
       patch_size: side of a patch in pixels.
+      order: in which order a token has a patch's numbers: "hwc", pixel by pixel; or "chw", channel by channel, as
+        `torch.nn.functional.unfold`.
 
     Raises:
-      ValueError: if the image's sides do not divide by the patch size.
+      ValueError: if the image's sides do not divide by the patch size, or the order is unknown.
     """
 
-    def __init__(self, image_shape: ImageShape, patch_size: int):
+    def __init__(self, image_shape: ImageShape, patch_size: int, order: str = "hwc"):
         super().__init__()
         height, width, channels = image_shape
+        if order not in _PATCH_ORDERS:
+            raise ValueError(f"unknown order {order!r} of a patch's numbers: one of {', '.join(_PATCH_ORDERS)}")
         if height % patch_size or width % patch_size:
             raise ValueError(
                 f"image of {height} × {width} pixels does not divide into patches of {patch_size}: "
                 "choose another patch_size or resize the images"
             )
         self.patch_size = patch_size
+        self._axes = _PATCH_ORDERS[order]
         self.grid = (height // patch_size, width // patch_size)
         self.num_tokens = self.grid[0] * self.grid[1]
         self.dim = patch_size * patch_size * channels
@@ -39,12 +47,13 @@ class Patchify(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, H, W, C]` to tokens `[B, L, D]` and log-determinants `[B]` (zero: a permutation)."""
         p = self.patch_size
-        return rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p), x.new_zeros(len(x))
+        return rearrange(x, f"b (h p) (w q) c -> b (h w) ({self._axes})", p=p, q=p), x.new_zeros(len(x))
 
     def inverse(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, L, D]` to the image `[B, H, W, C]` and log-determinants `[B]`."""
         p = self.patch_size
-        x = rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=self.grid[0], w=self.grid[1], p=p, q=p)
+        sizes = {"h": self.grid[0], "w": self.grid[1], "p": p, "q": p}
+        x = rearrange(tokens, f"b (h w) ({self._axes}) -> b (h p) (w q) c", **sizes)
         return x, tokens.new_zeros(len(tokens))
 
 

@@ -1,14 +1,14 @@
 """The ViT encoder that Jet's couplings predict with (big_vision `models/vit.py`).
 
-Pre-norm blocks, tanh GELU and LayerNorm with epsilon 1e-6, as flax has them. Dimensions: B batch, N tokens, M context
-tokens, E embedding.
+Pre-norm blocks; where nothing is said, tanh GELU and LayerNorm with epsilon 1e-6, as flax has them. Dimensions: B
+batch, N tokens, M context tokens, E embedding.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from jetformer.models import initializers
+from jetformer.models.activations import gelu
 from jetformer.models.attention import attend
 
 LAYER_NORM_EPS = 1e-6  # flax's; PyTorch's is 1e-5
@@ -68,11 +68,12 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers around a tanh GELU, four times as wide inside."""
+    """Two linear layers around a GELU, four times as wide inside."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, gelu_form: str):
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
+        self.gelu = gelu(gelu_form)
         self.fc2 = nn.Linear(4 * width, width)
 
     def init_weights(self, generator: torch.Generator) -> None:
@@ -81,18 +82,18 @@ class Mlp(nn.Module):
             initializers.normal_(linear.bias, 1e-6, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.gelu(self.fc1(x)))
 
 
 class EncoderBlock(nn.Module):
     """One pre-norm block, `[B, N, E]` to `[B, N, E]`."""
 
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int, gelu_form: str, norm_eps: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = SelfAttention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(width)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = Mlp(width, gelu_form)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -100,12 +101,23 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`depth` blocks and a final LayerNorm, `[B, N, E]` to `[B, N, E]`."""
+    """`depth` blocks and a final LayerNorm, `[B, N, E]` to `[B, N, E]`.
 
-    def __init__(self, depth: int, width: int, num_heads: int):
+    Args:
+      depth: number of blocks.
+      width: E.
+      num_heads: attention heads.
+      gelu: form of GELU, see `activations.gelu`.
+      norm_eps: epsilon of the LayerNorms.
+
+    Raises:
+      ValueError: if the width does not divide by the heads, or for an unknown form of GELU.
+    """
+
+    def __init__(self, depth: int, width: int, num_heads: int, gelu: str = "tanh", norm_eps: float = LAYER_NORM_EPS):
         super().__init__()
-        self.blocks = nn.ModuleList(EncoderBlock(width, num_heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.blocks = nn.ModuleList(EncoderBlock(width, num_heads, gelu, norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
 
     def init_weights(self, generator: torch.Generator) -> None:
         del generator

@@ -42,7 +42,7 @@ def make_context(data_dir, tmp_path_factory):
         run = config.call(train.Run)
         prepare(run.data, CPU)
         train.loop_of(runtime).set_up(None, None, "highest")
-        state = run.build_state(runtime, to_train=False)
+        state = run.build_state(runtime)
         return train.context(run, state, 7, "fid", UPath(tmp_path_factory.mktemp("run")), runtime)
 
     return make

@@ -77,7 +77,7 @@ def test_texts(tmp_path, shapes_dir):
     """Bits per character are all bits over all characters; prefix and suffix are apart."""
     context = untrained(tmp_path, shapes_dir, **SHAPES)
     results = Likelihood(text_prefix_prob=0.0)(context)
-    texts, bits, characters, means = context.run.data.texts(), 0.0, 0, []
+    texts, bits, characters, num_tokens, means = context.run.data.texts(), 0.0, 0, 0, []
     for batch in context.batches():
         with torch.no_grad():
             tensors = {name: torch.tensor(array) for name, array in batch.items() if not name.startswith("_")}
@@ -91,11 +91,14 @@ def test_texts(tmp_path, shapes_dir):
             counted = nats[i][tensors["text_loss"][i]].double() / math.log(2)
             bits += counted.sum().item()
             means.append(counted.mean().item())
+            num_tokens += len(counted)
             (text,) = texts.decode(batch["text"][i : i + 1])
             characters += len(text)
     assert characters > 7 * 20
     assert results.scalars["text_bits_per_character"] == pytest.approx(bits / characters, rel=1e-5)
     assert results.scalars["text_bits_per_token"] == pytest.approx(np.mean(means), rel=1e-5)
+    assert results.scalars["text_bits_per_token_overall"] == pytest.approx(bits / num_tokens, rel=1e-5)
+    assert "bits_per_dim" not in results.scalars  # of images that come first
 
     mixed = Likelihood()(context).scalars
     assert {"bits_per_dim_prefix", "bits_per_dim_suffix", "text_prefix_bits_per_token", "text_suffix_bits_per_token",
@@ -116,6 +119,7 @@ def test_another_split(tmp_path, data_dir):
     ("evaluator", "message"),
     [
         (lambda: Likelihood(split="nope"), "no split 'nope'"),
+        (lambda: Likelihood(text_prefix_prob=0.0), "does not learn texts that come after images"),
         (lambda: Likelihood(split="test[:0]"), r"split 'test\[:0\]' of 'digits' has no examples"),
     ],
 )

@@ -58,7 +58,9 @@ def test_shots(tmp_path, data_dir, monkeypatch):
     evaluator = Probe(shots=(1, 3, None), **SPLITS)
     evaluator.check(context)
     scalars = evaluator(context).scalars
-    assert set(scalars) == {f"{layer}/{k}" for layer in ("latents", "layer_00") for k in ("1_shot", "3_shot", "all")}
+    assert set(scalars) == {
+        f"accuracy_{k}/{layer}" for layer in ("latents", "layer_00") for k in ("1_shot", "3_shot", "all")
+    }
     assert fitted[0].tolist() == [1] * 10
     assert (fitted[2] <= 3).all()
     assert fitted[4].sum() == 60
@@ -66,7 +68,7 @@ def test_shots(tmp_path, data_dir, monkeypatch):
 
 def test_digits_can_be_read_off_an_untrained_model(tmp_path, data_dir):
     scalars = Probe(shots=(None,), train_split="train[:500]")(untrained(tmp_path, data_dir)).scalars
-    assert scalars["layer_00/all"] > 0.2
+    assert scalars["accuracy_all/layer_00"] > 0.2
 
 
 @pytest.mark.parametrize("shots", [(), (0,), (1, -2)])

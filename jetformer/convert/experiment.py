@@ -1,0 +1,97 @@
+"""An experiment's gin text, where weights come without one."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+# Of data sets whose images all have one.
+_SIZES = {
+    "cifar10": (32, 32),
+    "downsampled_imagenet/32x32": (32, 32),
+    "downsampled_imagenet/64x64": (64, 64),
+    "imagenet_resized/64x64": (64, 64),
+}
+
+
+@dataclasses.dataclass
+class Weights:
+    """What was read, before it fits a model.
+
+    Attributes:
+      tensors: by their names over there.
+      gin: the experiment as gin text, as far as the weights tell it; None: it has to be given.
+      ema: the moving average, by the same names; None: there is none.
+      step: of training; None: not known.
+      tokenizer: the file of the tokenizer that came with them, if one did.
+      needs: bindings that the weights do not tell, and why.
+      notes: what a user should know, a line each.
+    """
+
+    tensors: Mapping[str, Any]
+    gin: str | None = None
+    ema: Mapping[str, Tensor] | None = None
+    step: int | None = None
+    tokenizer: bytes | None = None
+    needs: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def gin_text(bindings: Mapping[str, Any]) -> str:
+    """Bindings as gin text. A value that begins with @ stands as it is, alone or in a dictionary."""
+    lines = []
+    for name, value in bindings.items():
+        if isinstance(value, str) and value.startswith("@"):
+            lines.append(f"{name} = {value}")
+        elif isinstance(value, dict):
+            lines.append(f"{name} = {{{', '.join(f'{k!r}: {v}' for k, v in value.items())}}}")
+        else:
+            lines.append(f"{name} = {value!r}")
+    return "\n".join(lines) + "\n"
+
+
+def training(step: int | None) -> dict[str, Any]:
+    """Bindings that every experiment has to have, of one that is at its end; `step` is None where it is not known."""
+    return {
+        "train.data": "@Data()",
+        "train.optimizer": "@make_optimizer",
+        "train.schedule": "@make_schedule",
+        "train.batch_size": 64,
+        # An evaluation job evaluates the last step, and ends.
+        "train.total_steps": max(step or 0, 1),
+        "make_optimizer.lr": 3e-4,
+        "make_optimizer.wd": 1e-5,
+        "make_optimizer.b2": 0.95,
+        "make_schedule.decay_type": "cosine",
+        "make_schedule.warmup_percent": 0.1,
+    }
+
+
+def data(name: str | None, size: tuple[int, int], labels: bool) -> dict[str, Any]:
+    """Bindings of a data set for images of a size: the one of this name, or one that has such images.
+
+    Args:
+      name: of a TFDS data set; None: any.
+      size: height and width.
+      labels: whether the model is told the class.
+    """
+    if name is None:
+        small = "cifar10" if labels else "downsampled_imagenet/32x32"
+        medium = "imagenet_resized/64x64" if labels else "downsampled_imagenet/64x64"
+        name = {(32, 32): small, (64, 64): medium}.get(size, "imagenet2012")
+    ops = ["decode"]
+    if _SIZES.get(name) != size:
+        smaller = min(size)
+        ops += (
+            [f"resize_small({smaller}, method='bicubic', antialias=True)", f"central_crop({smaller})"]
+            if size[0] == size[1]
+            else [f"resize({size}, method='bicubic', antialias=True)"]
+        )
+    end = ["label_as_text", "keep('image', 'text', 'text_mask', 'text_loss')"] if labels else ["keep('image')"]
+    return {
+        "Data.name": name,
+        "Data.eval_split": "test" if name == "cifar10" else "validation",
+        "Data.pp": " | ".join([*ops, "flip_lr", *end]),
+        "Data.pp_eval": " | ".join([*ops, *end]),
+    }

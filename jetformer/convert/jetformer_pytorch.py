@@ -1,0 +1,326 @@
+"""Checkpoints of alexojica/JetFormer as they were up to its commit 6bdd607 (on the Hub: `mojique/jetformer-cifar10`).
+
+A `.pt` with `model_state_dict`, maybe `ema_state_dict`, and the `config` that is also a YAML file beside it. What it
+computes differently from the reference: GELU is exact; the gated MLP activates its other branch; LayerNorm's epsilon is
+1e-5; a token has its patch's numbers channel by channel; RMSNorm multiplies by the weight, not by 1 + weight; a channel
+coupling halves tokens as they are, so every coupling changes the same half.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from upath import UPath
+
+from jetformer.convert.big_vision import image_head_order
+from jetformer.convert.experiment import Weights, data, gin_text, training
+from jetformer.convert.pickles import load_pt, state_dict
+from jetformer.convert.sources import Source, Table, predictors
+from jetformer.models.jet import Jet
+from jetformer.models.jetformer import JetFormer
+
+MODELS = (JetFormer,)
+
+# By the YAML's name of a data set; others have no counterpart of one name.
+_DATA = {"cifar10": "cifar10", "imagenet64_tfds": "imagenet_resized/64x64", "imagenet1k_hf": "imagenet2012"}
+
+# YAML keys of which only one value can be had here, and what another one would do.
+_ONLY: dict[str, tuple[Any, str]] = {
+    "adaptor.model.actnorm": (False, "normalizes activations between couplings"),
+    "adaptor.model.invertible_dense": (False, "multiplies channels between couplings"),
+    "adaptor.model.backbone": ("vit", "predicts with another network"),
+    "adaptor.model.masking_mode": ("masking", "permutes channels at random, and does not save how"),
+    "adaptor.model.ps": (1, "cuts the flow's input into patches once more"),
+    "jetformer_training_mode": ("pca", "builds another model"),
+    "patch_pca.model.depth_to_seq": (1, "cuts tokens into several"),
+}
+
+# Keys that say how it was trained, measured or run, which changes nothing of what is computed, or nothing at all.
+_SECTIONS = ("optimizer", "schedule", "training", "sampling", "eval", "wandb", "accelerator", "input")
+_HARMLESS = {
+    *("num_epochs", "torch_compile", "advanced_metrics", "batch_size", "grad_accum_steps", "ema_decay"),
+    *("log_every_batches", "grad_logging", "resume_from", "wandb_run_id", "use_adaptor", "adaptor.kind"),
+    *("adaptor.model.flow_grad_checkpoint", "adaptor.model.channels_coupling_projs"),
+    *("adaptor.model.spatial_coupling_projs", "adaptor.latent_noise_dim"),
+    *("model.remat_policy", "model.max_seq_len", "model.rope_skip_pad", "model.right_align_inputs"),
+    *("model.strict_special_ids", "model.use_boi_token", "model.out_dim"),
+    *("patch_pca.model.input_size", "patch_pca.model.noise_std", "patch_pca.model.eps", "patch_pca.model.whiten"),
+}
+
+
+def read(path: str, yaml_path: str | None = None, step: int | None = None) -> Weights:
+    """Reads a `.pt` and its YAML.
+
+    Args:
+      path: of the `.pt`.
+      yaml_path: of the YAML; None: the configuration in the `.pt`.
+      step: of training, where it is known.
+
+    Raises:
+      ValueError: if a file cannot be read, is something else, or asks for what does not exist here.
+    """
+    content = load_pt(path)
+    if "model_state_dict" not in content:
+        raise ValueError(f"{path} is no checkpoint of alexojica/JetFormer: it has no model_state_dict")
+    if "format_version" in content:
+        raise ValueError(
+            f"{path} is of format {content['format_version']}, which came after commit 6bdd607 and is not known here"
+        )
+    config = content.get("config") if yaml_path is None else _read_yaml(yaml_path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} has no config: give its YAML with --yaml")
+    where = yaml_path or f"the config in {path}"
+    weights = _experiment(_Config(config, where), bool(content.get("ema_state_dict")), step)
+    weights.tensors = _flow_once(state_dict(content["model_state_dict"], f"{path}: model_state_dict"))
+    if content.get("ema_state_dict"):
+        weights.ema = _flow_once(state_dict(content["ema_state_dict"], f"{path}: ema_state_dict"))
+    return weights
+
+
+def table(model: JetFormer, weights: Weights) -> tuple[Table, set[str]]:
+    """Where the tensors of a model come from, and what may be there beside."""
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    plus_one = lambda weight: weight - 1
+    head = model.image_head
+    order = image_head_order(head.num_mixtures, model.out_dim)
+    found: Table = {
+        name: Source({name: shapes[name]}) for name in ("text_emb.weight", "image_emb.weight", "image_emb.bias")
+    }
+    for part in ("weight", "bias"):
+        shape = shapes[f"image_head.linear.{part}"]
+        found[f"image_head.linear.{part}"] = Source({f"img_head.{part}": shape}, lambda x: x[order])
+    unused = set()
+    if model.text_head is not None:
+        found["text_head.weight"] = Source({"text_head.weight": shapes["text_head.weight"]})
+        found["text_head.bias"] = torch.zeros(shapes["text_head.bias"])  # theirs has none
+    norms = {"text_norm": "text_norm", "image_norm": "img_norm"}
+    if model.final_norm is None:
+        unused.add("final_norm.weight")  # with a norm for each modality, theirs exists unused
+    else:
+        norms = {"final_norm": "final_norm"}
+    width, mlp_dim = model.decoder.width, shapes["decoder.blocks.0.mlp.linear.weight"][1]
+    for i, block in enumerate(model.decoder.blocks):
+        here, there = f"decoder.blocks.{i}", f"transformer.{i}"
+        sizes = {"q": block.attn.num_heads, "k": block.attn.num_kv_heads, "v": block.attn.num_kv_heads}
+        found |= {
+            f"{here}.attn.qkv.weight": Source(
+                {f"{there}.attention.w_{x}.weight": (n * block.attn.head_dim, width) for x, n in sizes.items()}
+            ),
+            f"{here}.attn.out.weight": Source(
+                {f"{there}.attention.w_o.weight": shapes[f"{here}.attn.out.weight"]},
+            ),
+            f"{here}.mlp.gate_up.weight": Source(
+                {f"{there}.feed_forward.w_{x}.weight": (mlp_dim, width) for x in ("gate", "up")}
+            ),
+            f"{here}.mlp.linear.weight": Source({f"{there}.feed_forward.w_linear.weight": (width, mlp_dim)}),
+        }
+        norms |= {f"{here}.pre_attention_norm": f"{there}.norm1", f"{here}.pre_mlp_norm": f"{there}.norm2"}
+    found |= {f"{ours}.weight": Source({f"{theirs}.weight": (width,)}, plus_one) for ours, theirs in norms.items()}
+    if isinstance(model.flow, Jet):
+        found |= _flow(model.flow)
+        # It is for a context, of which there is none; and before each coupling had positions of its own, they shared.
+        unused |= {name for name in (*weights.tensors, *(weights.ema or ())) if ".dnn.cross_attn." in name}
+        unused |= {"adaptor.flow.pos_emb_full", "adaptor.flow.pos_emb_half"}
+    return found, unused
+
+
+def _flow(flow: Jet) -> Table:
+    found: Table = {}
+    for i, (coupling, dnn) in enumerate(zip(flow.couplings, predictors(flow), strict=True)):
+        here, there = f"flow.couplings.{i}", f"adaptor.flow.couplings.{i}.dnn"
+        found[f"{here}.permutation"] = torch.arange(len(coupling.permutation))
+        shapes = {name: tuple(p.shape) for name, p in dnn.named_parameters()}
+        names = {"posemb": "posemb"}
+        for part in ("weight", "bias"):
+            names |= {f"{name}.{part}": f"{name}.{part}" for name in ("init_proj", "final_proj")}
+            names[f"vit.norm.{part}"] = f"vit_encoder.norm.{part}"
+            for j in range(len(dnn.vit.blocks)):
+                ours, theirs = f"vit.blocks.{j}", f"vit_encoder.layers.{j}"
+                names |= {
+                    f"{ours}.{x}.{part}": f"{theirs}.{x}.{part}" for x in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
+                }
+                names[f"{ours}.attn.qkv.{part}"] = f"{theirs}.attn.in_proj_{part}"
+                names[f"{ours}.attn.out.{part}"] = f"{theirs}.attn.out_proj.{part}"
+        found |= {f"{here}.dnn.{ours}": Source({f"{there}.{name}": shapes[ours]}) for ours, name in names.items()}
+    return found
+
+
+def _flow_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without `jet.…`, which is another name of `adaptor.flow.…`."""
+    once = {name: x for name, x in tensors.items() if not name.startswith("jet.")}
+    for name, x in tensors.items():
+        if name.startswith("jet."):
+            kept = once.setdefault(f"adaptor.flow.{name.removeprefix('jet.')}", x)
+            if not torch.equal(kept, x):
+                raise ValueError(f"{name} should be the same as adaptor.flow.{name.removeprefix('jet.')}, and is not")
+    return once
+
+
+class _Config:
+    """A nested configuration by dotted keys, which knows what was asked for."""
+
+    def __init__(self, config: Mapping[str, Any], where: str):
+        self._values, self.where = dict(_leaves(config)), where
+        self.asked: set[str] = set()
+
+    def keys(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def get(self, key: str, default: Any) -> Any:
+        """The value of a key, or the default where it is not there, or null; as the default's type.
+
+        Raises:
+          ValueError: if it is of another type.
+        """
+        self.asked.add(key)
+        value = self._values.get(key)
+        if value is None:
+            return default
+        # YAML takes 1e-3 for text.
+        kind = float if isinstance(default, float) else type(default)
+        try:
+            if isinstance(value, bool) is not (kind is bool) or (kind is tuple) is not isinstance(value, list):
+                raise TypeError
+            if kind is int and isinstance(value, float) and not value.is_integer():
+                raise ValueError
+            return kind(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.where}: {key} = {value!r} is no {kind.__name__}") from error
+
+    def need(self, key: str, example: Any) -> Any:
+        """The value of a key, as the example's type.
+
+        Raises:
+          ValueError: if it is not there, or of another type.
+        """
+        if self._values.get(key) is None:
+            raise ValueError(f"{self.where} has no {key}, which the model needs")
+        return self.get(key, example)
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read_yaml(path: str) -> Any:
+    try:
+        return yaml.safe_load(UPath(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
+
+
+def _experiment(config: _Config, ema: bool, step: int | None) -> Weights:
+    """The experiment that a configuration describes; `ema`: there is a moving average."""
+    where = config.where
+    for key, (only, effect) in _ONLY.items():
+        if (value := config.get(key, only)) != only:
+            raise ValueError(f"{where}: {key} = {value!r} {effect}, which is not known here; only {only!r} is")
+    if not config.get("patch_pca.model.skip_pca", False) and config.get("patch_pca.model.pca_init_file", ""):
+        raise ValueError(f"{where}: its PCA of patches is in a file of its own, which is not known here")
+    size = config.need("input.input_size", ())
+    if len(size) != 2 or not all(isinstance(x, int) for x in size):
+        raise ValueError(f"{where}: input.input_size = {list(size)} is no height and width")
+    patch_size = config.need("patch_pca.model.patch_size", 0)
+    width, num_heads = config.need("model.width", 0), config.need("model.num_heads", 0)
+    out_dim, dim = config.need("patch_pca.model.codeword_dim", 0), 3 * patch_size**2
+    num_classes = config.need("input.num_classes", 0)
+    notes = []
+    if config.get("model.head_dim", width // num_heads) != width // num_heads:
+        notes.append(f"{where}: model.head_dim means nothing: a head has width / num_heads = {width // num_heads}")
+    bindings = {
+        "train.model": "@JetFormer",
+        "train.objective": "@JetFormerObjective()",
+        "train.evaluators": {"val": "@Likelihood()", "samples": "@Samples()"},
+        "Samples.num_classes": num_classes,
+        "JetFormer.image_shape": (*size, 3),
+        "JetFormer.patches": "@Patchify",
+        "JetFormer.decoder": "@Decoder",
+        "JetFormer.vocab_size": config.need("model.vocab_size", 0),
+        "JetFormer.bos_id": config.need("model.bos_id", 0),
+        "JetFormer.boi_id": None if (boi_id := config.get("model.boi_id", -1)) < 0 else boi_id,
+        "JetFormer.nolabel_id": config.need("model.nolabel_id", 0),
+        "JetFormer.out_dim": out_dim,
+        "JetFormer.num_mixtures": config.need("model.num_mixtures", 0),
+        "JetFormer.scale_tol": config.get("model.scale_tol", 1e-6),
+        "JetFormer.head_dtype": "bfloat16" if config.get("model.head_dtype", "fp32") == "bfloat16" else "float32",
+        "JetFormer.num_vocab_repeats": config.get("model.num_vocab_repeats", 1),
+        "JetFormer.causal_mask_on_prefix": config.get("model.causal_mask_on_prefix", True),
+        "JetFormer.untie_output_vocab": config.get("model.untie_output_vocab", False),
+        "JetFormer.per_modality_final_norm": config.get("model.per_modality_final_norm", False),
+        "Patchify.patch_size": patch_size,
+        "Patchify.order": "chw",
+        "Decoder.width": width,
+        "Decoder.depth": config.need("model.depth", 0),
+        "Decoder.mlp_dim": config.need("model.mlp_dim", 0),
+        "Decoder.num_heads": num_heads,
+        "Decoder.num_kv_heads": config.get("model.num_kv_heads", 1),
+        "Decoder.head_dim": width // num_heads,
+        "Decoder.dropout": config.get("model.dropout", 0.1),
+        "Decoder.gelu": "exact",
+        "Decoder.activated": "up",
+        "JetFormerObjective.text_prefix_prob": config.get("training.text_prefix_prob", 1.0),
+        "JetFormerObjective.loss_on_prefix": config.get("training.loss_on_prefix", False),
+        "JetFormerObjective.drop_labels_prob": config.get("model.drop_labels_probability", 0.0),
+        "JetFormerObjective.input_noise_std": config.get("training.input_noise_std", 0.0),
+        "JetFormerObjective.dequantize": config.get("patch_pca.model.add_dequant_noise", False),
+    }
+    if config.get("use_adaptor", False) and config.get("adaptor.kind", "jet") == "jet":
+        bindings |= _flow_experiment(config, where)
+        noise = config.get("adaptor.latent_noise_dim", 0)
+        if out_dim + noise < dim:
+            notes.append(
+                f"{where}: {dim - out_dim - noise} of a token's {dim} numbers count in no likelihood there, and as "
+                "standard Gaussian noise here: bits per dim are others"
+            )
+    name = _DATA.get(config.get("input.dataset", ""))
+    bindings |= training(step) | _training(config, ema) | data(name, tuple(size), labels=True)
+    unknown = [
+        key
+        for key in config.keys()  # noqa: SIM118 (no mapping)
+        if key not in config.asked | _HARMLESS and key.partition(".")[0] not in _SECTIONS
+    ]
+    if unknown:
+        notes.append(f"{where}: {len(unknown)} keys mean nothing here: {', '.join(unknown)}")
+    return Weights({}, gin_text(bindings), notes=notes)
+
+
+def _flow_experiment(config: _Config, where: str) -> dict[str, Any]:
+    depth = config.get("adaptor.model.depth", 8)
+    kinds = config.get("adaptor.model.kinds", ("channels", "channels", "spatial"))
+    if "spatial" in kinds[:depth]:
+        raise ValueError(
+            f"{where}: adaptor.model.kinds = {list(kinds)}: its couplings of tokens are not known here (they do not "
+            "run there either, so that no weights should have them)"
+        )
+    return {
+        "JetFormer.flow": "@Jet",
+        "Jet.depth": depth,
+        "Jet.block_depth": config.get("adaptor.model.block_depth", 2),
+        "Jet.emb_dim": config.get("adaptor.model.emb_dim", 256),
+        "Jet.num_heads": config.get("adaptor.model.num_heads", 4),
+        "Jet.ps": 1,
+        "Jet.kinds": ("channels",),
+        "Jet.channels_coupling_projs": ("halves",),
+        "Jet.gelu": "exact",
+        "Jet.norm_eps": 1e-5,
+    }
+
+
+def _training(config: _Config, ema: bool) -> dict[str, Any]:
+    return {
+        "train.batch_size": config.get("batch_size", 64),
+        "train.noise_scale": config.get("training.noise_scale", 0.0),
+        "train.noise_min": config.get("training.noise_min", 0.0),
+        "train.ema_decay": (config.get("ema_decay", 0.0) or 0.999) if ema else 0.0,
+        "make_optimizer.lr": config.get("optimizer.lr", 1e-3),
+        "make_optimizer.wd": config.get("optimizer.wd", 1e-4),
+        "make_optimizer.b2": config.get("optimizer.b2", 0.95),
+        "make_schedule.decay_type": config.get("schedule.decay_type", "cosine"),
+        "make_schedule.warmup_percent": config.get("schedule.warmup_percent", 0.1),
+    }

@@ -1,0 +1,205 @@
+"""A run as safetensors with a model card, for the Hugging Face Hub, and back.
+
+model.safetensors   parameters and buffers     ema.safetensors   the moving average, if there is one
+config.gin          the experiment             tokenizer.model   where it reads texts
+README.md           the model card
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+
+import yaml
+from torch import Tensor, nn
+from upath import UPath
+
+import jetformer
+from jetformer.convert.experiment import Weights
+from jetformer.convert.pickles import load_safetensors
+from jetformer.convert.sources import Source, Table
+from jetformer.models.jet import Jet
+from jetformer.models.jetformer import JetFormer
+from jetformer.models.language_model import LanguageModel
+
+MODEL_FILE, EMA_FILE, CARD_FILE = "model.safetensors", "ema.safetensors", "README.md"
+PATTERNS = ("*.safetensors", "*.gin", "*.model")  # of what `read` reads
+MODELS = (nn.Module,)
+
+_PAPERS = {
+    "JetFormer": "https://arxiv.org/abs/2411.19722",
+    "Jet": "https://arxiv.org/abs/2412.15129",
+}
+
+
+def write(
+    directory: UPath,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    *,
+    step: int,
+    files: Mapping[str, bytes],
+    card: str,
+) -> None:
+    """Writes a run.
+
+    Args:
+      directory: local.
+      tensors: state dict under "model", moving average under "ema", if there is one.
+      step: of training.
+      files: what else belongs to it, by name.
+      card: the model card.
+    """
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, file in (("model", MODEL_FILE), ("ema", EMA_FILE)):
+        if name in tensors:
+            save_file(dict(tensors[name]), str(directory / file), metadata={"format": "pt", "step": str(step)})
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    (directory / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def read(directory: UPath) -> Weights:
+    """Reads what `write` has written.
+
+    Raises:
+      ValueError: if a file is missing or damaged.
+    """
+    from jetformer import config, train
+
+    for name in (MODEL_FILE, config.CONFIG_FILE):
+        if not (directory / name).exists():
+            raise ValueError(f"{directory} has no {name}: give what --to=safetensors has written")
+    tensors, notes = load_safetensors(str(directory / MODEL_FILE))
+    ema = load_safetensors(str(directory / EMA_FILE))[0] if (directory / EMA_FILE).exists() else None
+    step, tokenizer = notes.get("step", ""), directory / train.TOKENIZER_FILE
+    return Weights(
+        tensors,
+        gin=(directory / config.CONFIG_FILE).read_text(),
+        ema=ema,
+        step=int(step) if step.isdecimal() else None,
+        tokenizer=tokenizer.read_bytes() if tokenizer.exists() else None,
+    )
+
+
+def table(model: nn.Module, weights: Weights) -> tuple[Table, set[str]]:
+    """Where the tensors of a model come from: they have their own names."""
+    del weights
+    return {name: Source({name: tuple(x.shape)}) for name, x in model.state_dict().items()}, set()
+
+
+def evaluations(workdir: UPath, step: int) -> dict[str, float]:
+    """What evaluators have found at a step, by tag."""
+    from jetformer.evaluators.base import RESULTS_FILE
+
+    found: dict[str, float] = {}
+    if not workdir.exists():
+        return found
+    for directory in sorted(workdir.iterdir()):
+        file = directory / RESULTS_FILE
+        if directory.name.startswith("eval_") and file.exists():
+            for line in file.read_text().splitlines():
+                record = json.loads(line)
+                if record["step"] == step:
+                    found |= {tag: value for tag, value in record.items() if "/" in tag}
+    return found
+
+
+def card(
+    model: nn.Module,
+    *,
+    name: str,
+    config: str,
+    step: int,
+    metrics: Mapping[str, float],
+    dataset: str,
+    texts: bool,
+    ema: bool,
+    repo: str | None = None,
+    license: str | None = None,
+) -> str:
+    """A model card: a YAML header, and Markdown.
+
+    Args:
+      model: the model; it may be on the meta device.
+      name: what it is called.
+      config: its gin configuration.
+      step: of training.
+      metrics: what evaluators have found.
+      dataset: what it was trained on.
+      texts: whether it reads texts.
+      ema: whether there is a moving average.
+      repo: where it goes on the Hub.
+      license: of the weights.
+    """
+    kind = type(model).__name__
+    header = {
+        **({"license": license} if license else {}),
+        "library_name": "jetformer",
+        "pipeline_tag": _pipeline(model, texts),
+        "tags": ["jetformer", "pytorch", *_tags(model)],
+    }
+    if metrics:
+        result = {
+            "task": {"type": header["pipeline_tag"]},
+            "dataset": {"name": dataset, "type": re.sub(r"\W+", "_", dataset)},
+            "metrics": [
+                {"type": tag.rpartition("/")[2], "name": tag, "value": value} for tag, value in metrics.items()
+            ],
+        }
+        header["model-index"] = [{"name": name, "results": [result]}]
+    paper = f" ([paper]({_PAPERS[kind]}))" if kind in _PAPERS else ""
+    parameters = sum(p.numel() for p in model.parameters())
+    source = f"--hf_repo={repo}" if repo else "--path=DIRECTORY"
+    lines = [
+        "---",
+        yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A {kind}{paper} of {parameters:,} parameters, trained on `{dataset}` for {step:,} steps with jetformer "
+        f"{jetformer.__version__}. `{MODEL_FILE}` holds its parameters"
+        + (f", `{EMA_FILE}` their moving average, which samples and figures are made with." if ema else "."),
+        "",
+        "```bash",
+        f"python -m jetformer.convert --from=safetensors {source} --out=WORKDIR",
+        *_commands(model, texts),
+        "```",
+        "",
+        *_table(metrics),
+        "## Configuration",
+        "",
+        "```",
+        config.strip(),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _pipeline(model: nn.Module, texts: bool) -> str:
+    if isinstance(model, LanguageModel):
+        return "text-generation"
+    return "text-to-image" if texts and isinstance(model, JetFormer) else "unconditional-image-generation"
+
+
+def _tags(model: nn.Module) -> Iterator[str]:
+    if any(isinstance(module, Jet) for module in model.modules()):
+        yield "normalizing-flow"
+    if isinstance(model, JetFormer | LanguageModel):
+        yield "autoregressive"
+
+
+def _commands(model: nn.Module, texts: bool) -> Iterator[str]:
+    shown = ""
+    if isinstance(model, JetFormer | LanguageModel):
+        shown = '--prompt="…" ' if texts else "--classes=0,1 "
+    yield f"python -m jetformer.sample --workdir=WORKDIR {shown}--out=SAMPLES"
+    yield "python -m jetformer.evaluate --workdir=WORKDIR --once"
+
+
+def _table(metrics: Mapping[str, float]) -> Collection[str]:
+    if not metrics:
+        return ()
+    rows = (f"| {tag} | {value:.4g} |" for tag, value in metrics.items())
+    return ("## Evaluation", "", "| figure | value |", "| --- | ---: |", *rows, "")

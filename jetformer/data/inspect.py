@@ -1,0 +1,174 @@
+"""Look at the data of an experiment: what there is, what the model will see of it, and how fast it comes.
+
+    python -m jetformer.data.inspect --gin_file=experiments/….gin --out=/tmp/data.png
+
+Prints sizes, shapes, label counts, lengths of texts and examples per second, and writes a picture of training images.
+"""
+
+import collections
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from absl import app, flags, logging
+from upath import UPath
+
+from jetformer import config, program, train
+from jetformer.data import pipeline
+from jetformer.data.dataset import Data, MixtureData
+from jetformer.sampling.grid import enlarged, labelled, save_png, tile
+
+flags.adopt_module_key_flags(program)
+flags.DEFINE_integer("examples", 1000, "How many examples of training to look at.", lower_bound=1)
+flags.DEFINE_string("out", "data.png", "The picture to write.")
+FLAGS = flags.FLAGS
+
+_SHOWN = 12  # classes, sizes
+_COLUMNS = 8
+_ROWS = 8
+_TEXTS = 4
+# Labels of smaller splits are all counted; of larger ones, those of the examples looked at.
+_COUNTED = 200_000
+
+
+def report(data: Data | MixtureData, batch_size: int, seed: int, count: int) -> tuple[list[str], np.ndarray | None]:
+    """What is to be said of the data, in lines, and a picture uint8 `[H, W, C]` of them, where they are images.
+
+    Args:
+      data: prepared.
+      batch_size, seed: of training.
+      count: how many examples of training to look at.
+
+    Raises:
+      ValueError: if they cannot be read or preprocessed.
+    """
+    names = data.class_names()
+    lines = [f"data: {data.name}"]
+    if names is not None:
+        lines.append(f"classes: {len(names)} ({_several(names)})")
+    for title, split, pp in (("train", data.train_split, data.pp), ("eval", data.eval_split, None)):
+        for part in _selections(data, split, pp):
+            skipped = pipeline.num_skipped(part)
+            left_out = f", {skipped} more skipped" if part.skip_broken else ""
+            lines.append(f"{title}: {pipeline.num_selected(part):,} examples of {part.name}, {part.split}{left_out}")
+            sizes = collections.Counter(pipeline.image_sizes(part, count))
+            if sizes:
+                shown = ", ".join(f"{h}×{w} ({n})" for (h, w), n in sizes.most_common(_SHOWN))
+                if len(sizes) > _SHOWN:
+                    heights, widths = zip(*sizes, strict=True)
+                    shown = f"{min(heights)} to {max(heights)} × {min(widths)} to {max(widths)}"
+                lines.append(f"  images as they are, height × width, of {sizes.total():,}: {shown}")
+            labels = pipeline.labels(part) if pipeline.num_selected(part) <= _COUNTED else None
+            if labels is not None:
+                lines += _counts(labels, names, "  labels")
+    batches, rate = _timed(data.train_batches(batch_size=batch_size, seed=seed), batch_size, count)
+    first = batches[0]
+    lines.append("the model sees, in each batch of training:")
+    lines += [f"  {name} {array.dtype} {list(array.shape)}" for name, array in first.items()]
+    picture = None
+    if "image" in first:
+        images = np.concatenate([batch["image"] for batch in batches])
+        lines.append(f"  values of image from {images.min()} to {images.max()}, mean {images.mean():.4g}")
+        picture = _picture(images, _labels(batches), names)
+    if data.has_texts():
+        lines += _about_texts(data, batches)
+    elif (labels := _labels(batches)) is not None:
+        lines += _counts(labels, names, f"  labels of {len(labels):,} examples")
+    lines.append(f"{rate:,.0f} examples per second")
+    return lines, picture
+
+
+def _selections(data: Data | MixtureData, split: str, pp: str | None) -> list[pipeline.Selection]:
+    if isinstance(data, Data):
+        return [data.selection(split, pp)]
+    own = [part.pp for part in data.datasets] if pp else [None] * len(data.datasets)
+    splits = [part.train_split if pp else part.eval_split for part in data.datasets]
+    return [part.selection(*of) for part, of in zip(data.datasets, zip(splits, own, strict=True), strict=True)]
+
+
+def _timed(batches: Iterator[pipeline.Batch], batch_size: int, count: int) -> tuple[list[pipeline.Batch], float]:
+    """Batches of `count` examples, and examples a second."""
+    _, batches = pipeline.peek(batches, "the training split")
+    next(batches)
+    start = time.perf_counter()
+    found = list(itertools.islice(batches, -(-count // batch_size)))
+    return found, len(found) * batch_size / (time.perf_counter() - start)
+
+
+def _labels(batches: Sequence[pipeline.Batch]) -> np.ndarray | None:
+    """The labels of batches, or their texts of one token."""
+    first = batches[0]
+    if "label" in first:
+        return np.concatenate([batch["label"] for batch in batches])
+    if "text" in first and first["text"].ndim == 2 and first["text"].shape[1] == 1:
+        return np.concatenate([batch["text"][:, 0] for batch in batches])
+    return None
+
+
+def _name(label: int, names: Sequence[str] | None) -> str:
+    return names[label] if names is not None and 0 <= label < len(names) else str(label)
+
+
+def _several(items: Sequence[str]) -> str:
+    return ", ".join(items[:_SHOWN]) + (", …" if len(items) > _SHOWN else "")
+
+
+def _counts(labels: np.ndarray, names: Sequence[str] | None, what: str) -> list[str]:
+    counts = collections.Counter(labels.tolist())
+    shown = _several([f"{_name(label, names)} {counts[label]:,}" for label in sorted(counts)])
+    lines = [f"{what}: {shown}"]
+    if len(counts) > 1:
+        lines[0] += f" (from {min(counts.values()):,} to {max(counts.values()):,} each)"
+    missing = [name for i, name in enumerate(names or ()) if i not in counts]
+    if missing:
+        lines.append(f"  of {len(missing)} classes there is none: {_several(missing)}")
+    return lines
+
+
+def _about_texts(data: Data | MixtureData, batches: Sequence[pipeline.Batch]) -> list[str]:
+    texts = data.texts()
+    tokens = np.concatenate([batch["text"] for batch in batches])
+    ended = (tokens == texts.tokenizer.eos_id).any(1)
+    lengths = np.where(ended, (tokens == texts.tokenizer.eos_id).argmax(1), tokens.shape[1])
+    low, middle, high = np.percentile(lengths, (0, 50, 100))
+    lines = [
+        f"  tokens of a text without its end: {low:.0f} to {high:.0f}, median {middle:.0f}, mean {lengths.mean():.1f}; "
+        f"{(~ended).mean():.1%} are cut off at {tokens.shape[1]}"
+    ]
+    return lines + [f"  text: {text!r}" for text in texts.decode(tokens[:_TEXTS])]
+
+
+def _picture(images: np.ndarray, labels: np.ndarray | None, names: Sequence[str] | None) -> np.ndarray:
+    """Images in rows: of one class each, where there are labels."""
+    if images.dtype != np.uint8:
+        low, high = images.min(), images.max()
+        images = np.round((images - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
+    columns = min(_COLUMNS, len(images))
+    if labels is None:
+        count = min(len(images) // columns, _ROWS) * columns
+        return enlarged(tile(images[:count], columns))
+    rows, titles = [], []
+    for label in np.unique(labels)[:_ROWS]:
+        of_class = images[labels == label][:columns]
+        rows.append(np.pad(of_class, [(0, columns - len(of_class)), (0, 0), (0, 0), (0, 0)]))
+        titles.append(f"{label}: {_name(label, names)}" if names else str(label))
+    return labelled(np.concatenate(rows), columns, titles)
+
+
+def main(argv: list[str]) -> None:
+    program.no_arguments(argv)
+    with program.one_line_errors():
+        config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
+        run = config.call(train.Run)
+        run.data.prepare()
+        lines, picture = report(run.data, run.batch_size, run.seed, FLAGS.examples)
+        print("\n".join(lines))
+        if picture is not None:
+            save_png(picture, UPath(FLAGS.out))
+            logging.set_verbosity(logging.INFO)
+            logging.info("Images of training are in %s", FLAGS.out)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,474 @@
+"""Where examples are read from: a prepared TFDS data set, or a folder of images.
+
+A source has splits, each an order of examples that never changes, which are read as records: scalar strings that are
+small (what TFRecord files hold, images still encoded) or say where to read. `deserialize` makes an example of one.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from absl import logging
+from etils import epath
+
+import jetformer.data.builders  # noqa: F401 (makes the package's own data sets known to TFDS)
+from jetformer.data import files, huggingface
+from jetformer.data.folder import Folder
+
+FOLDER = "folder:"
+CACHE_DIR = "~/.cache/jetformer/datasets"
+
+# How many files a stream reads at the same time. Part of what the order of examples depends on.
+_CYCLE_LENGTH = 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shard:
+    """Examples that are read one after the other.
+
+    Attributes:
+      filename: of a TFRecord file; the split of a folder.
+      skip: how many come before them there.
+      take: how many to read.
+      keep: bool [take], which of these are meant; None: all.
+    """
+
+    filename: str
+    skip: int
+    take: int
+    keep: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.take if self.keep is None else int(np.count_nonzero(self.keep))
+
+    def part(self, start: int, stop: int) -> "Shard":
+        """What holds its examples from number `start` to before `stop`, of which there are some."""
+        if self.keep is None:
+            return Shard(self.filename, self.skip + start, stop - start)
+        kept = np.flatnonzero(self.keep)[start:stop]
+        first, end = int(kept[0]), int(kept[-1]) + 1
+        return Shard(self.filename, self.skip + first, end - first, self.keep[first:end])
+
+    def without(self, numbers: np.ndarray) -> "Shard":
+        """Without some of its examples."""
+        keep = np.ones(self.take, bool) if self.keep is None else self.keep.copy()
+        keep[np.flatnonzero(keep)[numbers]] = False
+        return Shard(self.filename, self.skip, self.take, keep)
+
+    def with_only(self, chosen: np.ndarray) -> "Shard":
+        """With those of its examples that bool [take] says."""
+        keep = chosen if self.keep is None else self.keep & chosen
+        return self if keep.all() else Shard(self.filename, self.skip, self.take, keep)
+
+    def places(self) -> np.ndarray:
+        """Where its examples are in `filename`: int64 [n]."""
+        return self.skip + (np.arange(self.take) if self.keep is None else np.flatnonzero(self.keep))
+
+
+def num_examples(shards: list[Shard]) -> int:
+    return sum(map(len, shards))
+
+
+def cut(shards: list[Shard], start: int, stop: int) -> list[Shard]:
+    """What of the shards holds their examples from number `start` to before `stop`."""
+    found = []
+    for shard in shards:
+        first, last = max(start, 0), min(stop, len(shard))
+        if first < last:
+            found.append(shard.part(first, last))
+        start, stop = start - len(shard), stop - len(shard)
+    return found
+
+
+def without(shards: list[Shard], numbers: np.ndarray) -> list[Shard]:
+    """The shards without the examples of these numbers, which are sorted."""
+    found, start = [], 0
+    for shard in shards:
+        first, last = np.searchsorted(numbers, (start, start + len(shard)))
+        start += len(shard)
+        found.append(shard.without(numbers[first:last] - (start - len(shard))) if first < last else shard)
+    return [shard for shard in found if len(shard)]
+
+
+class Source:
+    """What both kinds of source have in common.
+
+    Attributes:
+      name: as a user gives it.
+      full_name: with its version, or what changes when it does.
+      splits: of TFDS, whose slicing they have.
+      directory: where what is found out about it is kept.
+      label_key: the feature that is a class; None where there is none, or several.
+      class_names: by label; None without `label_key`.
+    """
+
+    name: str
+    full_name: str
+    splits: tfds.core.splits.SplitDict
+    directory: epath.Path
+    label_key: str | None
+    class_names: tuple[str, ...] | None
+
+    def shards(self, split: str) -> list[Shard]:
+        """The shards that make up a split.
+
+        Raises:
+          ValueError: there is no such split.
+        """
+        try:
+            found = self.splits[split].file_instructions
+        except ValueError as e:
+            raise ValueError(
+                f"data set {self.full_name} has no split {split!r}, it has: {', '.join(self.splits)}, "
+                f"and slices and sums of them, as train[:90%] or train+test ({one_line(e)})"
+            ) from e
+        return [Shard(str(s.filename), s.skip, s.take) for s in found if s.take > 0]
+
+    def even_shards(self, split: str, count: int) -> list[list[Shard]]:
+        """A split as `count` parts of the same size, but for one example."""
+        return [self.shards(part) for part in tfds.even_splits(split, count)]
+
+    def read(self, shards: list[Shard]) -> tf.data.Dataset:
+        """Records (scalar strings) in the order of the shards."""
+        raise NotImplementedError
+
+    def read_shuffled(self, shards: list[Shard], seed: tf.Tensor, buffer_size: int) -> tf.data.Dataset:
+        """The same in a random order."""
+        raise NotImplementedError
+
+    def deserialize(self, record: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The example of a record, images still encoded."""
+        raise NotImplementedError
+
+    def decode(self, record: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The example of a record, images decoded."""
+        raise NotImplementedError
+
+    def labels(self, shard: Shard) -> np.ndarray:
+        """The labels int64 [take] of all that a shard reads, also of what it does not keep. They are looked for in the
+        whole data set the first time.
+
+        Raises:
+          ValueError: if there are none.
+        """
+        raise NotImplementedError
+
+    def places(self, shard: Shard, numbers: list[int]) -> list[str]:
+        """Where the examples of these numbers of a shard are, for messages."""
+        raise NotImplementedError
+
+    def describe(self, record: tf.Tensor) -> str:
+        """Which example a record is, as far as it says, for messages."""
+        example = self.deserialize(record)
+        for key in ("filename", "file_name", "image/filename", "image/file_name"):
+            if key in example:
+                return os.fsdecode(example[key].numpy())
+        numbers = (f"{key} {value.numpy()}" for key, value in example.items() if _is_integer(value))
+        return f"an example ({', '.join(numbers)})"
+
+    def check_labels(self) -> None:
+        """Looks whether there is one label.
+
+        Raises:
+          ValueError: if not.
+        """
+        if self.label_key is None:
+            raise ValueError(f"data set {self.name!r} has no label, of which Data.classes could choose: unset it")
+
+    def keep_beside(self, name: str, data: bytes) -> epath.Path:
+        """Writes a file of something found out about the data: into `directory`, or where that cannot be written to,
+        into a cache in the user's home. Returns where."""
+        first, second = self._beside(name)
+        try:
+            files.write(first, data)
+            return first
+        except ValueError as error:
+            logging.info("%s", error)
+        files.write(second, data)
+        return second
+
+    def beside(self, name: str) -> epath.Path | None:
+        """Where `keep_beside` has put a file; None where it is not there."""
+        return next((path for path in self._beside(name) if path.exists()), None)
+
+    def _beside(self, name: str) -> tuple[epath.Path, epath.Path]:
+        place = hashlib.sha256(os.fspath(self.directory).encode()).hexdigest()[:16]
+        return self.directory / name, epath.Path(CACHE_DIR).expanduser() / place / name
+
+
+class TfdsSource(Source):
+    """A prepared TFDS data set, stored as TFRecord.
+
+    Raises:
+      ValueError: it is not prepared, or not TFRecord.
+    """
+
+    def __init__(self, name: str, data_dir: str | None):
+        self.name = name
+        self.builder = builder(name, data_dir)
+        self.full_name = self.builder.info.full_name
+        file_format = self.builder.info.file_format
+        if not self.builder.is_prepared():
+            raise ValueError(
+                f"data set {self.full_name} is not in {self.builder.data_dir}: set data_dir to where it is, or call "
+                "jetformer.data.pipeline.prepare in one process first"
+            )
+        if file_format != tfds.core.FileFormat.TFRECORD:
+            raise ValueError(
+                f"data set {name!r} is stored as {file_format.value}, and only tfrecord can be read: "
+                "prepare it again with tfds build --file_format=tfrecord"
+            )
+        self.splits = self.builder.info.splits
+        self.directory = epath.Path(self.builder.data_dir)
+        self.features = self.builder.info.features
+        labels = [key for key, feature in self.features.items() if isinstance(feature, tfds.features.ClassLabel)]
+        self.label_key = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
+        self.class_names = None
+        if self.label_key is not None:
+            label = self.features[self.label_key]
+            self.class_names = tuple(label.names) if label.num_classes else None
+        self._known_labels: dict[str, np.ndarray] = {}
+        self._encoded = {
+            key: tfds.decode.SkipDecoding()
+            for key, feature in self.features.items()
+            if isinstance(feature, tfds.features.Image)
+        }
+
+    def read(self, shards):
+        return self._read(shards, None)
+
+    def read_shuffled(self, shards, seed, buffer_size):
+        return self._read(shards, seed).shuffle(buffer_size, seed=seed[0], reshuffle_each_iteration=False)
+
+    def _read(self, shards: list[Shard], shuffle_seed: tf.Tensor | None) -> tf.data.Dataset:
+        """Records in order, or of shuffled, mixed files."""
+        if not shards:
+            return tf.data.Dataset.from_tensor_slices(tf.constant([], tf.string))
+        filenames = tf.constant([shard.filename for shard in shards])
+        skips = tf.constant([shard.skip for shard in shards], tf.int64)
+        takes = tf.constant([shard.take for shard in shards], tf.int64)
+        order = tf.range(len(shards))
+        if shuffle_seed is not None:
+            order = tf.random.experimental.stateless_shuffle(order, shuffle_seed)
+        chosen = any(shard.keep is not None for shard in shards)
+        if chosen:
+            keeps = [np.ones(shard.take, bool) if shard.keep is None else shard.keep for shard in shards]
+            starts = tf.constant(np.cumsum([0, *map(len, keeps)])[:-1], tf.int64)
+            keep = tf.constant(np.concatenate(keeps))
+
+        def records(i: tf.Tensor) -> tf.data.Dataset:
+            found = tf.data.TFRecordDataset(filenames[i]).skip(skips[i]).take(takes[i])
+            if not chosen:
+                return found
+            start = starts[i]
+            return found.enumerate().filter(lambda j, _: keep[start + j]).map(lambda _, record: record)
+
+        return tf.data.Dataset.from_tensor_slices(order).interleave(
+            records,
+            cycle_length=1 if shuffle_seed is None else min(_CYCLE_LENGTH, len(shards)),
+            num_parallel_calls=tf.data.AUTOTUNE,
+            deterministic=True,
+        )
+
+    def deserialize(self, record):
+        return self.features.deserialize_example(record, decoders=self._encoded)
+
+    def decode(self, record):
+        return self.features.deserialize_example(record)
+
+    def places(self, shard, numbers):
+        return [f"example {i} of {os.path.basename(shard.filename)}" for i in shard.places()[numbers]]
+
+    def labels(self, shard):
+        split, start = self._starts[os.path.basename(shard.filename)]
+        return self._labels(split)[start + shard.skip :][: shard.take]
+
+    @functools.cached_property
+    def _starts(self) -> dict[str, tuple[str, int]]:
+        """Of each file, its split, and how many examples come before it there."""
+        found = {}
+        for split, info in self.splits.items():
+            starts = np.cumsum([0, *info.shard_lengths])
+            found |= {
+                os.path.basename(str(path)): (split, int(n)) for path, n in zip(info.filepaths, starts, strict=False)
+            }
+        return found
+
+    def _labels(self, split: str) -> np.ndarray:
+        if split not in self._known_labels:
+            self._known_labels[split] = self._find_labels(split)
+        return self._known_labels[split]
+
+    def _find_labels(self, split: str) -> np.ndarray:
+        self.check_labels()
+        key, name = self.label_key, f"labels-{split}.npz"
+        if (path := self.beside(name)) is not None:
+            found = files.read_arrays(path)
+            if len(found["label"]) == self.splits[split].num_examples:
+                return found["label"]
+        logging.info("Looking for the labels of %s, split %s; the first time only", self.full_name, split)
+        features = {key: tf.io.FixedLenFeature([], tf.int64)}
+        ds = self.read(self.shards(split)).batch(1024)
+        ds = ds.map(lambda records: tf.io.parse_example(records, features)[key], num_parallel_calls=tf.data.AUTOTUNE)
+        labels = np.concatenate([np.zeros(0, np.int64), *ds.as_numpy_iterator()])
+        self.keep_beside(name, files.to_bytes({"label": labels}))
+        return labels
+
+
+class FolderSource(Source):
+    """A folder of images, see `folder.Folder`.
+
+    An example has `image`, `label` and `filename`. The order of an epoch is drawn from all of it at once, for files are
+    read in any order.
+    """
+
+    def __init__(self, name: str, data_dir: str | None):
+        self.name = name
+        self.directory = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / "folder"
+        self.folder = Folder(name.removeprefix(FOLDER), os.fspath(self.directory))
+        self.full_name = f"{name}@{self.folder.fingerprint}"
+        self.class_names = self.folder.classes
+        self.label_key = "label"
+        template = tfds.core.ShardedFileTemplate(data_dir=self.directory, template="{SPLIT}", split=None)
+        self.splits = tfds.core.splits.SplitDict(
+            [
+                tfds.core.SplitInfo(
+                    name=split, shard_lengths=[count], num_bytes=0, filename_template=template.replace(split=split)
+                )
+                for split, count in self.folder.splits.items()
+                if count
+            ]
+        )
+        directories = [os.path.join(os.fsencode(self.folder.root), os.fsencode(d)) for d in self.folder.directories()]
+        self._directories = tf.constant(directories)
+        self._labels = tf.constant(self.folder.labels_of_directories())
+        self._names = tf.constant(self.folder.names())
+        self._files = {split: [tf.constant(a) for a in self.folder.files(split)] for split in self.splits}
+
+    def shards(self, split):
+        return [dataclasses.replace(s, filename=os.path.basename(s.filename)) for s in super().shards(split)]
+
+    def _numbers(self, shards: list[Shard]) -> tf.Tensor:
+        """Examples as numbers int64 [n]: their place in their split · number of splits + the split's number."""
+        order = list(self.splits)
+        numbers = [shard.places() * len(order) + order.index(shard.filename) for shard in shards]
+        return tf.constant(np.concatenate([np.zeros(0, np.int64), *numbers]))
+
+    def read(self, shards):
+        return tf.data.Dataset.from_tensor_slices(self._numbers(shards)).map(tf.strings.as_string)
+
+    def read_shuffled(self, shards, seed, buffer_size):
+        del buffer_size
+        order = tf.random.experimental.stateless_shuffle(self._numbers(shards), seed)
+        return tf.data.Dataset.from_tensor_slices(order).map(tf.strings.as_string)
+
+    def _path(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The path of a record's file, and its label."""
+        number = tf.strings.to_number(record, tf.int64)
+        place, split = number // len(self._files), number % len(self._files)
+
+        def in_split(directory_of, starts, lengths):
+            name = tf.strings.substr(self._names, starts[place], lengths[place], unit="BYTE")
+            return tf.strings.join([self._directories[directory_of[place]], name], "/"), self._labels[
+                directory_of[place]
+            ]
+
+        return tf.switch_case(
+            tf.cast(split, tf.int32), [functools.partial(in_split, *arrays) for arrays in self._files.values()]
+        )
+
+    def deserialize(self, record):
+        path, label = self._path(record)
+        return {"image": tf.io.read_file(path), "label": label, "filename": path}
+
+    def describe(self, record):
+        return os.fsdecode(self._path(record)[0].numpy())
+
+    def decode(self, record):
+        example = self.deserialize(record)
+        return example | {"image": tf.io.decode_image(example["image"], channels=3, expand_animations=False)}
+
+    def places(self, shard, numbers):
+        records = self.read([shard.part(number, number + 1) for number in numbers])
+        return [os.fsdecode(self._path(record)[0].numpy()) for record in records]
+
+    def labels(self, shard):
+        return self.folder.labels(shard.filename)[shard.skip :][: shard.take]
+
+
+_sources: dict[tuple[str, str | None], Source] = {}
+
+
+def prepare(name: str, data_dir: str | None = None) -> None:
+    """Downloads and prepares a data set where that has not been done yet, and lists a folder if it has changed.
+
+    Where several processes share `data_dir`, one of them calls this before the others go on.
+
+    Raises:
+      ValueError: no such data set, or this machine cannot get it.
+    """
+    if name.startswith(FOLDER):
+        _sources.pop((name, data_dir), None)
+        open_source(name, data_dir)
+        return
+    found = builder(name, data_dir)
+    if found.is_prepared():
+        return
+    try:
+        found.download_and_prepare()
+    # Downloads, checksums, archives, packages, files to be put there by hand: each fails in its own way.
+    except Exception as e:
+        raise ValueError(
+            f"data set {name!r} is not in {found.data_dir} and cannot be prepared here: prepare "
+            f"it elsewhere and copy it there, or set data_dir to where it is ({one_line(e)})"
+        ) from e
+
+
+def open_source(name: str, data_dir: str | None = None) -> Source:
+    """The source of a prepared data set; once in a process, until it is prepared again.
+
+    Args:
+      name: a TFDS data set, `huggingface:owner/name` or `folder:/path`.
+      data_dir: where TFDS keeps its data; its default where None.
+
+    Raises:
+      ValueError: as `prepare`; it is not prepared; it is not TFRecord.
+    """
+    key = name, data_dir
+    if key not in _sources:
+        _sources[key] = (FolderSource if name.startswith(FOLDER) else TfdsSource)(name, data_dir)
+    return _sources[key]
+
+
+def builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
+    """The TFDS builder of a name.
+
+    Raises:
+      ValueError: no such data set.
+    """
+    if name.startswith(huggingface.PREFIX):
+        return huggingface.builder(name, data_dir)
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as e:
+        raise ValueError(
+            f"there is no data set {name!r}: names are those of TFDS, as digits, mnist, "
+            "imagenet_resized/64x64 or imagenet2012:5.1.0, huggingface:owner/name of the Hugging Face Hub, and "
+            "folder:/path of a folder train/class/*; a data set of your own can also be a TFDS "
+            "builder in jetformer.data.builders, or a prepared one in data_dir"
+        ) from e
+    # A name that does not parse, a config or a version that does not exist.
+    except (ValueError, AssertionError) as e:
+        raise ValueError(f"data set {name!r}: {one_line(e)}") from e
+
+
+def _is_integer(value: tf.Tensor) -> bool:
+    return isinstance(value, tf.Tensor) and value.dtype.is_integer and value.shape.rank == 0
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,164 @@
+"""Pictures of what a flow alone makes: samples by temperature and class, the way between images, its round trip."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jetformer import prng
+from jetformer.evaluators.base import Context, Evaluator, Results
+from jetformer.models.jet import Jet
+from jetformer.models.labelled import LabelledFlow
+from jetformer.objectives import to_unit_range
+from jetformer.runtime import derive_seed
+from jetformer.sampling import grid
+from jetformer.sampling.decode import to_uint8
+
+_SEED = 7
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowSamples(Evaluator):
+    """Images of a flow (`Jet`, `LabelledFlow`), always of the same latents, so that one sees the same images improve.
+
+    With the moving average of the parameters, if there is one. Pictures:
+      grid: a row of samples for each temperature, the same latents in every row, times the temperature;
+      classes: of a `LabelledFlow`, a row of samples for each of the first classes, at temperature 1, the same latents
+        in every row (elsewhere no label is given);
+      interpolation: a row for each pair of images of the evaluation split, at its ends, and what lies between their
+        latents on a great circle, where they keep their length;
+      round_trip: images of the evaluation split; the same after the flow and back; and their latents, -3 black and 3
+        white.
+    Figures: round_trip_error, the largest difference of a pixel value in 0..255 after the flow and back; latents_mean
+    and latents_std, over all dimensions of these images' latents.
+
+    Attributes:
+      every_steps: run it in training every so many steps, and at the end; None: in evaluation jobs only.
+      temperatures: standard deviations of the latents.
+      num_images: samples in a row, and images in a row of interpolation.
+      num_classes: how many classes to sample.
+      num_interpolations: how many pairs; 0 for none.
+      num_round_trips: how many images to encode and decode; 0 for none.
+      batch_size: how many images at a time, over all processes; None: that of evaluation.
+    """
+
+    temperatures: tuple[float, ...] = (0.5, 0.7, 0.85, 1.0)
+    num_images: int = 8
+    num_classes: int = 10
+    num_interpolations: int = 4
+    num_round_trips: int = 8
+    batch_size: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise ValueError(f"FlowSamples.temperatures = {self.temperatures!r}: give a tuple of numbers, 0 or more")
+        for name in ("num_images", "num_classes", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"FlowSamples.{name} = {value}: give 1 or more")
+        if self.num_interpolations and self.num_images < 2:
+            raise ValueError("FlowSamples.num_interpolations: between two images num_images has to be 2 or more")
+
+    def check(self, context: Context) -> None:
+        model = context.state.model
+        if not isinstance(model, Jet | LabelledFlow):
+            raise ValueError(
+                f"FlowSamples are of a flow alone, not of a {type(model).__name__}: Samples may be what you want"
+            )
+        if self.num_interpolations or self.num_round_trips:
+            context.run.check_batch(next(context.batches()))
+
+    def __call__(self, context: Context) -> Results:
+        results = Results()
+        columns = np.arange(self.num_images, dtype=np.int32)
+        temperatures = np.array(self.temperatures, np.float32)
+        rows = {
+            "temperature": temperatures.repeat(self.num_images),
+            "column": np.tile(columns, len(temperatures)),
+        }
+        labels = [f"temperature {t:g}" for t in self.temperatures]
+        results.pictures["grid"] = grid.labelled(self._sample(context, rows), self.num_images, labels)
+        if isinstance(context.state.model, LabelledFlow):
+            classes = np.arange(min(self.num_classes, context.state.model.num_labels), dtype=np.int32)
+            rows = {
+                "temperature": np.ones(len(classes) * self.num_images, np.float32),
+                "column": np.tile(columns, len(classes)),
+                "label": classes.repeat(self.num_images),
+            }
+            labels = [f"class {c}" for c in classes]
+            results.pictures["classes"] = grid.labelled(self._sample(context, rows), self.num_images, labels)
+        if self.num_interpolations:
+            results.pictures["interpolation"] = self._interpolation(context)
+        if self.num_round_trips:
+            self._round_trip(context, results)
+        return results
+
+    def _sample(self, context: Context, rows: dict[str, np.ndarray]) -> np.ndarray:
+        seed = derive_seed(context.run.seed, _SEED)
+
+        def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+            del keys  # a column has the same latents in every row
+            noise = prng.normal(prng.example_keys(seed, batch["column"]), model.image_shape)
+            latents = noise * batch["temperature"].view(-1, 1, 1, 1)
+            given = model.context(batch["label"].long()) if "label" in batch else None
+            return {"image": to_uint8(model.inverse(latents, given)[0])}
+
+        return context.per_example(function, context.batches_of(rows, self.batch_size), seed=_SEED)["image"]
+
+    def _interpolation(self, context: Context) -> np.ndarray:
+        def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+            del keys
+            ends = [model(to_unit_range(batch[name] + 0.5))[0] for name in ("first", "second")]
+            return {"image": to_uint8(model.inverse(great_circle(*ends, batch["weight"]))[0])}
+
+        images = context.first_examples(2 * self.num_interpolations, ("image",))["image"]
+        images = images[: len(images) // 2 * 2]
+        pairs = len(images) // 2
+        rows = {
+            "first": images[::2].repeat(self.num_images, 0),
+            "second": images[1::2].repeat(self.num_images, 0),
+            "weight": np.tile(np.linspace(0, 1, self.num_images, dtype=np.float32), pairs),
+        }
+        found = context.per_example(function, context.batches_of(rows, self.batch_size), seed=_SEED)["image"]
+        return grid.labelled(found, self.num_images, [f"images {2 * i} to {2 * i + 1}" for i in range(pairs)])
+
+    def _round_trip(self, context: Context, results: Results) -> None:
+        def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+            image = to_unit_range(batch["image"] + prng.uniform(keys, batch["image"].shape[1:]))
+            latents, _ = model(image)
+            back, _ = model.inverse(latents)
+            return {
+                "image": batch["image"],
+                "back": to_uint8(back),
+                "error": (back - image).abs().flatten(1).amax(1) * 127.5,
+                "latents": latents,
+            }
+
+        first = context.first_examples(self.num_round_trips, ("image",))
+        rows = context.per_example(function, context.batches_of(first, self.batch_size), seed=_SEED)
+        latents = rows["latents"]
+        results.scalars |= {
+            "round_trip_error": float(rows["error"].max()),
+            "latents_mean": float(latents.mean()),
+            "latents_std": float(latents.std()),
+        }
+        as_pixels = ((latents / 6 + 0.5) * 255).clip(0, 255).astype(np.uint8)
+        images = np.concatenate([rows["image"], rows["back"], as_pixels])
+        results.pictures["round_trip"] = grid.labelled(images, len(latents), ["images", "flow and back", "latents"])
+
+
+def great_circle(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+    """What lies between two points on the great circle through them, their lengths mixed linearly.
+
+    Args:
+      first, second: `[B, ...]`.
+      weight: `[B]`, from 0, where `first` is, to 1.
+    """
+    shape = first.shape
+    first, second, weight = first.flatten(1), second.flatten(1), weight[:, None]
+    lengths = [x.norm(dim=1, keepdim=True).clamp(min=1e-12) for x in (first, second)]
+    a, b = first / lengths[0], second / lengths[1]
+    angle = torch.acos((a * b).sum(1, keepdim=True).clamp(-1 + 1e-6, 1 - 1e-6))
+    direction = (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
+    return (direction * torch.lerp(lengths[0], lengths[1], weight)).view(shape)

@@ -1,0 +1,271 @@
+"""Invertible pieces beside the couplings: what flows before Jet put between them, and maps around a JetFormer's flow.
+
+Glow (arXiv 1807.03039) has ActNorm and invertible 1×1 convolutions between its couplings; Jet (arXiv 2412.15129,
+section 4) finds that it needs neither. JetFormer (arXiv 2411.19722) compares its flow with linear maps of the patches.
+Each has `forward(x) -> (z, logdet)` and `inverse(z) -> (x, logdet)` side by side.
+
+Dimensions: B batch, N tokens, D token dimension; `[B, rows, columns, D]` are the same tokens on their grid.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from jetformer.models import initializers
+from jetformer.models.patches import ImageShape, PatchPCA
+
+
+def exact(x: Tensor) -> contextlib.AbstractContextManager:
+    """Products of the precision of their factors, whatever autocast says: what they map is inverted later."""
+    if x.device.type == "meta":  # of which autocast knows nothing
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class ActNorm(nn.Module):
+    """z = (x + bias) · exp(log_scale) for each of D dimensions, alike at all tokens (Glow, section 3.1).
+
+    It starts as the identity; `initializing` sets it so that its outputs for a batch of data have mean 0 and variance
+    1.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.log_scale = nn.Parameter(torch.empty(dim))
+        self.initializing = False
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        del generator
+        nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.log_scale)
+
+    def _initialize(self, x: Tensor) -> None:
+        std, mean = torch.std_mean(x, dim=(0, 1), correction=0)
+        self.bias.copy_(-mean)
+        self.log_scale.copy_(-torch.log(std + 1e-6))
+
+    def _logdet(self, x: Tensor) -> Tensor:
+        return (x.shape[1] * self.log_scale.sum()).expand(len(x))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, N, D]` to the same shape and log-determinants `[B]`."""
+        if self.initializing:
+            self._initialize(x)
+        return (x + self.bias) * self.log_scale.exp(), self._logdet(x)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, N, D]` to the same shape and log-determinants `[B]`."""
+        return z * (-self.log_scale).exp() - self.bias, -self._logdet(z)
+
+
+def needs_data(model: nn.Module) -> bool:
+    """Whether a model has parts that are initialized from data."""
+    return bool(parameters_from_data(model))
+
+
+def parameters_from_data(model: nn.Module) -> list[nn.Parameter]:
+    """What of a model is initialized from data."""
+    return [p for module in model.modules() if isinstance(module, ActNorm) for p in module.parameters()]
+
+
+@contextlib.contextmanager
+def initializing(model: nn.Module) -> Iterator[None]:
+    """While the context lasts, every ActNorm of a model sets itself by what passes forward through it, so one forward
+    pass of a batch initializes all of them, each after those before it."""
+    parts = [module for module in model.modules() if isinstance(module, ActNorm)]
+    for part in parts:
+        part.initializing = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in parts:
+            part.initializing = False
+
+
+def _log_abs_det(weight: Tensor) -> Tensor:
+    if weight.device.type == "xla":  # where slogdet has no backward pass
+        return torch.linalg.svdvals(weight).log().sum()
+    return torch.linalg.slogdet(weight).logabsdet
+
+
+def _on_xla(z: Tensor, weight: Tensor) -> Tensor:
+    """The x of z = W x at every token; torch_xla would solve for it on the host."""
+    return z @ torch.linalg.inv_ex(weight).inverse.T
+
+
+class PlainDense(nn.Module):
+    """z = W x at every token, W any square matrix; it starts as a random rotation."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dim))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        initializers.rotation_(self.weight, generator)
+
+    def _logdet(self, x: Tensor) -> Tensor:
+        return (x.shape[1] * _log_abs_det(self.weight)).expand(len(x))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, N, D]` to the same shape and log-determinants `[B]`."""
+        with exact(x):
+            return x @ self.weight.T, self._logdet(x)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, N, D]` to the same shape and log-determinants `[B]`."""
+        with exact(z):
+            if z.device.type == "xla":
+                return _on_xla(z, self.weight), -self._logdet(z)
+            return torch.linalg.solve(self.weight.T, z, left=False), -self._logdet(z)
+
+
+class LUDense(nn.Module):
+    """z = W x at every token, W = P L (U + diag(s)): Glow's invertible 1×1 convolution (section 3.2), whose determinant
+    is the product of s.
+
+    P is a fixed permutation, L unit lower and U strictly upper triangular, s keeps its signs. W starts as a random
+    rotation.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.lower = nn.Parameter(torch.empty(dim, dim))  # of it, what is below the diagonal counts
+        self.upper = nn.Parameter(torch.empty(dim, dim))  # of it, what is above
+        self.log_scale = nn.Parameter(torch.empty(dim))
+        self.register_buffer("sign", torch.empty(dim))
+        self.register_buffer("permutation", torch.empty(dim, dtype=torch.int64))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        rotation = initializers.rotation_(torch.empty(self.lower.shape), generator)
+        p, lower, upper = torch.linalg.lu(rotation)
+        self.permutation.copy_(p.argmax(dim=1))  # row i of P M is row permutation[i] of M
+        self.lower.copy_(lower.tril(-1))
+        self.upper.copy_(upper.triu(1))
+        self.log_scale.copy_(upper.diagonal().abs().log())
+        self.sign.copy_(upper.diagonal().sign())
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """L and U + diag(s)."""
+        eye = torch.eye(len(self.sign), dtype=self.lower.dtype, device=self.lower.device)
+        return self.lower.tril(-1) + eye, self.upper.triu(1) + eye * (self.sign * self.log_scale.exp())
+
+    def _weight(self) -> Tensor:
+        lower, upper = self._factors()
+        return (lower @ upper).index_select(0, self.permutation)
+
+    def _logdet(self, x: Tensor) -> Tensor:
+        return (x.shape[1] * self.log_scale.sum()).expand(len(x))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, N, D]` to the same shape and log-determinants `[B]`."""
+        with exact(x):
+            return x @ self._weight().T, self._logdet(x)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, N, D]` to the same shape and log-determinants `[B]`."""
+        with exact(z):
+            if z.device.type == "xla":
+                return _on_xla(z, self._weight()), -self._logdet(z)
+            lower, upper = self._factors()
+            y = z.index_select(-1, self.permutation.argsort())
+            y = torch.linalg.solve_triangular(lower.T, y, upper=True, left=False, unitriangular=True)
+            return torch.linalg.solve_triangular(upper.T, y, upper=False, left=False), -self._logdet(z)
+
+
+DENSE = {"lu": LUDense, "plain": PlainDense}
+
+
+def make_dense(form: str, dim: int) -> nn.Module:
+    """A learned invertible matrix over D dimensions.
+
+    Args:
+      form: "lu" or "plain".
+      dim: D.
+
+    Raises:
+      ValueError: for another form.
+    """
+    if form not in DENSE:
+        raise ValueError(f"unknown invertible dense layer {form!r}: one of {', '.join(DENSE)}")
+    return DENSE[form](dim)
+
+
+# What JetFormer puts in the place of its flow, before it or after it: called with (rows, columns, D) of the tokens.
+
+
+class IdentityFlow(nn.Module):
+    """No flow: z = x."""
+
+    def __init__(self, input_shape: ImageShape):
+        super().__init__()
+        self.image_shape = tuple(input_shape)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, rows, columns, D]` to the same and log-determinants `[B]`, which are zero."""
+        return x, x.new_zeros(len(x))
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`."""
+        return z, z.new_zeros(len(z))
+
+
+class LearnedProjection(nn.Module):
+    """An invertible matrix over the tokens' dimensions, learned with the rest.
+
+    Args:
+      input_shape: (rows, columns, D).
+      form: "lu" or "plain", see `LUDense` and `PlainDense`.
+    """
+
+    def __init__(self, input_shape: ImageShape, form: str = "lu"):
+        super().__init__()
+        self.image_shape = tuple(input_shape)
+        self.dense = make_dense(form, input_shape[-1])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, rows, columns, D]` to the same shape and log-determinants `[B]`."""
+        z, logdet = self.dense(x.flatten(1, 2))
+        return z.view(x.shape), logdet
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, rows, columns, D]` to the same shape and log-determinants `[B]`."""
+        x, logdet = self.dense.inverse(z.flatten(1, 2))
+        return x.view(z.shape), logdet
+
+
+class PCAProjection(nn.Module):
+    """The basis of a PCA of the training split's patches, frozen: `PatchPCA` of what are patches already.
+
+    The components come in descending order of their variance, so those that `JetFormer.out_dim` factors out vary least.
+
+    Args:
+      input_shape: (rows, columns, D).
+      path: the `.npz` that `python -m jetformer.fit_pca` makes, with the experiment's patch size.
+      whiten: divide each component by its standard deviation.
+    """
+
+    def __init__(self, input_shape: ImageShape, path: str | None = None, whiten: bool = False):
+        super().__init__()
+        self.image_shape = tuple(input_shape)
+        self.pca = PatchPCA(input_shape, patch_size=1, path=path, whiten=whiten)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        del generator  # the PCA reads its file itself
+        if self.pca.path is None:
+            raise ValueError("PCAProjection has no path: fit a PCA with python -m jetformer.fit_pca")
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, rows, columns, D]` to the same shape and log-determinants `[B]`."""
+        with exact(x):
+            codes, logdet = self.pca(x)
+        return codes.view(x.shape), logdet
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, rows, columns, D]` to the same shape and log-determinants `[B]`."""
+        with exact(z):
+            return self.pca.inverse(z.flatten(1, 2))

@@ -1,0 +1,48 @@
+"""A flow of images given their class."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from jetformer.models import initializers
+
+
+class LabelledFlow(nn.Module):
+    """A flow whose couplings attend to the embedding of a class label, a context of one token (Jet's cross-attention).
+
+    One more embedding stands for no label: for labels that are dropped in training (`JetObjective.drop_labels_prob`),
+    and wherever no context is given.
+
+    Args:
+      flow: `Jet`, called with `context_dim`.
+      num_labels: how many labels there are, from 0 on.
+      context_dim: size of their embeddings.
+    """
+
+    def __init__(self, flow: Callable[..., nn.Module], num_labels: int, context_dim: int = 64):
+        super().__init__()
+        self.num_labels = num_labels
+        self.flow = flow(context_dim=context_dim)
+        self.image_shape = self.flow.image_shape
+        self.label_emb = nn.Embedding(num_labels + 1, context_dim)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        initializers.normal_(self.label_emb.weight, 1.0, generator)
+
+    def context(self, labels: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Labels int `[B]` to contexts `[B, 1, context_dim]`; those `dropped` (bool `[B]`) to that of no label."""
+        if dropped is not None:
+            labels = labels.where(~dropped, self.num_labels)
+        return self.label_emb(labels)[:, None]
+
+    def _no_label(self, x: Tensor) -> Tensor:
+        return self.label_emb.weight[self.num_labels].expand(len(x), 1, -1)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`[B, H, W, C]` to latents and log-determinants `[B]` in nats, given a `context` or no label."""
+        return self.flow(x, self._no_label(x) if context is None else context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latents to images; arguments and results as in `forward`."""
+        return self.flow.inverse(z, self._no_label(z) if context is None else context)

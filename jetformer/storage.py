@@ -1,0 +1,17 @@
+"""Files that others read while they are written."""
+
+import os
+import uuid
+
+from upath import UPath
+
+
+def write_whole(path: UPath, content: str | bytes) -> None:
+    """Writes a file such that nobody ever sees a part of it, and a kill leaves the old one or the new one."""
+    content = content.encode() if isinstance(content, str) else content
+    if not isinstance(path, os.PathLike):  # an object store shows an object when it is whole
+        path.write_bytes(content)
+        return
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    part.write_bytes(content)
+    os.replace(part, path)

@@ -1,0 +1,122 @@
+"""Pictures of a flow alone: rows of temperature and class, images at the ends of what lies between them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from jetformer import prng
+from jetformer.evaluators.flow import FlowSamples, great_circle
+from jetformer.runtime import derive_seed
+from runs import untrained
+
+JET, LABELLED = "experiments/jet_digits.gin", "experiments/jet_digits_labelled.gin"
+WIDTH = 4 * 9 + 1  # four images of 8 pixels with lines around them
+FACTOR = 512 // WIDTH
+
+
+def context_of(tmp_path, data_dir, gin_file=JET, **overrides):
+    return untrained(tmp_path, data_dir, gin_file=gin_file, train__noise_scale=0.0, train__evaluators={}, **overrides)
+
+
+def image_at(picture, row, column):
+    """An image of a labelled picture, as it was before it was enlarged."""
+    top = row * (14 + 10 * FACTOR) + 14 + FACTOR
+    left = (1 + 9 * column) * FACTOR
+    return picture[top : top + 8 * FACTOR : FACTOR, left : left + 8 * FACTOR : FACTOR]
+
+
+def test_rows_of_temperature_have_the_same_latents(tmp_path, data_dir):
+    context = context_of(tmp_path, data_dir)
+    samples = FlowSamples(temperatures=(0.0, 0.5, 1.0), num_images=4, num_interpolations=0, num_round_trips=0)
+    samples.check(context)
+    picture = samples(context).pictures["grid"]
+    assert picture.shape == (3 * (14 + 10 * FACTOR), WIDTH * FACTOR, 1)
+    keys = prng.example_keys(derive_seed(0, 7), torch.arange(4, dtype=torch.int32))
+    with context.state.averaged(), torch.no_grad():
+        x, _ = context.state.model.inverse(0.5 * prng.normal(keys, (8, 8, 1)))
+    expected = ((x + 1) * 127.5).floor().clamp(0, 255).numpy()
+    for column in range(4):
+        assert np.abs(image_at(picture, 1, column) - expected[column]).max() <= 1
+    assert (image_at(picture, 0, 0) == image_at(picture, 0, 3)).all()  # without temperature there is one image
+    small = FlowSamples(temperatures=(1.0,), num_images=4, num_interpolations=0, num_round_trips=0, batch_size=3)
+    again = small(context).pictures["grid"]
+    assert np.abs(image_at(again, 0, 3).astype(int) - image_at(picture, 2, 3)).max() <= 1
+
+
+def test_real_images_are_at_the_ends_of_an_interpolation(tmp_path, data_dir):
+    context = context_of(tmp_path, data_dir)
+    samples = FlowSamples(num_images=4, num_interpolations=3, num_round_trips=0)
+    picture = samples(context).pictures["interpolation"]
+    images = context.first_examples(6, ("image",))["image"].astype(int)
+    for row in range(3):
+        ends = [image_at(picture, row, column).astype(int) for column in (0, 3)]
+        for end, image in zip(ends, images[2 * row : 2 * row + 2], strict=True):
+            assert np.abs(end - image).max() <= 1
+        between = image_at(picture, row, 1).astype(int)
+        assert all(np.abs(between - end).max() > 8 for end in ends)
+
+
+def test_figures_of_the_round_trip(tmp_path, data_dir):
+    context = context_of(tmp_path, data_dir)
+    results = FlowSamples(num_interpolations=0, num_round_trips=4)(context)
+    assert results.scalars["round_trip_error"] < 0.01
+    with context.state.averaged(), torch.no_grad():
+        image = torch.from_numpy(context.first_examples(4, ("image",))["image"])
+        noise = prng.uniform(prng.example_keys(derive_seed(0, 7), torch.arange(4, dtype=torch.int32)), (8, 8, 1))
+        latents, _ = context.state.model((image + noise) / 127.5 - 1)
+    assert results.scalars["latents_mean"] == pytest.approx(latents.mean().item(), abs=1e-5)
+    assert results.scalars["latents_std"] == pytest.approx(latents.std(correction=0).item(), abs=1e-5)
+    picture = results.pictures["round_trip"]
+    assert picture.shape[0] == 3 * (14 + 10 * FACTOR)
+    for column in range(4):
+        assert np.abs(image_at(picture, 1, column).astype(int) - image_at(picture, 0, column)).max() <= 1
+
+
+def test_classes_of_a_labelled_flow(tmp_path, data_dir):
+    context = context_of(tmp_path, data_dir, LABELLED)
+    samples = FlowSamples(num_images=4, num_classes=2)
+    samples.check(context)
+    pictures = samples(context).pictures
+    assert pictures["classes"].shape == (2 * (14 + 10 * FACTOR), WIDTH * FACTOR, 1)
+    # Untrained, the flow hardly knows its labels; the latents are those of the temperature's row.
+    rows = [image_at(pictures["classes"], row, 0).astype(int) for row in range(2)]
+    plain = image_at(pictures["grid"], 3, 0).astype(int)
+    assert all(np.corrcoef(row.flat, plain.flat)[0, 1] > 0.5 for row in rows)
+
+
+def test_it_is_of_flows_alone(tmp_path, data_dir):
+    context = untrained(tmp_path, data_dir)
+    with pytest.raises(ValueError, match="FlowSamples are of a flow alone, not of a JetFormer"):
+        FlowSamples().check(context)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperatures": ()}, "temperatures"),
+        ({"temperatures": (1.0, -0.1)}, "temperatures"),
+        ({"num_images": 0}, "num_images = 0"),
+        ({"num_images": 1}, "num_images has to be 2 or more"),
+    ],
+)
+def test_arguments_that_mean_nothing(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FlowSamples(**arguments)
+
+
+def test_a_great_circle_keeps_lengths():
+    first, second = torch.randn(2, 3, 4, 5, dtype=torch.float64).unbind(0)
+    second = 2 * second
+    at = lambda weight: great_circle(first, second, torch.full((3,), weight, dtype=torch.float64))
+    torch.testing.assert_close(at(0.0), first)
+    torch.testing.assert_close(at(1.0), second)
+    length = lambda x: x.flatten(1).norm(dim=1)
+    torch.testing.assert_close(length(at(0.25)), 0.75 * length(first) + 0.25 * length(second))
+    # Halfway it is as far, by angle, from both.
+    cosines = [torch.cosine_similarity(at(0.5).flatten(1), end.flatten(1)) for end in (first, second)]
+    torch.testing.assert_close(*cosines)
+    # Opposite or equal ends have no circle of their own, and still give numbers.
+    for end in (first, -first):
+        assert great_circle(first, end, torch.full((3,), math.pi / 7, dtype=torch.float64)).isfinite().all()

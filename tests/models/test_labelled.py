@@ -1,0 +1,86 @@
+"""A flow given labels: each label has its own density, one more has none, and all of it is invertible."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from flows import assert_invertible, randomized
+from jetformer import prng
+from jetformer.models.jet import Jet
+from jetformer.models.labelled import LabelledFlow
+from jetformer.objectives import JetObjective
+from jetformer.train import Run
+
+
+@pytest.fixture
+def model():
+    flow = functools.partial(Jet, (4, 4, 1), depth=2, emb_dim=8, num_heads=2, ps=2)
+    return randomized(LabelledFlow(flow, num_labels=3, context_dim=5))
+
+
+def test_it_is_invertible_given_a_label_and_without_one(model):
+    x = torch.randn(2, 4, 4, 1, dtype=torch.float64)
+    context = model.context(torch.tensor([0, 2]))
+    assert context.shape == (2, 1, 5)
+    for given in (context, None):
+        # An example at a time: the Jacobian is of one.
+        for i in range(2):
+            one = None if given is None else given[i : i + 1]
+            forward, inverse = (functools.partial(f, context=one) for f in (model, model.inverse))
+            assert_invertible(forward, inverse, x[i : i + 1])
+
+
+def test_labels_matter_and_dropped_ones_are_no_label(model):
+    x = torch.randn(1, 4, 4, 1, dtype=torch.float64).expand(3, -1, -1, -1)
+    z, _ = model(x, model.context(torch.tensor([0, 1, 2])))
+    assert not torch.allclose(z[0], z[1])
+    assert not torch.allclose(z[1], z[2])
+    dropped = torch.tensor([True, False, True])
+    mixed, _ = model(x, model.context(torch.tensor([0, 1, 2]), dropped))
+    without, _ = model(x)
+    torch.testing.assert_close(mixed[dropped], without[dropped])
+    torch.testing.assert_close(mixed[1], z[1])
+
+
+@pytest.mark.parametrize("key", ["label", "text"])
+def test_the_objective_scores_images_given_their_labels(model, key):
+    """In evaluation all labels count; in training some are dropped, by the examples' keys."""
+    objective = JetObjective(drop_labels_prob=0.5)
+    labels = torch.arange(40) % 3
+    batch = {"image": torch.randint(0, 256, (1, 4, 4, 1), dtype=torch.uint8).expand(40, -1, -1, -1)}
+    batch[key] = labels.int() if key == "label" else labels[:, None].int()
+    draws = objective.draw(model, batch, prng.example_keys(0, torch.arange(40, dtype=torch.int32)), train=True)
+    draws["dequant"] = torch.zeros(40, 4, 4, 1, dtype=torch.float64)
+    dropped = draws["drop_labels"]
+    assert 5 < dropped.sum() < 35
+    x = batch["image"].double() / 127.5 - 1
+    expected = {
+        train: JetObjective.score(model, x, model.context(labels, dropped if train else None))
+        for train in (True, False)
+    }
+    for train in (True, False):
+        loss, terms = objective(model, batch, draws, train=train)
+        torch.testing.assert_close(terms["bits_per_dim"][0], expected[train]["bits_per_dim"][0])
+        torch.testing.assert_close(loss, expected[train]["bits_per_dim"][0].mean())
+    assert "drop_labels" not in objective.draw(model, batch, torch.zeros(40, 2, dtype=torch.int32), train=False)
+    loss.backward()
+    assert model.label_emb.weight.grad is not None
+
+
+def test_what_does_not_fit_is_named(model):
+    batch = {"image": torch.zeros(1, 4, 4, 1, dtype=torch.uint8)}
+    keys = torch.zeros(1, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="the batch has no label"):
+        JetObjective(dequantize=False)(model, batch, {})
+    with pytest.raises(ValueError, match="drop_labels_prob is of a LabelledFlow, not of a Jet"):
+        JetObjective(drop_labels_prob=0.1).draw(model.flow, batch, keys, train=True)
+
+
+@pytest.mark.parametrize("key", ["label", "text"])
+def test_a_label_that_there_is_not_is_named(model, key):
+    labels = np.array([0, 3], np.int32)
+    batch = {"image": np.zeros((2, 4, 4, 1), np.uint8), key: labels if key == "label" else labels[:, None]}
+    with pytest.raises(ValueError, match=r"there is a label 3 in the data, but LabelledFlow\.num_labels is 3"):
+        Run.check_text(batch, model)

@@ -1,0 +1,305 @@
+"""The conversion program: workdirs that the other programs take, the Hub both ways, what it refuses."""
+
+import base64
+import contextlib
+import functools
+import json
+import pathlib
+import shutil
+import sys
+import threading
+from http.server import ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from upath import UPath
+
+from golden_files import DIRECTORY, Golden
+from jetformer import checkpoint, config, train
+from jetformer.runtime import Runtime
+from runs import bindings, results, start
+from test_convert import JET_BINDINGS, JETFORMER_PT, JETFORMER_YAML, Malicious, check_jet, check_jetformer, write_bv
+from test_sample import Hub
+
+pytestmark = pytest.mark.slow
+
+PATCHES = ("train.model = @Patchify", "Patchify.image_shape = (8, 8, 3)", "Patchify.patch_size = 2")
+CPU = Runtime(torch.device("cpu"))
+
+
+def convert(*flags, environment=None, program="convert"):
+    """Runs the program; its exit code, and what it said."""
+    process = start([sys.executable, "-m", f"jetformer.{program}", *map(str, flags)], **environment or {})
+    _, log = process.communicate(timeout=200)
+    return process.returncode, log
+
+
+def bound(*gin_bindings):
+    return [f"--gin_bindings={binding}" for binding in gin_bindings]
+
+
+def loaded(workdir):
+    """The experiment and its state as the other programs read them."""
+    experiment, state, _ = train.load(UPath(workdir), [], [], CPU)
+    state.runner.eval()
+    return experiment, state
+
+
+class Store(Hub):
+    """Also single files, and what the client asks for to upload: `people/run` is made, and written to the folder."""
+
+    def do_GET(self):
+        self.path = self.path.replace("/resolve/main/", f"/resolve/{self.COMMIT}/")
+        super().do_GET()
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        url = f"http://127.0.0.1:{self.server.server_port}"
+        if self.path == "/api/repos/create":
+            self.server.created = json.loads(body)
+            answer = {"url": f"{url}/people/run", "name": "people/run"}
+        elif self.path == "/api/validate-yaml":
+            assert yaml.safe_load(json.loads(body)["content"].split("---\n")[1])["library_name"] == "jetformer"
+            answer = {"errors": [], "warnings": []}
+        elif self.path == "/api/models/people/run/preupload/main":
+            modes = {
+                file["path"]: "lfs" if "safetensors" in file["path"] else "regular"
+                for file in json.loads(body)["files"]
+            }
+            answer = {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]}
+        elif self.path == "/people/run.git/info/lfs/objects/batch":
+            objects = json.loads(body)["objects"]
+            upload = lambda oid: {"upload": {"href": f"{url}/lfs/{oid}", "header": {}}}
+            answer = {"transfer": "basic", "objects": [{**x, "actions": upload(x["oid"])} for x in objects]}
+        elif self.path == "/api/models/people/run/commit/main":
+            for line in body.splitlines():
+                entry = json.loads(line)
+                value = entry["value"]
+                if entry["key"] == "file":
+                    (self._folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
+                elif entry["key"] == "lfsFile":
+                    (self._folder / f"lfs-{value['oid']}").rename(self._folder / value["path"])
+            answer = {"success": True, "commitOid": self.COMMIT, "commitUrl": f"{url}/people/run/commit/{self.COMMIT}"}
+        else:
+            answer = None
+        self.command = "GET"  # the base answers others without a body
+        status = 404 if answer is None else 200
+        self._answer(json.dumps(answer or {"error": "Repository not found"}).encode(), "application/json", status)
+
+    def do_PUT(self):
+        self.command, oid = "GET", pathlib.PurePath(self.path).name
+        (self._folder / f"lfs-{oid}").write_bytes(self.rfile.read(int(self.headers["Content-Length"])))
+        self._answer(b"{}", "application/json")
+
+
+@contextlib.contextmanager
+def storing(folder):
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Store, folder=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def jet_file(tmp_path_factory):
+    from safetensors.torch import save_file
+
+    file = tmp_path_factory.mktemp("jet_pytorch") / "jet.safetensors"
+    save_file(Golden(DIRECTORY / "convert_jet_pytorch.npz").tensors("params"), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def jetformer(tmp_path_factory, data_dir):
+    """The golden JetFormer of alexojica/JetFormer, converted, to be evaluated on digits in colour."""
+    out = tmp_path_factory.mktemp("jetformer") / "run"
+    pp = "decode(channels=3) | resize(16) | label_as_text | keep('image', 'text', 'text_mask', 'text_loss')"
+    data = (f'Data.data_dir = "{data_dir}"', 'Data.name = "digits"', 'Data.eval_split = "validation[:20]"')
+    code, log = convert(
+        *(
+            "--from=jetformer_pytorch",
+            f"--path={JETFORMER_PT}",
+            f"--yaml={JETFORMER_YAML}",
+            "--step=30",
+            f"--out={out}",
+        ),
+        *bound(*data, f'Data.pp_eval = "{pp}"', "Samples.num_images = 1", "Samples.num_round_trips = 2"),
+    )
+    assert code == 0, log
+    return out
+
+
+def test_jetformer_pytorch(jetformer, tmp_path):
+    """It computes what the golden file says, can be sampled from, and evaluated by a job that ends of itself."""
+    experiment, state = loaded(jetformer)
+    check_jetformer(state.model)
+    assert experiment.steps() == 30
+    assert state.ema is None
+    code, log = convert(
+        *(f"--workdir={jetformer}", "--classes=3", "--num_images=1", f"--out={tmp_path}", "--device=cpu"),
+        program="sample",
+    )
+    assert code == 0, log
+    (record,) = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
+    assert record["step"] == 30
+    with Image.open(tmp_path / record["file"]) as image:
+        assert image.size == (16, 16)
+    code, log = convert(f"--workdir={jetformer}", "--device=cpu", program="evaluate")
+    assert code == 0, log
+    (record,) = results(jetformer, "val")
+    assert record["step"] == 30
+    assert 4 < record["val/bits_per_dim"] < 40
+
+
+def test_jet_pytorch_from_the_hub(jet_file, tmp_path):
+    """It computes what the golden file says; what the weights do not tell is asked for, one by one."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    shutil.copy(jet_file, repository)
+    (repository / "README.md").write_text("…")
+    out = tmp_path / "out"
+    with storing(repository) as (_, url):
+        environment = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        flags = ["--from=jet_pytorch", "--hf_repo=people/run", f"--out={out}"]
+        code, log = convert(*flags, *bound(JET_BINDINGS[0]), environment=environment)
+        assert code == 1
+        assert log.splitlines()[-1] == (
+            "error: the weights do not tell in which order 3 couplings of channels and 3 of tokens come: "
+            "give --gin_bindings='Jet.kinds = …'"
+        )
+        assert not out.exists()
+        code, log = convert(*flags, *bound(*JET_BINDINGS), environment=environment)
+        assert code == 0, log
+        assert "taken, for the weights do not tell: Jet.scale_factor = 2.0, the package's default" in log
+        (repository / "other.safetensors").touch()
+        code, log = convert(*flags[:2], f"--out={tmp_path}/other", environment=environment)
+        assert code == 1
+        assert "it has several: jet.safetensors, other.safetensors; say which with --hf_file" in log.replace("\n", " ")
+    experiment, state = loaded(out)
+    check_jet(state.model)
+    assert experiment.steps() == 1
+    code, log = convert(
+        *(f"--workdir={out}", "--num_images=2", f"--out={tmp_path}/samples", "--device=cpu"), program="sample"
+    )
+    assert code == 0, log
+    assert len((tmp_path / "samples" / "samples.jsonl").read_text().splitlines()) == 2
+    config.parse([str(out / "config.gin")], ['Jet.gelu = "tanh"'])
+    with pytest.raises(ValueError, match=r"its Jet.gelu is 'exact', this one's 'tanh'"):
+        train.restore(UPath(out), state, CPU)
+
+
+@pytest.mark.parametrize("form", ["npz", "bv"])
+def test_big_vision(form, tmp_path, data_dir):
+    """Parameters of an experiment of ours; a training state of theirs may be there too."""
+    file = Golden(DIRECTORY / "jet_channels.npz")
+    x, expected = file.tensors("in")["x"], file.tensors("out")
+    state = {f"params/{name}": value for name, value in file.numpy("params").items()}
+    state["opt/0/count"] = np.array(3)
+    if form == "npz":
+        path = tmp_path / "checkpoint.npz"
+        np.savez(path, **state)
+    else:
+        path = tmp_path / "checkpoint.bv"
+        write_bv(f"{path}-000000009", state)
+        (tmp_path / "checkpoint.bv-LAST").write_text("000000009")
+    architecture = {"input_shape": tuple(x.shape[1:])} | file.config
+    code, log = convert(
+        *("--from=big_vision", f"--path={path}", "--gin_file=experiments/jet_digits.gin", f"--out={tmp_path}/out"),
+        *bound(*(f"Jet.{name} = {tuple(v) if isinstance(v, list) else v!r}" for name, v in architecture.items())),
+    )
+    assert code == 0, log
+    assert "There is no moving average: train.ema_decay is 0" in log
+    assert checkpoint.latest(tmp_path / "out") == (9 if form == "bv" else 1)
+    _, state = loaded(tmp_path / "out")
+    with torch.no_grad():
+        z, logdet = state.model(x)
+    torch.testing.assert_close(z, expected["z"], rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(logdet, expected["logdet"], rtol=0, atol=1e-3)
+
+
+def test_a_run_to_the_hub_and_back(tmp_path, shapes_dir):
+    """The same parameters, moving average, tokenizer, step and experiment; its figures are on the card."""
+    small = bindings(shapes_dir, train__total_steps=4, train__evaluators='{"val": @Likelihood()}', Jet__num_heads=2)
+    config.parse(["experiments/shapes.gin"], small)
+    train.train(config.call(train.Run), UPath(tmp_path / "run"), CPU)
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    with storing(repository) as (server, url):
+        environment = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"HF_TOKEN": "hf_x", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        code, log = convert(
+            *("--to=safetensors", f"--workdir={tmp_path}/run", f"--out={tmp_path}/shared", "--push_to=people/run"),
+            *("--private", "--license=mit"),
+            environment=environment,
+        )
+        assert code == 0, log
+        assert (
+            server.created.get("private") or server.created.get("visibility") == "private"
+        )  # an old client, a new one
+        files = {"README.md", "config.gin", "model.safetensors", "ema.safetensors", "tokenizer.model"}
+        for directory in (tmp_path / "shared", repository):
+            assert {path.name for path in directory.iterdir()} == files
+        code, log = convert(
+            "--from=safetensors", "--hf_repo=people/run", f"--out={tmp_path}/again", environment=environment
+        )
+        assert code == 0, log
+    ours, theirs = (loaded(tmp_path / name) for name in ("run", "again"))
+    assert theirs[0].steps() == 4
+    assert checkpoint.latest(tmp_path / "again") == 4
+    for part in ("model", "ema"):
+        expected, found = (state.tensors()[part] for _, state in (ours, theirs))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], x) for name, x in expected.items())
+    for name in ("config.gin", "tokenizer.model"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    header = yaml.safe_load((repository / "README.md").read_text().split("---\n")[1])
+    metrics = {metric["name"]: metric["value"] for metric in header["model-index"][0]["results"][0]["metrics"]}
+    assert metrics["val/bits_per_dim"] == results(tmp_path / "run", "val")[-1]["val/bits_per_dim"]
+    assert (header["license"], header["pipeline_tag"]) == ("mit", "text-to-image")
+
+
+def test_refusals(tmp_path, jet_file, jetformer):
+    """One line, and exit code 1; nothing is written, and nothing is unpickled."""
+    marker = tmp_path / "marker"
+    torch.save({"model": Malicious(marker)}, tmp_path / "x.pt")
+    out = f"--out={tmp_path}/out"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    big_vision = ["--from=big_vision", "--gin_file=experiments/jet_digits.gin", out]
+    for flags, message in (
+        (["--from=keras", out], "--from=keras is no format: give one of big_vision, jet_pytorch, "),
+        (["--from=jet_pytorch", "--path=/nowhere.pt", out], "/nowhere.pt"),
+        ([*big_vision, "--path=/nowhere.npz"], "there is no /nowhere.npz"),
+        (["--from=jet_pytorch", "--hf_repo=people/run", out], "--hf_repo=people/run: "),
+        (["--from=jet_pytorch", f"--path={tmp_path}/x.pt", out], "x.pt is not loaded: it holds more than tensors"),
+        ([*big_vision, f"--path={DIRECTORY}/jet_mixed.npz"], "has shape [12, 12], and Jet needs [4, 4]"),
+        (["--from=jet_pytorch", f"--path={jet_file}", f"--out={jetformer}"], "holds a run already"),
+        (
+            ["--from=jet_pytorch", f"--path={jet_file}", out, *bound(*JET_BINDINGS, *PATCHES)],
+            "error: --from=jet_pytorch gives a Jet, and train.model is a Patchify",
+        ),
+    ):
+        code, log = convert(*flags, environment=offline)
+        assert code == 1, flags
+        assert log.splitlines()[-1].startswith("error: "), log
+        assert "Traceback" not in log
+        assert message in log.splitlines()[-1]
+    assert not marker.exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give --from=FORMAT, of big_vision, jet_pytorch, jetformer_pytorch, safetensors, or --to=safetensors"),
+        (["--from=jet_pytorch", "--path=x"], "give --out, the workdir to write"),
+        (["--from=jet_pytorch", "--path=x", "--out=y", "--yaml=z"], "--yaml means nothing with --from=jet_pytorch"),
+        (["--to=safetensors", "--workdir=x"], "give --out, --push_to, or both"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message):
+    code, log = convert(*flags)
+    assert code == 1
+    assert log.splitlines()[-1].startswith(f"error: {message}")

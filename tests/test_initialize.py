@@ -1,0 +1,165 @@
+"""What a run begins with: weights of another run, or ActNorms set by the first batch; never where it is resumed."""
+
+import shutil
+
+import pytest
+import torch
+from upath import UPath
+
+from jetformer import checkpoint, config, train
+from jetformer.runtime import Runtime
+from runs import bindings, command, run, scalars, start, torchrun
+
+pytestmark = pytest.mark.slow
+
+CPU = Runtime(torch.device("cpu"))
+# A flow alone, with ActNorms, made small.
+JET = {
+    "train__model": "@Jet",
+    "train__objective": "@JetObjective()",
+    "train__evaluators": "{}",
+    "train__noise_scale": 0.0,
+    "train__ema_decay": 0.9,
+    "Jet__input_shape": "(8, 8, 1)",
+    "Jet__ps": 2,
+    "Jet__actnorm": True,
+    "Jet__invertible_dense": '"lu"',
+}
+
+
+def experiment(data_dir, **overrides):
+    config.parse(["experiments/digits.gin"], bindings(data_dir, **JET | overrides))
+    return config.call(train.Run)
+
+
+def weights(workdir, part="model"):
+    """A checkpoint's newest parameters by name."""
+    config.parse([str(workdir / config.CONFIG_FILE)], [])
+    tensors = config.call(train.Run).build_state(CPU).tensors()
+    checkpoint.restore(workdir, checkpoint.latest(workdir), tensors)
+    return tensors[part]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_dir):
+    """A run of 4 steps of a flow with ActNorms."""
+    workdir = tmp_path_factory.mktemp("finished")
+    run(workdir, data_dir, **JET, train__total_steps=4)
+    return workdir
+
+
+# ActNorm
+
+
+def test_actnorms_are_set_by_the_first_batch(data_dir):
+    experiment_ = experiment(data_dir, train__batch_size=256)
+    model = experiment_.build_model()
+    assert all((p == 0).all() for p in model.actnorms.parameters())
+    experiment_.initialize(model, CPU)
+    batch = next(experiment_.data.train_batches(batch_size=256, seed=0))
+    x = torch.tensor(batch["image"]).float().add(0.5) / 127.5 - 1
+    tokens, _ = model.patchify(x)
+    z, _ = model.actnorms[0](tokens)
+    # But for the noise between the 8-bit values.
+    torch.testing.assert_close(z.mean((0, 1)), torch.zeros(4), atol=2e-3, rtol=0)
+    torch.testing.assert_close(z.std((0, 1)), torch.ones(4), atol=5e-3, rtol=0)
+    again = experiment_.build_model()
+    experiment_.initialize(again, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_resumed_run_is_not_initialized_again(finished, tmp_path, data_dir, monkeypatch):
+    shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setattr(train.Run, "initialize", lambda self, model, runtime: pytest.fail("initialized"))
+    run(tmp_path / "run", data_dir, **JET, train__total_steps=8)
+    monkeypatch.undo()
+    run(tmp_path / "whole", data_dir, **JET, train__total_steps=8)
+    # The schedule is that of 8 steps in one and of 4, then 8 in the other: what is equal is the beginning.
+    first = [scalars(tmp_path / name)["train/loss"][1] for name in ("run", "whole")]
+    assert first[0] == first[1]
+
+
+def test_two_processes_begin_as_one(tmp_path, data_dir):
+    run(tmp_path / "one", data_dir, **JET, train__total_steps=4)
+    for mesh in ("{'data': -1}", "{'fsdp': -1}"):
+        workdir = tmp_path / mesh[2:6]
+        args = torchrun(command(workdir, bindings(data_dir, **JET, train__total_steps=4, train__mesh=mesh)), 2)
+        process = start(args, OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
+        _, log = process.communicate(timeout=300)
+        assert process.returncode == 0, log[-5000:]
+        expected, actual = scalars(tmp_path / "one"), scalars(workdir)
+        for name in ("train/loss", "grad_norm", "param_norm"):
+            assert actual[name] == pytest.approx(expected[name], rel=1e-5), (mesh, name)
+
+
+def test_a_jetformers_flow_is_initialized_too(tmp_path, data_dir):
+    run(tmp_path, data_dir, Jet__actnorm=True, train__total_steps=1, train__evaluators="{}")
+    assert weights(tmp_path)["flow.actnorms.0.bias"].abs().max() > 0.1
+
+
+# Weights of another run
+
+
+def test_a_run_begins_with_the_average_of_another(finished, tmp_path, data_dir):
+    expected = weights(finished, "ema")
+    for path in (finished, f"{finished}/checkpoints/000000004/"):
+        model = (found := experiment(data_dir, train__init_from=f'"{path}"')).build_model()
+        found.initialize(model, CPU)
+        parameters = dict(model.named_parameters())
+        assert parameters.keys() == expected.keys()
+        assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+        buffers = weights(finished)
+        assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+    # The whole way: with no learning rate these weights are what is saved. Later they are not looked at any more.
+    more = {"train__init_from": f'"{finished}"', "make_optimizer__lr": 1e-30, "make_optimizer__wd": 0.0}
+    run(tmp_path, data_dir, **JET | more, train__total_steps=2)
+    saved = weights(tmp_path)
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    assert checkpoint.latest(tmp_path) == 2
+    run(tmp_path, data_dir, **JET | more | {"train__init_from": '"/nowhere"'}, train__total_steps=3)
+
+
+def test_weights_are_those_of_the_checkpoint_named(tmp_path, data_dir):
+    run(tmp_path, data_dir, **JET | {"train__ema_decay": 0.0}, train__total_steps=8, train__keep_last=2)
+    model = experiment(data_dir).build_model()
+    train.load_weights(str(tmp_path / "checkpoints" / "000000004"), model)
+    expected = {"model": {name: torch.empty_like(value) for name, value in model.state_dict().items()}}
+    checkpoint.restore(tmp_path, 4, expected)
+    assert all(torch.equal(value, expected["model"][name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"Jet__depth": 3}, r"couplings\.2\.\S+ is absent there, \S+\[\d.* here"),
+        ({"Jet__depth": 1}, r"couplings\.1\.\S+ is \w+\[.*\] there, absent here"),
+        ({"Jet__emb_dim": 32}, r"posemb is float32\[1, 16, 16\] there, float32\[1, 16, 32\] here"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(finished, data_dir, overrides, message, monkeypatch):
+    model = experiment(data_dir, **overrides).build_model()
+    # What it says of its architecture is compared first, where it says so.
+    monkeypatch.setattr(train, "_check_architecture", lambda *args: None)
+    with pytest.raises(ValueError, match=message) as error:
+        train.load_weights(str(finished), model)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"Jet__scale_factor": 4.0}, r"its Jet\.scale_factor is 2\.0, this one's 4\.0; begin with another"),
+        ({"train__init_from": '"/nowhere"'}, "train.init_from = '/nowhere': there is no complete checkpoint"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(finished, tmp_path, data_dir, overrides, message):
+    with pytest.raises(ValueError, match=message) as error:
+        run(tmp_path / "run", data_dir, **JET | {"train__init_from": f'"{finished}"'} | overrides)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_workdir_may_be_a_url(finished, data_dir):
+    model = experiment(data_dir).build_model()
+    train.load_weights(f"file://{UPath(finished)}", model)
+    assert (model.actnorms[0].bias != 0).any()
