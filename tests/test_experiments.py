@@ -21,6 +21,7 @@ PARAMETERS = {
     "coco_captions_750m": 1_729_556_739,
     "coco_captions_1p3b": 2_731_184_387,
     "shapes": 2_845_698,
+    "folder": 2_686_624,
     "tinystories": 62_694_145,
     "imagenet64": 396_212_224,
     "imagenet256": 1_068_477_440,
