@@ -448,7 +448,9 @@ def image_sizes(selection: Selection, count: int) -> list[tuple[int, int]]:
     return [tuple(size.tolist()) for size in ds.ignore_errors().as_numpy_iterator()]
 
 
-def class_names(name: str, data_dir: str | None = None, classes: tuple[int | str, ...] | None = None):
+def class_names(
+    name: str, data_dir: str | None = None, classes: tuple[int | str, ...] | None = None
+) -> tuple[str, ...] | None:
     """The names of the classes by label, of a prepared data set or of the classes chosen from it; None where it has no
     label or no names.
 
@@ -456,8 +458,9 @@ def class_names(name: str, data_dir: str | None = None, classes: tuple[int | str
       ValueError: no such data set or classes, or it is not prepared.
     """
     source = sources.open_source(name, data_dir)
-    if classes is None or source.class_names is None:
+    if classes is None:
         return source.class_names
+    source.check_labels()
     return tuple(source.class_names[i] for i in resolve_classes(classes, source.class_names, name))
 
 

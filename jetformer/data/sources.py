@@ -176,7 +176,7 @@ class Source:
         Raises:
           ValueError: if not.
         """
-        if self.label_key is None:
+        if self.class_names is None:
             raise ValueError(f"data set {self.name!r} has no label, of which Data.classes could choose: unset it")
 
     def keep_beside(self, name: str, data: bytes) -> epath.Path:
@@ -304,7 +304,6 @@ class TfdsSource(Source):
         return self._known_labels[split]
 
     def _find_labels(self, split: str) -> np.ndarray:
-        self.check_labels()
         key, name = self.label_key, f"labels-{split}.npz"
         if (path := self.beside(name)) is not None:
             found = files.read_arrays(path)
