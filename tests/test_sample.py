@@ -254,6 +254,7 @@ def test_texts_of_a_language_model(tmp_path, shapes_dir):
         train__total_steps=4,
         train__noise_scale=0.0,
         train__autocast=None,
+        train__evaluators='{"val": @Likelihood()}',
         Data__name='"shapes"',
         Data__eval_split='"validation"',
         Data__pp="\"first(inkey='captions', outkey='text') | caption('experiments/shapes.model', 40, pad='ignored') "
