@@ -336,6 +336,7 @@ def test_in_training(torch_fidelity, make_context, data_dir):
         train__evaluators='{"fid": @Fid()}',
         Fid__num_images=12,
         Fid__features="@ClassifierFeatures()",
+        Fid__metrics=None,
         Fid__every_steps=5,
         ClassifierFeatures__hidden_dim=4,
     )
