@@ -44,7 +44,9 @@ class Sweep:
 
     def start(self, *args, **environ):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([SCRIPT, *args], cwd=ROOT, env=self.environ | environ, **pipes)
+        # A shell's background jobs, of which the tests may be one, ignore Ctrl-C, and bash then cannot trap it.
+        heeding = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen([SCRIPT, *args], cwd=ROOT, env=self.environ | environ, preexec_fn=heeding, **pipes)
 
     def __call__(self, *args, returncode=0, **environ):
         process = self.start(*args, **environ)
