@@ -33,12 +33,6 @@ class Runtime:
     process_count: int = 1
     device_count: int = 1
 
-    def barrier(self) -> None:
-        """Waits until all processes are here."""
-        if self.process_count > 1:
-            # Of a CPU tensor: that goes over gloo, which notices at once where a process has ended.
-            dist.all_reduce(torch.zeros(()))
-
     def agree_on(self, name: str, value: Any) -> None:
         """Compares a value between processes.
 

@@ -1,12 +1,12 @@
 """What is kept beside the data: indices, and what was found when all examples were looked at."""
 
 import io
-import os
-import uuid
 import zipfile
 
 import numpy as np
 from etils import epath
+
+from jetformer.storage import write_whole
 
 
 def write_arrays(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
@@ -46,14 +46,6 @@ def write(path: epath.Path, data: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if "://" in os.fspath(path):  # an object store shows an object when it is whole
-            path.write_bytes(data)
-            return
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            part.write_bytes(data)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, data)
     except OSError as error:
         raise ValueError(f"{path} cannot be written ({error}): set Data.data_dir to a place of your own") from error

@@ -13,12 +13,13 @@ import itertools
 import os
 import pathlib
 import urllib.request
-import uuid
 from collections.abc import Iterable, Iterator
 
 import sentencepiece
 from absl import app, flags, logging
 from upath import UPath
+
+from jetformer.storage import write_whole
 
 # Public models by name: where they are, and the sha256 of the file where it is known. Of c4_en, which the reference
 # uses, it is not, and what was downloaded first is what counts from then on.
@@ -115,8 +116,8 @@ def load(model: str, *, sha256: str | None = None, cache_dir: str = CACHE_DIR) -
     tokenizer = _checked(data, sha256, url)
     cached.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(data).hexdigest()
-    _write(recorded, digest.encode())
-    _write(cached, data)
+    write_whole(recorded, digest.encode())
+    write_whole(cached, data)
     logging.info("Tokenizer %s: %s downloaded to %s, sha256 %s", model, url, cached, digest)
     return tokenizer
 
@@ -157,19 +158,6 @@ def _download(url: str) -> bytes:
         raise ValueError(
             f"tokenizer {url} cannot be downloaded here ({e}): download it elsewhere and give its path instead"
         ) from e
-
-
-def _write(path: UPath, data: bytes) -> None:
-    """Writes a file that is there whole or not at all, whoever else writes it at the same time."""
-    if not isinstance(path, os.PathLike):  # an object store, where a write is all or nothing
-        path.write_bytes(data)
-        return
-    temporary = pathlib.Path(path).with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- Training. -----------------------------------------------------------------------------------
@@ -284,7 +272,7 @@ def main(argv: list[str]) -> None:
         texts = read_texts(f.train, f.split, f.key, lower=f.lower, data_dir=f.data_dir)
         texts = itertools.islice(texts, f.texts)
         model = train(texts, f.vocab_size, character_coverage=f.character_coverage)
-        _write(output, model)
+        write_whole(output, model)
     logging.set_verbosity(logging.INFO)
     logging.info("%s: %d tokens, sha256 %s", output, Tokenizer(model).vocab_size, hashlib.sha256(model).hexdigest())
 

@@ -22,6 +22,7 @@ import torch
 from absl import logging
 from upath import UPath
 
+from jetformer.data import files
 from jetformer.evaluators.base import Context, prepare
 from jetformer.storage import write_whole
 
@@ -316,7 +317,5 @@ def read_arrays(path: UPath, names: tuple[str, ...], otherwise: str, also: tuple
 
 def write_arrays(path: UPath, arrays: dict[str, np.ndarray]) -> None:
     """Writes an .npz file that is there whole or not at all."""
-    content = io.BytesIO()
-    np.savez(content, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, content.getvalue())
+    write_whole(path, files.to_bytes(arrays))
