@@ -331,8 +331,10 @@ def test_a_run_and_a_job_finish_together(finished, tmp_path, data_dir):
     assert kills > 0
     assert checkpoint.steps(workdir) == evaluated(workdir) == list(range(4, 41, 4))
     follow(tmp_path / "whole")
-    strip = lambda line: {name: value for name, value in line.items() if name != "seconds"}
-    assert list(map(strip, results(workdir, "val"))) == list(map(strip, results(tmp_path / "whole", "val")))
+    for ours, theirs in zip(results(workdir, "val"), results(tmp_path / "whole", "val"), strict=True):
+        del ours["seconds"], theirs["seconds"]
+        # The whole run is this process's, whose number of threads, so the order of its sums, may be another.
+        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_a_workdir_at_a_url(finished):

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from jetformer import objectives, optim, prng
 from jetformer.loops import steps
@@ -128,8 +129,51 @@ def gathered(runner: steps.Runner) -> Iterator[None]:
             part.set_reshard_after_forward(part is not runner, recurse=False)
 
 
+# So often what is to be captured runs as it is: by then libraries have set up what they set up at first use.
+_CALLS_BEFORE_CAPTURE = 2
+
+
+class Graphed:
+    """A function of tensors that on a GPU is captured as a CUDA graph at its third call, and replayed from then on: of
+    decoding a token, the host's launches of many small kernels take longer than the kernels.
+
+    The function is called with tensors of the same shapes each time, does not look at their values from the host, and
+    changes in place what it keeps from call to call. Arguments are copied into the graph's memory, results out of it.
+    """
+
+    def __init__(self, function: Callable):
+        self._function, self._calls, self._graph = function, 0, None
+
+    def __call__(self, *args: Tensor):
+        self._calls += 1
+        if self._calls <= _CALLS_BEFORE_CAPTURE:
+            return self._function(*args)
+        if self._graph is None:
+            self._capture(args)
+        for kept, given in zip(self._args, args, strict=True):
+            kept.copy_(given)
+        self._graph.replay()
+        return tree_map_only(Tensor, Tensor.clone, self._results)
+
+    def _capture(self, args: tuple[Tensor, ...]) -> None:
+        self._args, self._graph = [x.clone() for x in args], torch.cuda.CUDAGraph()
+        # Autocast keeps weights in bfloat16 until its context ends; a graph that lasts longer must not read those.
+        kept = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            # Other threads (which write checkpoints) may wait for the device meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._results = self._function(*self._args)
+        finally:
+            torch.set_autocast_cache_enabled(kept)
+
+
 def compile(function: Callable) -> Callable:
-    """As it is: nothing is compiled."""
+    """What decoding does again and again. One process alone on a GPU replays it, see `Graphed`; otherwise it stays as
+    it is: with several there are collectives in it, or beside it."""
+    if torch.cuda.is_available() and not dist.is_initialized():
+        graphed = Graphed(function)
+        return lambda *args: (graphed if args and args[0].is_cuda else function)(*args)
     return function
 
 

@@ -1,8 +1,8 @@
 """Decoding with a key/value cache, of images and of text. The cache lives here, not in the model.
 
-Shapes never change from one decoded token to the next, and where a token goes is a tensor: to a compiler all steps are
-one and the same graph. Dimensions: B batch, T text tokens, L image tokens, D token dimension, F factored-out
-dimensions, E width, S tokens in all, V vocabulary.
+Shapes never change from one decoded token to the next, where a token goes is a tensor, and what a step keeps it changes
+in place: to a compiler all steps are one and the same graph. Dimensions: B batch, T text tokens, L image tokens, D
+token dimension, F factored-out dimensions, E width, S tokens in all, V vocabulary.
 """
 
 import math
@@ -17,7 +17,7 @@ from jetformer.models.decoder import KVCache
 from jetformer.models.jetformer import JetFormer
 from jetformer.models.language_model import LanguageModel
 from jetformer.sampling import guidance as guidance_lib
-from jetformer.sampling.guidance import Guidance
+from jetformer.sampling.guidance import Draft, Guidance
 
 Compile = Callable[[Callable], Callable]
 
@@ -78,7 +78,7 @@ class CachedDecoder:
         self._valid = torch.cat((valid, valid.new_ones(batch_size, num_steps)), dim=1)
         decoder = model.decoder
         shape = (batch_size, decoder.num_kv_heads, length + num_steps, decoder.head_dim)
-        self._next_slot = self._slots[length : length + 1]
+        self._next_slot = self._slots[length : length + 1].clone()
         self._layers = [tuple(self._prefix.new_zeros(shape) for _ in range(2)) for _ in decoder.blocks]
 
     def _run(self, x: Tensor, mask: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
@@ -92,12 +92,13 @@ class CachedDecoder:
     def step(self, token: Tensor) -> Tensor:
         """Appends an image token `[B, D]`, or the id `[B]` of a text token; the hidden state `[B, E]` that predicts the
         next."""
-        positions, self._next_position = self._next_position, self._next_position + 1
-        slot, self._next_slot = self._next_slot, self._next_slot + 1
-        mask = (self._valid & (self._slots <= slot))[:, None]
+        mask = (self._valid & (self._slots <= self._next_slot))[:, None]
         # As the prefix's: autocast would carry one token in bfloat16 through all layers.
         x = self._emb(token)[:, None].to(self._prefix.dtype)
-        return self._run(x, mask, positions[:, None], slot)[:, -1]
+        hidden = self._run(x, mask, self._next_position[:, None], self._next_slot)[:, -1]
+        self._next_position.add_(1)
+        self._next_slot.add_(1)
+        return hidden
 
     def look_ahead(self, tokens: Tensor) -> Tensor:
         """Runs tokens `[B, N, D]` or ids `[B, N]` that are not kept: the next call goes on where this one began.
@@ -153,10 +154,10 @@ def sample_latents(
     if guidance.on:
         drop = torch.arange(2 * batch_size, device=device) >= batch_size
     numbers = torch.arange(total, device=device)
-    number = numbers[start : start + 1]
+    number = numbers[start : start + 1].clone()
 
-    def pick(hidden: Tensor) -> Tensor:
-        return guidance_lib.sample_token(
+    def pick(hidden: Tensor) -> Draft:
+        return guidance_lib.draft_token(
             model.image_head,
             hidden,
             noise.at(number),
@@ -170,7 +171,7 @@ def sample_latents(
         factored = prng.normal(prng.fold_in(keys, _FACTORED), (total, model.factored_dim)).to(dtype)
         return guidance_lib.draw(model.image_head, keys, total, model.out_dim), factored
 
-    def prefill() -> tuple[CachedDecoder, Tensor]:
+    def prefill() -> tuple[CachedDecoder, Draft]:
         prefix = model.embed(
             twice(text),
             twice(given.tokens),
@@ -183,18 +184,17 @@ def sample_latents(
         decoder = CachedDecoder(model, prefix, modality="image", num_steps=total - start - 1)
         return decoder, pick(decoder.prefill())
 
-    def step(token: Tensor) -> Tensor:
-        nonlocal number
-        number = number + 1
+    def step(token: Tensor) -> Draft:
+        number.add_(1)
         return pick(decoder.step(twice(token)))
 
     noise, factored = compile(draw)()
-    decoder, token = compile(prefill)()
+    decoder, draft = compile(prefill)()
+    tokens = [guidance_lib.settle(draft)]
     on_token()
     step = compile(step)
-    tokens = [token]
     while start + len(tokens) < total:
-        tokens.append(step(tokens[-1]))
+        tokens.append(guidance_lib.settle(step(tokens[-1])))
         on_token()
 
     def finish() -> Latents:
@@ -398,16 +398,15 @@ def sample_text(
     lengths = torch.full_like(own_lengths, max_length) if lengths is None else lengths
 
     def pick(hidden: Tensor) -> Tensor:
-        nonlocal tokens, own_lengths, ended, log_likelihood
         log_probs = model.text_logits(hidden).float()[:, :vocab_size].log_softmax(-1)
         gumbel = guidance_lib.gumbel(prng.fold_in(keys, number), vocab_size)
         token = (keep_top(log_probs / temperature, top_k, top_p) + gumbel).argmax(-1)
         token = token.masked_fill(ended, eos_id)
         own = log_probs.gather(1, token[:, None].clamp(max=vocab_size - 1)).squeeze(1)
-        log_likelihood = log_likelihood + own.masked_fill(ended, 0.0)
-        own_lengths = own_lengths + (~ended).long()
-        tokens = tokens.index_copy(1, number.long(), token[:, None])
-        ended = ended | (token == eos_id) | (own_lengths >= lengths)
+        log_likelihood.add_(own.masked_fill(ended, 0.0))
+        own_lengths.add_(~ended)
+        tokens.index_copy_(1, number.long(), token[:, None])
+        ended.logical_or_((token == eos_id) | (own_lengths >= lengths))
         return token
 
     def prefill() -> tuple[CachedDecoder, Tensor]:
@@ -420,8 +419,7 @@ def sample_text(
         return decoder, pick(decoder.prefill())
 
     def step(token: Tensor) -> Tensor:
-        nonlocal number
-        number = number + 1
+        number.add_(1)
         return pick(decoder.step(token))
 
     def all_ended() -> bool:

@@ -93,6 +93,19 @@ class Noise(NamedTuple):
         return Noise(*(x.index_select(1, number).squeeze(1) for x in self))
 
 
+class Draft(NamedTuple):
+    """One token of every image, of which rejection sampling may still have to replace some dimensions: see `settle`.
+
+    sample: `[B, D]`.
+    rejected: bool `[B, D]`, which dimensions are still to be sampled; None: none.
+    quotient: what these are sampled from and with, the arguments of `_reject`.
+    """
+
+    sample: Tensor
+    rejected: Tensor | None = None
+    quotient: tuple[Tensor, ...] = ()
+
+
 def draw(head: MixtureHead | MultivariateHead, keys: Tensor, num_tokens: int, dim: int) -> Noise:
     """The noise of `num_tokens` tokens of `dim` dimensions from the samples' keys, int32 `[B, 2]`."""
     numbers = torch.arange(num_tokens, dtype=torch.int32, device=keys.device)
@@ -109,7 +122,7 @@ def gumbel(keys: Tensor, size: int) -> Tensor:
     return -(-uniform.clamp(min=torch.finfo(uniform.dtype).tiny).log()).log()
 
 
-def sample_token(
+def draft_token(
     head: MixtureHead | MultivariateHead,
     hidden: Tensor,
     noise: Noise,
@@ -117,8 +130,9 @@ def sample_token(
     weight: Tensor,
     temperature_scales: float = 1.0,
     temperature_probs: float = 1.0,
-) -> Tensor:
-    """Samples one token of every image.
+) -> Draft:
+    """Samples one token of every image, up to what a look from the host decides, which is left to `settle`. So this can
+    be captured as a graph.
 
     Args:
       head: the image head.
@@ -128,12 +142,9 @@ def sample_token(
       weight: w at this token, 0-dimensional.
       temperature_scales: multiplies standard deviations, of both densities.
       temperature_probs: multiplies the log-weights.
-
-    Returns:
-      `[B, D]`.
     """
     if mode == "none":
-        return head.sample(hidden, noise.gumbel, noise.normal, temperature_scales, temperature_probs)
+        return Draft(head.sample(hidden, noise.gumbel, noise.normal, temperature_scales, temperature_probs))
     logits = head.component_logits(hidden if mode == "interp" else hidden[: len(hidden) // 2])
 
     def away(x: Tensor) -> Tensor:  # from what is unconditional, to what is conditional and w times as far again
@@ -145,14 +156,14 @@ def sample_token(
     chosen = (logits * temperature_probs + noise.gumbel).argmax(-1)
     locs, raw_scales = head.component(hidden, chosen.repeat(2))
     if mode == "interp":
-        return away(locs) + head.scale(away(raw_scales)) * temperature_scales * noise.normal
+        return Draft(away(locs) + head.scale(away(raw_scales)) * temperature_scales * noise.normal)
     (loc_c, loc_u), (scale_c, scale_u) = locs.chunk(2), (head.scale(raw_scales) * temperature_scales).chunk(2)
-    return sample_quotient(loc_c, scale_c, loc_u, scale_u, weight, noise.normal, noise.keys)
+    return draft_quotient(loc_c, scale_c, loc_u, scale_u, weight, noise.normal, noise.keys)
 
 
-def sample_quotient(
+def draft_quotient(
     loc_c: Tensor, scale_c: Tensor, loc_u: Tensor, scale_u: Tensor, weight: Tensor, normal: Tensor, keys: Tensor
-) -> Tensor:
+) -> Draft:
     """Samples from what is proportional to N(loc_c, scale_c)^(1+w) / N(loc_u, scale_u)^w, each dimension by itself.
 
     Its logarithm is a parabola. Where it opens downwards, which is where scale_u² > scale_c² · w / (1 + w), this is a
@@ -165,9 +176,6 @@ def sample_quotient(
       weight: w, 0-dimensional.
       normal: `[B, D]`, standard normal noise.
       keys: int32 `[B, 2]`, for rejection sampling.
-
-    Returns:
-      `[B, D]`.
     """
     ratio = (scale_c / scale_u).square()
     precision = 1 + weight - weight * ratio  # times scale_c²
@@ -176,12 +184,18 @@ def sample_quotient(
     loc = loc_c + weight * ratio * (loc_c - loc_u) / precision
     sample = loc + scale_c * precision.rsqrt() * normal
     keys = prng.fold_in(keys[:, None], torch.arange(loc.shape[1], dtype=torch.int32, device=loc.device))
-    unconditioned = (loc_c, scale_c, loc_u, scale_u, normal)
-    if loc.device.type == "xla":  # whose graphs have fixed shapes
-        return sample.where(is_gaussian, _reject(*unconditioned, weight, keys))
-    rejecting = ~is_gaussian
-    if rejecting.any():
-        sample[rejecting] = _reject(*(x[rejecting] for x in unconditioned), weight, keys[rejecting])
+    quotient = (loc_c, scale_c, loc_u, scale_u, normal, weight.expand_as(loc), keys)
+    if loc.device.type == "xla":  # where a look from the host costs more than to try it for all
+        return Draft(sample.where(is_gaussian, _reject(*quotient)))
+    return Draft(sample, ~is_gaussian, quotient)
+
+
+def settle(draft: Draft) -> Tensor:
+    """The token `[B, D]`: rejection sampling, for what needs it."""
+    if draft.rejected is None or not draft.rejected.any():
+        return draft.sample
+    sample = draft.sample.clone()
+    sample[draft.rejected] = _reject(*(x[draft.rejected] for x in draft.quotient))
     return sample
 
 
@@ -195,11 +209,12 @@ def _reject(
     first of 1000 proposals that is accepted is the sample; where none is, one of the conditional density.
 
     Args:
-      loc_c, scale_c, loc_u, scale_u, normal: `[...]`; see `sample_quotient`.
-      weight: w, 0-dimensional.
+      loc_c, scale_c, loc_u, scale_u, normal: `[...]`; see `draft_quotient`.
+      weight: w, `[...]`.
       keys: int32 `[..., 2]`.
     """
-    loc_c, scale_c, loc_u, scale_u, normal = (x.unsqueeze(-1) for x in (loc_c, scale_c, loc_u, scale_u, normal))
+    quotient = (loc_c, scale_c, loc_u, scale_u, normal, weight)
+    loc_c, scale_c, loc_u, scale_u, normal, weight = (x.unsqueeze(-1) for x in quotient)
     log_normal = lambda x, loc, scale: -0.5 * ((x - loc) / scale).square() - scale.log()
     log_target = lambda x: (1 + weight) * log_normal(x, loc_c, scale_c) - weight * log_normal(x, loc_u, scale_u)
     width = _WIDER * torch.maximum(scale_c, scale_u)

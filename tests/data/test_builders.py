@@ -21,6 +21,7 @@ NAMES = {
     "coco_captions": {"image", "captions"},
     "oxford_flowers102": {"image", "label"},
     "digits": {"image", "label"},
+    "photo_patches": {"image", "label"},
     "shapes": {"image", "captions"},
     "tinystories": {"text"},
 }

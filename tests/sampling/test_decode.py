@@ -25,7 +25,7 @@ from jetformer.sampling.decode import (
     sample_text,
     to_uint8,
 )
-from jetformer.sampling.guidance import Guidance, draw, sample_token
+from jetformer.sampling.guidance import Guidance, draft_token, draw, settle
 from small_models import L, T, inputs, small_model
 
 OPTIONS = [{}, {"num_vocab_repeats": 2}, {"causal_mask_on_prefix": False}, {"per_modality_final_norm": True}]
@@ -160,7 +160,7 @@ def test_guided_equals_guiding_two_batches():
     _, without = model(text, latents.tokens, text_first=True, text_mask=text_mask, drop_prefix=all_dropped)
     for i, weight in enumerate(guidance.weights(L)):
         hidden = torch.cat((given_text[:, i], without[:, i]))
-        expected = sample_token(model.image_head, hidden, noise.at(torch.tensor([i])), "density", weight)
+        expected = settle(draft_token(model.image_head, hidden, noise.at(torch.tensor([i])), "density", weight))
         torch.testing.assert_close(latents.tokens[:, i], expected, rtol=1e-4, atol=1e-4)
 
 

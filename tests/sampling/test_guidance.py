@@ -41,7 +41,7 @@ def samples(case, n=N, seed=0):
     result = torch.empty(n, len(case), dtype=torch.float64)
     for w in weights:
         mine = columns[4] == w
-        drawn = guidance.sample_quotient(loc_c, scale_c, loc_u, scale_u, w, noise.normal, noise.keys)
+        drawn = guidance.settle(guidance.draft_quotient(loc_c, scale_c, loc_u, scale_u, w, noise.normal, noise.keys))
         result[:, mine] = drawn[:, mine]
     return result.numpy()
 
@@ -120,11 +120,11 @@ def test_modes_agree_where_there_is_nothing_to_guide():
     head, hidden = random_head()
     keys = prng.example_keys(0, torch.arange(6, dtype=torch.int32))
     noise = guidance.draw(head, keys, 4, 3).at(torch.tensor([2]))
-    plain = guidance.sample_token(head, hidden, noise, "none", torch.tensor(0.0), 0.9, 1.1)
+    plain = guidance.settle(guidance.draft_token(head, hidden, noise, "none", torch.tensor(0.0), 0.9, 1.1))
     twice = torch.cat((hidden, hidden))
     for mode in ("density", "interp"):
         for weight in (0.0, 3.0):
-            guided = guidance.sample_token(head, twice, noise, mode, torch.tensor(weight), 0.9, 1.1)
+            guided = guidance.settle(guidance.draft_token(head, twice, noise, mode, torch.tensor(weight), 0.9, 1.1))
             torch.testing.assert_close(guided, plain)
 
 
@@ -138,7 +138,7 @@ def test_interp_is_a_mixture_with_parameters_farther_away():
     keys = prng.example_keys(0, torch.arange(n, dtype=torch.int32))
     noise = guidance.draw(head, keys, 1, 1).at(torch.tensor([0]))
     halves = torch.cat((c.expand(n, -1), u.expand(n, -1)))
-    drawn = guidance.sample_token(head, halves, noise, "interp", torch.tensor(w))[:, 0]
+    drawn = guidance.settle(guidance.draft_token(head, halves, noise, "interp", torch.tensor(w)))[:, 0]
     weights, locs, scales = (
         x[0].numpy() for x in (mixture.logits.softmax(-1), mixture.locs[..., 0], mixture.scales[..., 0])
     )
@@ -157,7 +157,7 @@ def test_density_takes_the_component_of_the_conditional_mixture():
     keys = prng.example_keys(0, torch.arange(2000, dtype=torch.int32))
     noise = guidance.draw(head, keys, 1, 1).at(torch.tensor([0]))
     halves = torch.eye(2).repeat_interleave(2000, dim=0)
-    drawn = guidance.sample_token(head, halves, noise, "density", torch.tensor(2.0))[:, 0]
+    drawn = guidance.settle(guidance.draft_token(head, halves, noise, "density", torch.tensor(2.0)))[:, 0]
     assert stats.kstest(drawn.numpy(), stats.norm(-3, 1).cdf).pvalue > 1e-3
 
 

@@ -1,7 +1,8 @@
 """TFDS builders the package ships. Importing this makes them known to `tfds.builder(name)`."""
 
 from jetformer.data.builders.digits import Digits
+from jetformer.data.builders.photo_patches import PhotoPatches
 from jetformer.data.builders.shapes import Shapes
 from jetformer.data.builders.tinystories import TinyStories
 
-__all__ = ["Digits", "Shapes", "TinyStories"]
+__all__ = ["Digits", "PhotoPatches", "Shapes", "TinyStories"]
