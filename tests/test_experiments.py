@@ -50,11 +50,26 @@ PARAMETERS = {
     "ablations/scale_exp": 825_408,
     "ablations/stripes": 825_408,
 }
+# What goes on top of an experiment.
+ON_TOP = "ablations/on_photo_patches"
 
 
 def test_every_experiment_is_here():
     files = {path.relative_to(DIRECTORY).with_suffix("").as_posix() for path in DIRECTORY.rglob("*.gin")}
-    assert files == PARAMETERS.keys()
+    assert files == {*PARAMETERS, ON_TOP}
+
+
+@pytest.mark.parametrize(
+    ("name", "bindings", "count"), [("ablations/cnn", ["Jet.ps = 4"], 1_284_592), ("digits", [], 825_184)]
+)
+def test_on_photo_patches(name, bindings, count):
+    config.parse([str(DIRECTORY / f"{file}.gin") for file in (name, ON_TOP)], bindings)
+    run = config.call(train.Run)
+    assert run.data.name == "photo_patches"
+    with torch.device("meta"):
+        model = run.model()
+    assert model.image_shape == (16, 16, 3)
+    assert sum(p.numel() for p in model.parameters()) == count
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
