@@ -57,6 +57,9 @@ _NAMED, _EXPLAINED = 10, 1000
 # How many records are looked at together.
 _CHUNK = 256
 
+# Under what name a batch has the shapes of its examples, see `_batches`.
+_SHAPE = "_shape of "
+
 _said: set[epath.Path] = set()  # of which examples left out a log says so already
 
 
@@ -183,6 +186,11 @@ def mixture_batches(
     def example(epoch_seed, index, record, number=0):
         return run(number, record, {"_seed": fold_in(epoch_seed, index)})
 
+    def with_shapes(*element):
+        made = example(*element)
+        unknown = {key: value for key, value in made.items() if not value.shape.is_fully_defined()}
+        return made | {_SHAPE + key: tf.shape(value) for key, value in unknown.items()}
+
     local_streams = streams // process_count
     first_stream = process_index * local_streams
 
@@ -196,7 +204,7 @@ def mixture_batches(
             data = opened[int(number[0]) if number else 0]
             yield data, record, functools.partial(example, epoch_seed, index, record, *number)
 
-    ds = _map(records_from(start_step), example, num_parallel_calls)
+    ds = _map(records_from(start_step), with_shapes, num_parallel_calls)
     ds = ds.batch(local_batch_size, drop_remainder=True).prefetch(prefetch).with_options(_fused())
     return _closed_at_exit(_batches(ds, examples_of_batch))
 
@@ -305,6 +313,9 @@ def _batches(
             raise ValueError(_at_fault(examples_of_batch(number)) or f"cannot be read: {one_line(error)}") from error
         if batch is None:
             return
+        shapes = [batch.pop(key) for key in list(batch) if key.startswith(_SHAPE)]
+        if any((shape != shape[0]).any() for shape in shapes):
+            raise ValueError(_at_fault(examples_of_batch(number)))
         yield batch
 
 
@@ -682,7 +693,8 @@ def _map(ds: tf.data.Dataset, function, num_parallel_calls: int) -> tf.data.Data
 
 
 def _fused() -> tf.data.Options:
-    """Examples are written into their batch as they are made: of small images a tenth less work."""
+    """Examples are written into their batch as they are made: of small images a tenth less work. TensorFlow then
+    compares how many numbers they have, but not their shapes."""
     options = tf.data.Options()
     options.experimental_optimization.map_and_batch_fusion = True
     return options

@@ -7,6 +7,7 @@ processes share it, nor on how. Dimensions: B batch of a process.
 """
 
 import contextlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -129,16 +130,18 @@ def gathered(runner: steps.Runner) -> Iterator[None]:
             part.set_reshard_after_forward(part is not runner, recurse=False)
 
 
-# So often what is to be captured runs as it is: by then libraries have set up what they set up at first use.
-_CALLS_BEFORE_CAPTURE = 2
+# So often a function runs as it is: by then libraries and torch.compile have set up what they set up at first use, and
+# what is called no more often is not worth a graph.
+CALLS_BEFORE_CAPTURE = 8
 
 
 class Graphed:
-    """A function of tensors that on a GPU is captured as a CUDA graph at its third call, and replayed from then on: of
-    decoding a token, the host's launches of many small kernels take longer than the kernels.
+    """A function of tensors that on a GPU is captured as a CUDA graph when it is called again and again, and replayed
+    from then on: of decoding a token, the host's launches of many small kernels take longer than the kernels.
 
     The function is called with tensors of the same shapes each time, does not look at their values from the host, and
     changes in place what it keeps from call to call. Arguments are copied into the graph's memory, results out of it.
+    All calls are made within one context of autocast: the weights that it keeps in bfloat16 are the graph's, too.
     """
 
     def __init__(self, function: Callable):
@@ -146,7 +149,7 @@ class Graphed:
 
     def __call__(self, *args: Tensor):
         self._calls += 1
-        if self._calls <= _CALLS_BEFORE_CAPTURE:
+        if self._calls <= CALLS_BEFORE_CAPTURE:
             return self._function(*args)
         if self._graph is None:
             self._capture(args)
@@ -156,22 +159,19 @@ class Graphed:
         return tree_map_only(Tensor, Tensor.clone, self._results)
 
     def _capture(self, args: tuple[Tensor, ...]) -> None:
-        self._args, self._graph = [x.clone() for x in args], torch.cuda.CUDAGraph()
-        # Autocast keeps weights in bfloat16 until its context ends; a graph that lasts longer must not read those.
-        kept = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)
-        try:
-            # Other threads (which write checkpoints) may wait for the device meanwhile.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._results = self._function(*self._args)
-        finally:
-            torch.set_autocast_cache_enabled(kept)
+        self._args, graph = [x.clone() for x in args], torch.cuda.CUDAGraph()
+        # Other threads (which write checkpoints) may wait for the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._results = self._function(*self._args)
+        self._graph = graph
 
 
 def compile(function: Callable) -> Callable:
     """What decoding does again and again. One process alone on a GPU replays it, see `Graphed`; otherwise it stays as
-    it is: with several there are collectives in it, or beside it."""
-    if torch.cuda.is_available() and not dist.is_initialized():
+    it is: with several there are collectives in it, or beside it. JETFORMER_CUDA_GRAPHS=0 in the environment turns this
+    off."""
+    wanted = os.environ.get("JETFORMER_CUDA_GRAPHS") != "0"
+    if wanted and torch.cuda.is_available() and not dist.is_initialized():
         graphed = Graphed(function)
         return lambda *args: (graphed if args and args[0].is_cuda else function)(*args)
     return function

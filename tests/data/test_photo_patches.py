@@ -29,12 +29,12 @@ def test_each_split_is_its_part_of_the_photos(splits):
     starts = {name: np.arange(left, right - 15, stride) for name, (left, right, stride) in photo_patches.SPLITS.items()}
     for name, examples in splits.items():
         wanted = {
-            photo[y : y + 16, x : x + 16].tobytes()
-            for photo in photos
+            (label, photo[y : y + 16, x : x + 16].tobytes())
+            for label, photo in enumerate(photos)
             for y in range(0, 427 - 15, photo_patches.SPLITS[name][2])
             for x in starts[name]
         }
-        assert {example["image"].tobytes() for example in examples} == wanted
+        assert {(example["label"], example["image"].tobytes()) for example in examples} == wanted
 
 
 def test_no_pixel_is_in_two_splits():

@@ -233,6 +233,11 @@ def test_a_broken_image_stops_a_run_with_its_name(data, tmp_path):
     one = Data(f"folder:{root}", pp="decode|keep('image')", eval_split="train", data_dir=str(tmp_path / "data"))
     with pytest.raises(ValueError, match=r"train/a/007.png of .* comes out as image 15×12×3, they as image 14×12×3"):
         list(one.eval_batches(batch_size=8))
+    # As many numbers, in another shape.
+    (root / "train/a/007.png").write_bytes(trees.image(7, (12, 14)))
+    with pytest.raises(ValueError, match=r"train/a/007.png of .* comes out as image 12×14×3, they as image 14×12×3"):
+        next(one.train_batches(batch_size=20, seed=0))
+    (root / "train/a/007.png").write_bytes(trees.image(7, (15, 12)))
     assert dataclasses.replace(one, skip_broken=True).num_train_examples() == 19
 
 

@@ -87,9 +87,10 @@ class Graph:
     """What a CUDA graph is, on the CPU: operations as they were called, on the memory that they were called with."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.replays = [], 0
 
     def replay(self):
+        self.replays += 1
         for function, args, kwargs, results in self.calls:
             again = tree_leaves(function(*args, **kwargs))
             for kept, new in zip(results, again, strict=True):
@@ -101,14 +102,22 @@ class Capture(TorchDispatchMode):
     """Stands in for `torch.cuda.graph`: as there, nothing may look at values from the host. (It does run what it
     captures; what was changed in place is changed back.)"""
 
-    LOOKS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero)
+    # Their results' sizes depend on values, or they bring values from the host.
+    LOOKS = (
+        *("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "_unique2", "unique_consecutive"),
+        *("unique_dim", "repeat_interleave", "lift_fresh", "lift_fresh_copy", "equal", "bincount"),
+    )
 
     def __init__(self, graph, capture_error_mode):
         super().__init__()
         self.graph, self.before = graph, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function.overloadpacket not in self.LOOKS, f"{function} in a graph"
+        name = function.overloadpacket.__name__
+        indices = tree_leaves(args[1]) if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        by_mask = any(x is not None and x.dtype == torch.bool for x in indices)
+        looks = by_mask or name in self.LOOKS
+        assert not looks, f"{function} in a graph"
         changed = [a for a, schema in zip(args, function._schema.arguments, strict=False) if schema.alias_info]
         if function._schema.is_mutable:
             self.before += [(x, x.clone()) for x in changed]
@@ -144,19 +153,48 @@ def test_a_graph_is_captured_once_and_replayed(graphs):
         return {"sum": state + 0.0}
 
     graphed = torch_loop.Graphed(function)
-    sums = [graphed(torch.tensor([float(i), 1.0]))["sum"] for i in range(6)]
+    sums = [graphed(torch.tensor([float(i), 1.0]))["sum"] for i in range(12)]
     # Results are the caller's: the next replay leaves them alone.
-    assert [x.tolist() for x in sums] == [[0, 1], [1, 2], [3, 3], [6, 4], [10, 5], [15, 6]]
-    assert len(calls) == 3
-    assert len(graphs) == 1
+    assert [x.tolist() for x in sums] == [[i * (i + 1) / 2, i + 1] for i in range(12)]
+    assert len(calls) == 9
+    assert [graph.replays for graph in graphs] == [4]
 
 
-def test_a_look_from_the_host_is_no_graph(graphs):
-    graphed = torch_loop.Graphed(lambda x: x + 1 if x.any() else x)
-    for _ in range(2):
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x + 1 if x.any() else x,
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x + torch.tensor([1.0, 2.0]),
+    ],
+)
+def test_what_cannot_be_a_graph(graphs, function):
+    graphed = torch_loop.Graphed(function)
+    for _ in range(torch_loop.CALLS_BEFORE_CAPTURE):
         graphed(torch.ones(2))
     with pytest.raises(AssertionError, match="in a graph"):
         graphed(torch.ones(2))
+
+
+def test_graphs_are_for_one_process_on_a_gpu(graphs, monkeypatch):
+    def run():
+        function = torch_loop.compile(lambda *args: len(args))
+        assert function() == 0
+        return [function(torch.ones(2)) for _ in range(20)]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert run() == [1] * 20  # of tensors on the CPU
+    assert not graphs
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    run()
+    assert len(graphs) == 1
+    monkeypatch.setenv("JETFORMER_CUDA_GRAPHS", "0")
+    run()
+    monkeypatch.delenv("JETFORMER_CUDA_GRAPHS")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    run()
+    assert len(graphs) == 1
 
 
 def graphed(function):
@@ -168,13 +206,13 @@ def graphed(function):
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance("density", 4.0, "linear"), Guidance("interp", 2.0)])
 @torch.no_grad()
 def test_images_sampled_by_graphs(graphs, guidance):
-    model = small_model().eval()
+    model = small_model(image_shape=(8, 8, 3)).eval()
     text, _ = inputs(model, batch=3)
     keys = prng.example_keys(0, torch.arange(3, dtype=torch.int32))
     expected = decode.sample_latents(model, text, keys, guidance=guidance)
     sampled = decode.sample_latents(model, text, keys, guidance=guidance, compile=graphed)
     torch.testing.assert_close(sampled, expected)
-    assert len(graphs) == 1
+    assert [graph.replays for graph in graphs] == [15 - torch_loop.CALLS_BEFORE_CAPTURE]
 
 
 @torch.no_grad()
@@ -182,11 +220,15 @@ def test_texts_sampled_and_scored_by_graphs(graphs):
     model = small_model().eval()
     _, image = inputs(model, batch=3)
     keys = prng.example_keys(0, torch.arange(3, dtype=torch.int32))
-    options = {"image_tokens": image, "max_length": 12, "vocab_size": 4, "eos_id": 1, "top_k": 3, "top_p": 0.9}
-    expected = decode.sample_text(model, keys, **options)
-    torch.testing.assert_close(decode.sample_text(model, keys, **options, compile=graphed), expected)
-    texts = torch.arange(15).view(5, 3) % 4
-    counts = torch.ones(5, 3, dtype=torch.bool)
+    options = {"image_tokens": image, "max_length": 24, "vocab_size": 4, "top_k": 3, "top_p": 0.9}
+    for eos_id in (1, 4):  # 4 is none of the texts' tokens: they do not end
+        expected = decode.sample_text(model, keys, **options, eos_id=eos_id)
+        sampled = decode.sample_text(model, keys, **options, eos_id=eos_id, compile=graphed)
+        torch.testing.assert_close(sampled, expected)
+    assert graphs[-1].replays == 23 - torch_loop.CALLS_BEFORE_CAPTURE
+    del graphs[:]
+    texts = torch.arange(36).view(12, 3) % 5 % 4
+    counts = torch.ones(12, 3, dtype=torch.bool)
     expected = decode.score_texts(model, image, texts, counts)
     torch.testing.assert_close(decode.score_texts(model, image, texts, counts, compile=graphed), expected)
-    assert len(graphs) == 2
+    assert [graph.replays for graph in graphs] == [12 - torch_loop.CALLS_BEFORE_CAPTURE]
