@@ -1,10 +1,22 @@
-"""Files that others read while they are written."""
+"""Files that others read while they are written, and where files are that an experiment names."""
 
 import os
+import pathlib
 import uuid
 
 from etils import epath
 from upath import UPath
+
+_PROJECT = pathlib.Path(__file__).parent.parent
+
+
+def find(path: str) -> UPath | pathlib.Path:
+    """A file that an experiment names by its path or a URL that fsspec opens (gs://…). It is looked for as gin files
+    are, from here and from the project's root."""
+    found = UPath(path)
+    if isinstance(found, os.PathLike) and not found.is_absolute() and not found.exists():
+        return _PROJECT / found
+    return found
 
 
 def write_whole(path: UPath | epath.Path, content: str | bytes) -> None:

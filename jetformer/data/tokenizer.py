@@ -11,7 +11,6 @@ import http.client
 import io
 import itertools
 import os
-import pathlib
 import urllib.request
 from collections.abc import Iterable, Iterator
 
@@ -19,7 +18,7 @@ import sentencepiece
 from absl import app, flags, logging
 from upath import UPath
 
-from jetformer.storage import write_whole
+from jetformer.storage import find, write_whole
 
 # Public models by name: where they are, and the sha256 of the file where it is known. Of c4_en, which the reference
 # uses, it is not, and what was downloaded first is what counts from then on.
@@ -43,7 +42,6 @@ PUBLIC: dict[str, tuple[str, str | None]] = {
 CACHE_DIR = "~/.cache/jetformer/tokenizers"
 
 _TIMEOUT_SECONDS = 60
-_PROJECT = pathlib.Path(__file__).parent.parent.parent
 
 
 class Tokenizer:
@@ -135,11 +133,8 @@ def _checked(data: bytes, sha256: str | None, where: str) -> Tokenizer:
 def _read(model: str) -> bytes:
     if model.startswith(("http://", "https://")):
         return _download(model)
-    path = UPath(model)
-    if isinstance(path, os.PathLike) and not path.is_absolute() and not path.exists():
-        path = _PROJECT / path  # as gin files are looked for
     try:
-        return path.read_bytes()
+        return find(model).read_bytes()
     except (FileNotFoundError, IsADirectoryError) as e:
         raise ValueError(
             f"there is no tokenizer {model!r}: give the path or the URL of a SentencePiece .model file, or one of the "

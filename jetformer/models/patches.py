@@ -9,6 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from jetformer.storage import find
+
 ImageShape = tuple[int, int, int]
 
 # A patch's rows p, columns q and channels c, by the name of their order.
@@ -63,8 +65,9 @@ class PatchPCA(nn.Module):
     Args:
       image_shape: (H, W, C) of one image.
       patch_size: side of a patch in pixels.
-      path: the `.npz` that `save` writes (scikit-learn's names: `components_`, `explained_variance_`, `mean_`), read
-        by `init_weights`; `python -m jetformer.fit_pca` makes one. None if only a state dict is loaded.
+      path: the `.npz` that `save_pca` writes (scikit-learn's names: `components_`, `explained_variance_`, `mean_`),
+        read by `init_weights` from where `storage.find` finds it; `python -m jetformer.fit_pca` makes one. None if only
+        a state dict is loaded.
       whiten: divide each component by its standard deviation.
       depth_to_seq: cut each patch's vector into this many tokens, which makes the sequence as many times longer.
       num_components: how many components to keep; None keeps all. With fewer the map is not invertible, and a
@@ -100,7 +103,7 @@ class PatchPCA(nn.Module):
         del generator
         if self.path is None:
             raise ValueError("PatchPCA has no path: fit a PCA with python -m jetformer.fit_pca")
-        with np.load(self.path, allow_pickle=False) as pca:
+        with find(self.path).open("rb") as file, np.load(file, allow_pickle=False) as pca:
             for name, buffer in self.named_buffers(recurse=False):
                 if f"{name}_" not in pca:
                     raise ValueError(f"{self.path} has no {name}_: fit a PCA with python -m jetformer.fit_pca")

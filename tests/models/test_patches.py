@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
+from upath import UPath
 
 from flows import assert_invertible
 from jetformer.models.initializers import init_weights
@@ -64,6 +65,18 @@ def test_fit_is_scikit_learns(images, tmp_path):
     torch.testing.assert_close(codes.T.cov(), torch.eye(12), rtol=0, atol=1e-3)
     theirs = torch.from_numpy(expected.transform(patches.flatten(0, 1).numpy())).float()
     torch.testing.assert_close(codes.abs(), theirs.abs(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_pca_is_found_from_anywhere(images, tmp_path, monkeypatch):
+    """By a path from the project's root, as experiments have it, and by a URL."""
+    monkeypatch.chdir(tmp_path)
+    model = PatchPCA((32, 32, 3), 4, "experiments/shapes_pca.npz")
+    init_weights(model, torch.Generator())
+    basis = model.components
+    torch.testing.assert_close(basis @ basis.T, torch.eye(48), rtol=0, atol=1e-5)
+    save_pca(fit_pca([images], 2), tmp_path / "pca.npz")
+    UPath("memory://found/pca.npz").write_bytes((tmp_path / "pca.npz").read_bytes())
+    init_weights(PatchPCA((8, 8, 3), 2, "memory://found/pca.npz"), torch.Generator())
 
 
 def test_a_pca_of_another_size_is_named(images, tmp_path):
