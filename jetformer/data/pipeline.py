@@ -29,6 +29,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import time
 import weakref
@@ -107,7 +108,7 @@ def mixture_batches(
     process_index: int = 0,
     process_count: int = 1,
     shuffle_buffer_sizes: Sequence[int],
-    num_parallel_calls: int = tf.data.AUTOTUNE,
+    num_parallel_calls: int | None = None,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
     """Endless shuffled batches, the ones from step `start_step` on.
@@ -125,7 +126,7 @@ def mixture_batches(
       process_index: this process, of `process_count`.
       process_count: processes that share the batch.
       shuffle_buffer_sizes: examples of each, per stream, still encoded. (A folder is shuffled as a whole.)
-      num_parallel_calls: examples preprocessed at the same time.
+      num_parallel_calls: examples preprocessed at the same time; None: four for each core.
       prefetch: batches kept ready.
 
     Returns:
@@ -204,8 +205,8 @@ def mixture_batches(
             data = opened[int(number[0]) if number else 0]
             yield data, record, functools.partial(example, epoch_seed, index, record, *number)
 
-    ds = _map(records_from(start_step), with_shapes, num_parallel_calls)
-    ds = ds.batch(local_batch_size, drop_remainder=True).prefetch(prefetch).with_options(_fused())
+    ds = _map(records_from(start_step), with_shapes, num_parallel_calls or 4 * os.cpu_count())
+    ds = ds.batch(local_batch_size, drop_remainder=True).prefetch(prefetch).with_options(_fast())
     return _closed_at_exit(_batches(ds, examples_of_batch))
 
 
@@ -692,10 +693,11 @@ def _map(ds: tf.data.Dataset, function, num_parallel_calls: int) -> tf.data.Data
     return ds.map(function, num_parallel_calls=num_parallel_calls, deterministic=True)
 
 
-def _fused() -> tf.data.Options:
-    """Examples are written into their batch as they are made: of small images a tenth less work. TensorFlow then
-    compares how many numbers they have, but not their shapes."""
+def _fast() -> tf.data.Options:
+    """Examples are written into their batch as they are made. (TensorFlow then compares how many numbers they have, but
+    not their shapes.) And nothing is tuned while it runs: of small images that takes longer than it gains."""
     options = tf.data.Options()
+    options.autotune.enabled = False
     options.experimental_optimization.map_and_batch_fusion = True
     return options
 
