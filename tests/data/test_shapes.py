@@ -394,6 +394,18 @@ def test_scores_of_own_and_other_scenes():
     assert share(by_image) < 0.5
 
 
+def test_a_picture_full_of_things_is_not_right():
+    """Whatever is named is in it somewhere. (A quarter of shapes and half of sizes are right by chance.)"""
+    rng, scores = np.random.default_rng(0), []
+    for _, captions, _ in fresh(False)[:100]:
+        colours = np.array(list(shapes.COLOURS.values()))[rng.integers(0, len(shapes.COLOURS), (8, 8))]
+        blocks = np.where(rng.random((8, 8, 1)) < 0.35, colours, 120)
+        image = blocks.repeat(4, 0).repeat(4, 1).astype(np.uint8)
+        assert len(checker.read_scene(image).objects) > 5
+        scores.append(checker.score_image(image, captions[0]))
+    assert share(scores) < 0.4
+
+
 def test_score_image_counts():
     objects = Object("circle", "red", "small", "top"), Object("cross", "blue", "large", "bottom")
     image = shapes.draw(Scene(objects, "grey"), np.random.PCG64(0))
@@ -407,8 +419,9 @@ def test_score_image_counts():
     assert score("a blue cross and a red circle") == ((1, 1), (2, 2), (2, 2), (0, 0), (0, 0), (0, 0))
     swapped = "a red circle at the bottom and a blue cross at the top on a black background"
     assert score(swapped) == ((1, 1), (2, 2), (2, 2), (0, 0), (0, 2), (0, 1))
-    # One is missing, one too many.
-    assert score("a red circle") == ((0, 1), (1, 1), (1, 1), (0, 0), (0, 0), (0, 0))
+    # One is missing; one too many, and then the largest counts.
+    assert score("a blue cross") == ((0, 1), (1, 1), (1, 1), (0, 0), (0, 0), (0, 0))
+    assert score("a red circle") == ((0, 1), (0, 1), (0, 1), (0, 0), (0, 0), (0, 0))
     three = "a red circle at the top, a blue cross at the left and a green square at the right"
     assert score(three) == ((0, 1), (2, 3), (2, 3), (0, 0), (1, 3), (0, 0))
     # Nothing there.

@@ -59,6 +59,12 @@ def read_scene(image: np.ndarray) -> Scene:
     Raises:
       ValueError: it is something else.
     """
+    pieces, background = _read(image)
+    return Scene(tuple(sorted((o for _, o in pieces), key=lambda o: POSITIONS.index(o.position))), background)
+
+
+def _read(image: np.ndarray) -> tuple[list[tuple[int, Object]], str | None]:
+    """Objects with how many pixels they have, and the background; as `read_scene`."""
     if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or image.dtype != np.uint8:
         raise ValueError(f"an image is uint8 [{IMAGE_SIZE}, {IMAGE_SIZE}, 3], not {image.dtype} {list(image.shape)}")
     pixels = image.astype(np.float64)
@@ -66,7 +72,7 @@ def read_scene(image: np.ndarray) -> Scene:
     background = np.median(pixels, axis=(0, 1))
     name = min(BACKGROUNDS, key=lambda b: abs(background.mean() - BACKGROUNDS[b]))
     if abs(background - BACKGROUNDS[name]).max() > _BACKGROUND_TOLERANCE:
-        return Scene(())
+        return [], None
 
     # A pixel of an object's edge is on the line from the background to the object's colour: `alpha`
     # is how far along, and the pixel's colour is the one whose line is nearest. [6, 32, 32]
@@ -86,8 +92,8 @@ def read_scene(image: np.ndarray) -> Scene:
                 continue
             # Its edge, too, but nothing of other pieces.
             around = ndimage.binary_dilation(piece, np.ones((3, 3))) & ~(covered & ~piece)
-            objects.append(_read_object(colour, np.clip(alphas[k], 0, 1) * around))
-    return Scene(tuple(sorted(objects, key=lambda o: POSITIONS.index(o.position))), name)
+            objects.append((int(piece.sum()), _read_object(colour, np.clip(alphas[k], 0, 1) * around)))
+    return objects, name
 
 
 def _read_object(colour: str, cover: np.ndarray) -> Object:
@@ -209,7 +215,8 @@ def _grammar() -> re.Pattern:
 def score_image(image: np.ndarray, caption: str) -> Score:
     """How many of the attributes that a caption names an image has.
 
-    Named objects are paired with those in the image such that most is right. Objects that are
+    Named objects are paired with those in the image, the largest if there are more of them, such
+    that most is right: in a picture full of things all would be there somewhere. Objects that are
     missing have nothing right, and one too many makes the count wrong.
 
     Args:
@@ -223,7 +230,11 @@ def score_image(image: np.ndarray, caption: str) -> Score:
     Raises:
       ValueError: as `read_scene` and `parse_caption`.
     """
-    return _score(parse_caption(caption), read_scene(image))
+    said = parse_caption(caption)
+    pieces, background = _read(image)
+    largest = sorted(pieces, key=lambda piece: piece[0], reverse=True)[: len(said.objects)]
+    score = _score(said, Scene(tuple(o for _, o in largest), background))
+    return score | {"count": (int(len(said.objects) == len(pieces)), 1)}
 
 
 def score_caption(caption: str, scene: Scene) -> Score:
