@@ -211,7 +211,8 @@ class Job:
                     self._written[name] = metrics.Metrics(
                         directory, self._machine.process_index, run.wandb_project, training_workdir=self._workdir
                     )
-                scalars = train.evaluate(run, state, step, name, self._workdir, self._machine, self._written[name])
+                since = time.perf_counter()
+                train.evaluate(run, state, step, name, self._workdir, self._machine, self._written[name])
             except Preempted:
                 raise
             except Exception as error:  # whatever it is, the others can go on, and the exit code tells
@@ -221,7 +222,7 @@ class Job:
                 for_good = name not in self._checked and isinstance(error, ValueError | ImportError)
                 self._fail(f"{name} at step {step}", error, [(name, None if for_good else step)])
                 continue
-            logging.info("Step %d: %s", step, ", ".join(f"{tag} {value:.4f}" for tag, value in scalars.items()))
+            logging.info("Step %d: %s took %.1f s", step, name, time.perf_counter() - since)  # CLU logs the figures
         return True
 
     def _fail(self, what: str, error: Exception, given_up: list[tuple[str, int | None]]) -> None:

@@ -435,6 +435,7 @@ def _trace(line: Line, steps: Sequence[int], values: Sequence[float]) -> dict[st
     # A value between two that are not finite is a line of no length: it gets a dot, as all do where there are few.
     alone = [a is None and b is None for a, b in zip([None, *y], [*y[1:], None], strict=False)]
     few = len(y) <= 30
+    size = 8 if len(y) == 1 else 4
     return {
         "type": "scatter",
         "mode": "lines+markers" if few or any(alone) else "lines",
@@ -442,7 +443,7 @@ def _trace(line: Line, steps: Sequence[int], values: Sequence[float]) -> dict[st
         "x": steps,
         "y": y,
         "line": {"color": line.colour, "width": 1.3},
-        "marker": {"color": line.colour, "size": 4 if few else [4 * x for x in alone]},
+        "marker": {"color": line.colour, "size": size if few else [size * x for x in alone]},
         "hovertemplate": "%{y:.6~g}",
     }
 
@@ -530,7 +531,8 @@ def run_charts(run: Run, metrics: Sequence[str]) -> Charts:
         heading = ", ".join(_group(tag) for tag in tags)
         charts[heading, quantity] = [Line(_group(tag), run.curves[tag], colours[_group(tag)]) for tag in tags]
     # Of what is in training and in evaluations first.
-    return dict(sorted(charts.items(), key=lambda item: (_group_order(item[0][0])[0], -len(item[1]), item[0])))
+    order = lambda heading, title: (_group_order(heading)[0], -len(charts[heading, title]), heading, _natural(title))
+    return {names: charts[names] for names in sorted(charts, key=lambda names: order(*names))}
 
 
 def compared_charts(runs: Sequence[Run], metrics: Sequence[str]) -> Charts:
@@ -541,7 +543,7 @@ def compared_charts(runs: Sequence[Run], metrics: Sequence[str]) -> Charts:
       metrics: which to draw.
     """
     charts = {}
-    for tag in sorted(metrics, key=lambda tag: (_group_order(_group(tag)), tag)):
+    for tag in sorted(metrics, key=lambda tag: (_group_order(_group(tag)), _natural(tag))):
         lines = zip(runs, itertools.cycle(_COLOURS), strict=False)
         charts[_group(tag), tag] = [Line(r.name, r.curves[tag], colour) for r, colour in lines if tag in r.curves]
     return charts

@@ -616,15 +616,15 @@ def evaluate(
     runtime: Runtime,
     written: "Metrics",
     each_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Runs the evaluator `name` of `train.evaluators`, writes down what it finds, and returns its figures by tag.
+) -> None:
+    """Runs the evaluator `name` of `train.evaluators`, and writes down what it finds.
 
     `each_batch` is called after every batch.
     """
     since = time.perf_counter()
     evaluator = run.evaluators[name]
     results = evaluator(context(run, state, step, name, workdir, runtime, each_batch))
-    return write(results, name, step, time.perf_counter() - since, evaluator, workdir, written, runtime)
+    write(results, name, step, time.perf_counter() - since, evaluator, workdir, written, runtime)
 
 
 def saved_config(workdir: UPath) -> str:

@@ -593,6 +593,12 @@ def test_parts_of_an_evaluation_are_lines_of_one_chart():
     assert names["probe", "accuracy_5_shot"] == ["layer_0", "layer_2", "layer_10"]
     assert names["shown", "images"] == ["all", "colour"]
     assert names["val", "bits_per_dim"] == ["val"]
+    lines = {"probe/accuracy_10_shot": {1: 0.5}, "probe/accuracy_5_shot": {1: 0.25}}
+    of_wholes = report.Run("r", report.UPath("r"), {}, {}, lines, {}, {}, [])
+    assert list(report.run_charts(of_wholes, list(lines))) == [
+        ("probe", "accuracy_5_shot"),
+        ("probe", "accuracy_10_shot"),
+    ]
     order = run.evaluation_tags()
     assert order[:2] == ["val/bits_per_dim", "shown/images"]
     assert order.index("probe/accuracy_5_shot/layer_0") < order.index("probe/accuracy_10_shot/layer_1")

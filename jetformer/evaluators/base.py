@@ -251,8 +251,8 @@ def write(
     workdir: UPath,
     written: "Metrics",
     runtime: Runtime,
-) -> dict[str, float]:
-    """Writes down what an evaluator has found, in process 0, and returns its figures by tag.
+) -> None:
+    """Writes down what an evaluator has found, in process 0.
 
     Args:
       results: what it has found.
@@ -278,7 +278,6 @@ def write(
         record = {"step": step, "seconds": round(seconds, 3), "settings": settings(evaluator), "figures": scalars}
         write_whole(directory / "steps" / f"{step:09d}.json", json.dumps(record))
         write_results(workdir, name)
-    return scalars
 
 
 def write_results(workdir: UPath, name: str) -> None:
