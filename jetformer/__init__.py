@@ -1,8 +1,17 @@
 """JetFormer (arXiv 2411.19722) and Jet (arXiv 2412.15129) in PyTorch."""
 
+import importlib.util
 import os
+import sys
 
 __version__ = "0.1.0"
+
+# torch for GPUs brings Triton, and imports it when it is first needed. From 3.7 on that ends the process with a
+# segmentation fault where TensorFlow is there already, for both have an LLVM.
+if importlib.util.find_spec("triton") is not None:
+    if "tensorflow" in sys.modules and "triton" not in sys.modules:
+        raise ImportError("Triton has to be imported before TensorFlow: import jetformer first")
+    import triton  # noqa: F401
 
 # TensorFlow only reads data here: its start-up notices about compute say nothing about a run.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")

@@ -1,5 +1,7 @@
 import pytest
 
+import jetformer  # noqa: F401  (before any test imports TensorFlow)
+
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):

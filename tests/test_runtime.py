@@ -60,6 +60,21 @@ def test_a_torch_that_torch_xla_does_not_load_against(tmp_path):
     assert "install torch==2.9.0 and torch_xla==2.9.0" in lines[0]
 
 
+def test_triton_comes_before_tensorflow(tmp_path):
+    """A Triton that ends the process where TensorFlow is there already, as the real one does from 3.7 on."""
+    for name, text in (("triton", "import os, sys\n'tensorflow' in sys.modules and os.abort()"), ("tensorflow", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text)
+    run = lambda code: start([sys.executable, "-c", code], PYTHONPATH=os.pathsep.join((str(tmp_path), *sys.path)))
+    process = run("import jetformer, tensorflow, triton")
+    _, log = process.communicate(timeout=100)
+    assert process.returncode == 0, log
+    process = run("import tensorflow, jetformer")
+    _, log = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert log.endswith("ImportError: Triton has to be imported before TensorFlow: import jetformer first\n")
+
+
 @pytest.mark.parametrize(
     ("mesh", "devices", "sizes"),
     [
