@@ -13,6 +13,7 @@
 """
 
 import copy
+import datetime
 import json
 import os
 import warnings
@@ -30,7 +31,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-__all__ = ["Checkpointer", "check_compatible", "latest", "load_weights", "restore", "steps", "verify"]
+__all__ = ["Checkpointer", "age", "check_compatible", "latest", "load_weights", "restore", "steps", "verify"]
 
 MARKER = "COMPLETE"
 
@@ -121,6 +122,17 @@ def latest(workdir: str | os.PathLike) -> int | None:
     return max(steps(workdir), default=None)
 
 
+def age(workdir: str | os.PathLike, step: int) -> float:
+    """For how many seconds, by this machine's clock, a checkpoint has been complete.
+
+    Raises:
+      OSError: if it is not.
+    """
+    fs, root = _open(workdir)
+    since = fs.modified(f"{_directory(root, step)}/{MARKER}")
+    return (datetime.datetime.now(datetime.timezone.utc) - since.astimezone(datetime.timezone.utc)).total_seconds()
+
+
 def verify(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
     """Checks that the files of a checkpoint are there in full, and returns its marker.
 
@@ -161,7 +173,7 @@ def check_compatible(workdir: str | os.PathLike, step: int, state: Mapping[str, 
     """
     verify(workdir, step)
     fs, root = _open(workdir)
-    saved = _reader(fs, _directory(root, step)).read_metadata().state_dict_metadata
+    saved = _saved(fs, root, step)
     expected, _ = flatten_state_dict(dict(state))
     # DCP calls a value by the keys on the way to it, joined with dots.
     parts = tuple(f"{key}." for key in state)
@@ -182,12 +194,12 @@ def restore(
 
     Tensors are filled in place; other values are replaced in their dicts. `state` may be a part of
     what was saved. Every process reads for itself what it lacks, in whatever sharding it has.
-    `planner` knows how, where DCP does not.
+    `planner` knows how, where DCP does not. Raises a ValueError or OSError for what cannot be read.
     """
     check_compatible(workdir, step, state)
     fs, root = _open(workdir)
     _quiet()
-    with _plain_errors():
+    with _reading(fs, root, step), _plain_errors():
         # no_dist: reading needs no agreement between processes, and without collectives a process
         # that fails says so at once instead of leaving the others to wait for it.
         dcp.load(state, storage_reader=_reader(fs, _directory(root, step)), planner=planner, no_dist=True)
@@ -204,8 +216,7 @@ def load_weights(workdir: str | os.PathLike, step: int, tensors: Mapping[str, to
     """
     verify(workdir, step)
     fs, root = _open(workdir)
-    reader = _reader(fs, _directory(root, step))
-    saved = reader.read_metadata().state_dict_metadata
+    saved = _saved(fs, root, step)
     theirs = {name.removeprefix("model."): "model" for name in saved if name.startswith("model.")}
     theirs |= {name.removeprefix("ema."): "ema" for name in saved if name.startswith("ema.")}
     for name in (*tensors, *(name for name in theirs if name not in tensors)):
@@ -217,8 +228,8 @@ def load_weights(workdir: str | os.PathLike, step: int, tensors: Mapping[str, to
             )
     state = {part: {name: tensors[name] for name in theirs if theirs[name] == part} for part in set(theirs.values())}
     _quiet()
-    with _plain_errors():
-        dcp.load(state, storage_reader=reader, no_dist=True)
+    with _reading(fs, root, step), _plain_errors():
+        dcp.load(state, storage_reader=_reader(fs, _directory(root, step)), no_dist=True)
 
 
 # Where things are. All but DCP's own reading and writing goes through fsspec.
@@ -259,6 +270,28 @@ def _sizes(fs: AbstractFileSystem, directory: str) -> dict[str, int]:
 def _reader(fs: AbstractFileSystem, directory: str) -> dcp.FileSystemReader:
     reader = dcp.FileSystemReader if isinstance(fs, LocalFileSystem) else FsspecReader
     return reader(_name(fs, directory))
+
+
+def _saved(fs: AbstractFileSystem, root: str, step: int) -> dict[str, Any]:
+    """DCP's metadata of what a checkpoint holds, by name."""
+    with _reading(fs, root, step):
+        return _reader(fs, _directory(root, step)).read_metadata().state_dict_metadata
+
+
+@contextmanager
+def _reading(fs: AbstractFileSystem, root: str, step: int) -> Iterator[None]:
+    """Says in a ValueError what cannot be read: of files that are damaged, or deleted meanwhile, DCP, pickle and zip
+    raise errors of any type, assertions among them."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the checkpoint of step {step} cannot be read, it is damaged or was deleted meanwhile "
+            f"({' '.join(f'{type(error).__name__}: {error}'.split())}): if it is damaged, delete "
+            f"{_name(fs, _directory(root, step))}"
+        ) from error
 
 
 # Writing.

@@ -3,8 +3,11 @@
 Models, objectives and the rest know nothing of gin; they are made configurable here, from outside.
 """
 
+import dataclasses
+import importlib
 import inspect
 import pathlib
+import pkgutil
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +16,8 @@ from typing import Any
 import gin
 from upath import UPath
 
-from jetformer import objectives, optim
+from jetformer import evaluators, objectives, optim
 from jetformer.data import dataset
-from jetformer.evaluators import attributes, classify, features, fid, flow, likelihood, probe, samples
 from jetformer.models import decoder, invertible, jet, jetformer, labelled, language_model, patches
 from jetformer.sampling import guidance
 from jetformer.storage import write_whole
@@ -23,15 +25,19 @@ from jetformer.storage import write_whole
 CONFIG_FILE = "config.gin"  # in the workdir: all that was parsed, includes resolved
 OPERATIVE_CONFIG_FILE = "operative_config.gin"  # in the workdir: all that was used, defaults included
 
+
+def _evaluators() -> Iterator[type]:
+    """All dataclasses of the files in `evaluators/`, so that a new evaluator is a new file there."""
+    for file in pkgutil.iter_modules(evaluators.__path__):
+        module = importlib.import_module(f"{evaluators.__name__}.{file.name}")
+        for value in vars(module).values():
+            if file.name != "base" and dataclasses.is_dataclass(value) and value.__module__ == module.__name__:
+                yield value
+
+
 for _configurable in (
-    attributes.Attributes,
-    attributes.ShapesChecker,
-    classify.Classify,
+    *_evaluators(),
     decoder.Decoder,
-    features.ClassifierFeatures,
-    features.InceptionFeatures,
-    fid.Fid,
-    flow.FlowSamples,
     guidance.Guidance,
     invertible.IdentityFlow,
     invertible.LearnedProjection,
@@ -40,7 +46,6 @@ for _configurable in (
     jetformer.JetFormer,
     labelled.LabelledFlow,
     language_model.LanguageModel,
-    likelihood.Likelihood,
     objectives.JetFormerObjective,
     objectives.JetObjective,
     objectives.TextObjective,
@@ -48,8 +53,6 @@ for _configurable in (
     optim.make_schedule,
     patches.PatchPCA,
     patches.Patchify,
-    probe.Probe,
-    samples.Samples,
     dataset.Data,
     dataset.MixtureData,
 ):

@@ -5,9 +5,10 @@
 Reads the configuration that the run has saved, with --gin_file and --gin_bindings on top, waits for its checkpoints,
 and runs the evaluators of `train.evaluators` on each that is complete, the oldest first, until that of the last step is
 done. What they find is in `<workdir>/eval_<name>/` (see `evaluators/base.py`). Training is not held up by it, and may
-delete a checkpoint at any time; started again, or beside another such job, it does what has not been done. What fails
-is said in one line, and the rest goes on; the exit code is 1 then. (A configuration that cannot be used ends the job at
-its start.)
+delete a checkpoint at any time; started again, it does what has not been done. So does another such job beside it, and
+nothing gets lost; both may begin with the same step, so give them different --evaluators. What fails is said in one
+line, and the rest goes on; the exit code is 1 then. (A configuration that cannot be used ends the job. In several
+processes so does an evaluator that fails halfway, for the other processes may be anywhere.)
 """
 
 import contextlib
@@ -27,7 +28,13 @@ flags.DEFINE_string("workdir", None, "The run's.", required=True)
 flags.DEFINE_list("evaluators", None, "Which of train.evaluators to run; default: all.")
 flags.DEFINE_integer("step", None, "Evaluate the checkpoint of this step, even if that has been done, and end.")
 flags.DEFINE_bool("once", False, "Evaluate the newest checkpoint there is, even if that has been done, and end.")
-flags.DEFINE_integer("every", 1, "Evaluate every so-manieth checkpoint, and the last.", lower_bound=1)
+flags.DEFINE_integer(
+    "every",
+    1,
+    "Evaluate every so-manieth checkpoint, that is those at multiples of so many times train.checkpoint_steps, and the "
+    "last. 1: every one, also those saved out of turn, as on SIGTERM.",
+    lower_bound=1,
+)
 flags.DEFINE_bool("newest", False, "Of several checkpoints that wait, evaluate the newest only.")
 flags.DEFINE_float("wait_seconds", 60.0, "How long to wait for a run that has not begun.", lower_bound=0.0)
 flags.DEFINE_float("poll_seconds", 1.0, "How often to look for a new checkpoint.", lower_bound=0.0)
@@ -85,15 +92,26 @@ class Job:
 
     def _read_config(self) -> None:
         """Reads the run's configuration, if it is another one than before: training may begin again with other
-        settings, or for longer."""
+        settings, or for longer. All processes have what the first one reads.
+
+        Raises:
+          ValueError: if there is none, or it cannot be used.
+        """
         from jetformer import train
         from jetformer.evaluators import base
 
-        facts = self._workdir / train.RUN_FILE
-        saved = train.saved_config(self._workdir), facts.read_text() if facts.exists() else "{}"
+        saved = None
+
+        def read() -> None:
+            nonlocal saved
+            facts = self._workdir / train.RUN_FILE
+            saved = train.saved_config(self._workdir), facts.read_text() if facts.exists() else "{}"
+
+        self._machine.first_does(read)
+        saved = self._machine.of_first(saved)
         if saved == self._saved:
             return
-        run = train.configured(self._workdir, *self._overrides)
+        run = train.configured(saved[0], *self._overrides)
         if not run.evaluators:
             raise ValueError(
                 f"{self._workdir} has no evaluators: bind some, as --gin_bindings='train.evaluators = "
@@ -120,41 +138,36 @@ class Job:
 
         Args:
           poll_seconds: how long to wait between two looks.
-          every: evaluate every so-manieth checkpoint, and the last.
+          every: evaluate the checkpoints at multiples of so many times the run's `checkpoint_steps`, and the last; 1:
+            every one.
           newest: of several that wait, evaluate the newest only.
+
+        Raises:
+          ValueError: if the run begins again with a configuration that cannot be used.
         """
-        seen: set[int] = set()
+        from jetformer import checkpoint
+
+        waiting: list[int] = []
         waiting_for = None
         while True:
-            steps, last_step, period = self._machine.of_first(self._look())
-            wanted = lambda step, last=last_step, k=period * every: step >= last or step % k == 0
-            missing = self._machine.of_first(self._missing(*steps, *seen))
-            for step in sorted(seen - set(steps)):
+            self._read_config()
+            period = None if every == 1 else every * self._run.checkpoint_steps
+            steps = self._machine.of_first(checkpoint.steps(self._workdir))
+            before, waiting = waiting, due(steps, self._last_step, period, newest)
+            missing = self._machine.of_first(self._missing(*waiting, *before))
+            for step in sorted(set(before) - set(steps)):
                 if missing[step]:
                     logging.warning("The checkpoint of step %d was deleted before it was evaluated", step)
-            seen = {step for step in steps if wanted(step)}
-            if newest:
-                seen = {max(seen)} if seen else set()
-            todo = [step for step in sorted(seen) if missing[step]]
+            todo = [step for step in waiting if missing[step]]
             if todo:
                 self.evaluate(todo[0], missing[todo[0]], again=False)
-            elif steps and steps[-1] >= last_step:
+            elif steps and steps[-1] >= self._last_step:
                 return
             else:
                 if waiting_for != steps[-1:]:
                     waiting_for = steps[-1:]
-                    logging.info("Waiting for a checkpoint after step %d of %d", *(steps[-1:] or [0]), last_step)
+                    logging.info("Waiting for a checkpoint after step %d of %d", *(steps[-1:] or [0]), self._last_step)
                 time.sleep(poll_seconds)
-
-    def _look(self) -> tuple[list[int], int, int]:
-        """The steps of complete checkpoints, the run's last step, and after how many steps it saves one."""
-        from jetformer import checkpoint
-
-        try:
-            self._read_config()
-        except ValueError as error:  # the one before is as good until it is whole
-            logging.warning("The run's configuration cannot be used: %s", error)
-        return checkpoint.steps(self._workdir), self._last_step, self._run.checkpoint_steps
 
     def _missing(self, *steps: int) -> dict[int, list[str]]:
         """The evaluators that are still to be run on checkpoints, by step."""
@@ -187,6 +200,7 @@ class Job:
 
         since, wrong = time.perf_counter(), None
         try:
+            age = checkpoint.age(self._workdir, step)
             run, state = self._load(step)
         except (ValueError, OSError) as error:
             wrong = error
@@ -199,7 +213,8 @@ class Job:
                 raise found
             self._fail(f"the checkpoint of step {step}", found, [(name, step) for name in self._names])
             return True
-        logging.info("Step %d: read in %.1f s", step, time.perf_counter() - since)
+        read_seconds = time.perf_counter() - since
+        logging.info("Step %d: complete for %.1f s when found, read in %.1f s", step, age, read_seconds)
         for name in names or self._names:
             if not again and not self._machine.of_first(name in self._missing(step)[step]):
                 continue  # another job has done it meanwhile
@@ -256,13 +271,26 @@ class Job:
 
         if self._loaded is None or self._loaded[0] != self._saved:
             self._loaded = None  # its memory goes first
-            run, state, _ = train.load(self._workdir, *self._overrides, self._machine, step)
+            run, state, _ = train.load_state(self._run, self._workdir, self._machine, step)
             run.check_eval_batch_size(self._machine)
             self._checked.clear()
             self._loaded = self._saved, run, state
         else:
             train.restore(self._workdir, self._loaded[2], self._machine, step)
         return self._loaded[1:]
+
+
+def due(steps: Sequence[int], last_step: int, period: int | None, newest: bool) -> list[int]:
+    """Which checkpoints to evaluate, the oldest first.
+
+    Args:
+      steps: of those that are complete, in order.
+      last_step: of the run.
+      period: those whose step it divides, and that of the last step; None: all.
+      newest: the newest of these only.
+    """
+    chosen = [step for step in steps if period is None or step % period == 0 or step >= last_step]
+    return chosen[-1:] if newest else chosen
 
 
 def wait_for_run(workdir: UPath, wait_seconds: float, poll_seconds: float) -> None:
@@ -295,8 +323,9 @@ def main(argv: list[str]) -> None:
             if not once:
                 job.follow(FLAGS.poll_seconds, FLAGS.every, FLAGS.newest)
             while once:
-                step = FLAGS.step if FLAGS.step is not None else machine.of_first(checkpoint.latest(workdir))
-                if step is None or step not in checkpoint.steps(workdir):
+                steps = machine.of_first(checkpoint.steps(workdir))
+                step = max(steps, default=None) if FLAGS.step is None else FLAGS.step
+                if step not in steps:
                     which = "" if FLAGS.step is None else f" of step {step}"
                     raise ValueError(f"{workdir} has no complete checkpoint{which}")
                 once = not job.evaluate(step)

@@ -226,8 +226,9 @@ def read_results(file: UPath) -> list[dict[str, float]]:
             if number == len(lines):  # it has no end yet
                 break
             record = None
-        if not isinstance(record, dict) or not all(_is_number(value) for value in record.values()):
+        if not isinstance(record, dict) or not all(value is None or _is_number(value) for value in record.values()):
             raise ValueError(f"{file}:{number} is damaged: give a JSON object of numbers, or delete the line")
+        record = {tag: math.nan if value is None else value for tag, value in record.items()}
         if not isinstance(record.get("step"), int):
             raise ValueError(f"{file}:{number} is damaged: it has no step; delete the line")
         records[record["step"]] = record

@@ -28,7 +28,10 @@ def write_whole(path: UPath | epath.Path, content: str | bytes) -> None:
         return
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        part.write_bytes(content)
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave the new name, and nothing in the file
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

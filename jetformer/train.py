@@ -26,7 +26,7 @@ from upath import UPath
 import jetformer
 from jetformer import checkpoint, config, objectives, optim, prng
 from jetformer.data.dataset import Data
-from jetformer.evaluators.base import Context, Evaluator, directory_of, evaluated_steps, prepare, write
+from jetformer.evaluators.base import Context, Evaluator, directory_of, evaluated_steps, forget, prepare, write
 from jetformer.loops import steps
 from jetformer.models import invertible, remat
 from jetformer.models.initializers import init_weights
@@ -476,6 +476,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
 
     workdir.mkdir(parents=True, exist_ok=True)
     if runtime.process_index == 0:
+        forget(workdir, start_step)
         write_whole(workdir / RUN_FILE, json.dumps(_facts(run, state.model, runtime), indent=1))
         config.save(workdir)  # after it, for a job that follows: a run that is to last longer has not ended
         if run.data.has_texts():  # a workdir is all that sampling needs, wherever it is copied to
@@ -639,14 +640,14 @@ def saved_config(workdir: UPath) -> str:
     return file.read_text()
 
 
-def configured(workdir: UPath, gin_files: Sequence[str], gin_bindings: Sequence[str]) -> Run:
-    """The experiment that a workdir holds, as it was saved there, with files and bindings on top.
+def configured(saved: str, gin_files: Sequence[str], gin_bindings: Sequence[str]) -> Run:
+    """The experiment of a configuration that a run has saved, with files and bindings on top.
 
     Raises:
-      ValueError: if there is none, or what comes on top cannot be used.
+      ValueError: if it, or what comes on top, cannot be used.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".gin") as copy:  # gin reads local files
-        copy.write(saved_config(workdir))
+        copy.write(saved)
         copy.flush()
         config.parse([copy.name, *gin_files], gin_bindings)
     return config.call(Run)
@@ -655,14 +656,23 @@ def configured(workdir: UPath, gin_files: Sequence[str], gin_bindings: Sequence[
 def load(
     workdir: UPath, gin_files: Sequence[str], gin_bindings: Sequence[str], runtime: Runtime, step: int | None = None
 ) -> tuple[Run, State, int]:
-    """The experiment that a workdir holds, a complete checkpoint (that of `step`, or the newest), and its step.
-
-    Laid out over the devices of this job, whatever the run's mesh is, and without an optimizer.
+    """The experiment that a workdir holds, as it was saved there, with files and bindings on top; its state at a
+    complete checkpoint (that of `step`, or the newest); and the step of that.
 
     Raises:
       ValueError: if there is none, or it does not fit.
     """
-    run = dataclasses.replace(configured(workdir, gin_files, gin_bindings), mesh={"fsdp": -1})
+    return load_state(configured(saved_config(workdir), gin_files, gin_bindings), workdir, runtime, step)
+
+
+def load_state(run: Run, workdir: UPath, runtime: Runtime, step: int | None = None) -> tuple[Run, State, int]:
+    """As `load`, of an experiment that has been read: laid out over the devices of this job, whatever the run's mesh
+    is, and without an optimizer.
+
+    Raises:
+      ValueError: if there is no such checkpoint, or it does not fit.
+    """
+    run = dataclasses.replace(run, mesh={"fsdp": -1})
     steps = checkpoint.steps(workdir)
     if not steps:
         raise ValueError(f"{workdir} has no complete checkpoint")

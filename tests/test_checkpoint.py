@@ -182,6 +182,32 @@ def test_a_truncated_file_is_named(workdir, file):
     checkpoint.verify(workdir, 1)
 
 
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata"])
+def test_a_file_of_the_right_size_that_cannot_be_read(workdir, file):
+    save(workdir, 2)
+    fs, root = checkpoint._open(workdir)
+    path = f"{root}/000000002/{file}"
+    fs.pipe_file(path, bytes(len(fs.cat_file(path))))
+    with pytest.raises(ValueError, match="the checkpoint of step 2 cannot be read, it is damaged or") as error:
+        checkpoint.restore(workdir, 2, {"w": torch.zeros(4)})
+    assert f"delete {checkpoint._name(fs, root)}/000000002" in one_line(error)
+
+
+def test_a_checkpoint_that_is_deleted_between_two_looks_at_it(workdir, monkeypatch):
+    save(workdir, 2)
+    fs, root = checkpoint._open(workdir)
+    check = checkpoint.check_compatible
+
+    def delete_then(*args):
+        check(*args)
+        fs.rm(f"{root}/000000002", recursive=True)
+
+    monkeypatch.setattr(checkpoint, "check_compatible", delete_then)
+    with pytest.raises((ValueError, OSError)) as error:
+        checkpoint.restore(workdir, 2, {"w": torch.zeros(4)})
+    one_line(error)
+
+
 def test_a_missing_file_is_named(workdir):
     save(workdir, 3)
     fs, root = checkpoint._open(workdir)

@@ -11,9 +11,10 @@ import time
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from upath import UPath
 
-from jetformer import checkpoint, evaluate, metrics, train
+from jetformer import checkpoint, evaluate, metrics
 from jetformer.evaluators import base
 from jetformer.evaluators.likelihood import Likelihood
 from jetformer.evaluators.probe import Probe
@@ -111,20 +112,35 @@ def test_checkpoints_are_evaluated_as_they_come(finished, tmp_path, monkeypatch)
     assert evaluated(workdir) == [4, 8]
 
 
-def test_a_checkpoint_that_is_deleted_while_it_is_read(finished, tmp_path, monkeypatch, caplog):
-    workdir = copy_of(finished, tmp_path / "run", 4)
-    load = train.load
+def deleting(monkeypatch, when, delete):
+    """Has training delete a checkpoint before or after what reading one begins with."""
+    check = checkpoint.check_compatible
 
-    def load_too_late(*args):
+    def delete_then_check(*args):
+        if when == "before":
+            delete()
+        check(*args)
+        if when == "after":
+            delete()
+
+    monkeypatch.setattr(checkpoint, "check_compatible", delete_then_check)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_checkpoint_that_is_deleted_while_it_is_read(finished, tmp_path, monkeypatch, caplog, when):
+    workdir = copy_of(finished, tmp_path / "run", 4)
+
+    def delete():
         if checkpoint.latest(workdir) == 4:
             save(finished, workdir, 8)
             shutil.rmtree(workdir / "checkpoints" / "000000004")
-            raise FileNotFoundError("000000004")
-        return load(*args)
 
-    monkeypatch.setattr(train, "load", load_too_late)
-    follow(workdir)
+    deleting(monkeypatch, when, delete)
+    caplog.set_level("WARNING")
+    assert follow(workdir) == []
     assert evaluated(workdir) == [8]
+    (said,) = [record.message for record in caplog.records if "was deleted while it was read" in record.message]
+    assert said.startswith("The checkpoint of step 4 ")
 
 
 def test_a_checkpoint_that_is_being_written_is_waited_for(finished, tmp_path, monkeypatch):
@@ -144,6 +160,21 @@ def test_some_checkpoints_only(finished, tmp_path, how, steps):
     workdir = copy_of(finished, tmp_path / "run", 2, 4, 6, 8)
     follow(workdir, **how)
     assert evaluated(workdir) == steps
+
+
+@pytest.mark.parametrize(
+    ("steps", "period", "newest", "expected"),
+    [
+        ([17, 30, 40], None, False, [17, 30, 40]),  # 17 was saved on SIGTERM
+        ([17, 30, 40, 45], 20, False, [40, 45]),
+        ([17, 30], 20, False, []),
+        ([10, 20, 30], None, True, [30]),
+        ([10, 20, 30], 20, True, [20]),
+        ([], None, True, []),
+    ],
+)
+def test_which_checkpoints_are_due(steps, period, newest, expected):
+    assert evaluate.due(steps, 45, period, newest) == expected
 
 
 def test_one_step(finished, tmp_path):
@@ -170,10 +201,11 @@ def test_one_that_fails_leaves_the_others(finished, tmp_path, monkeypatch):
     """An evaluator of a dataset that the machine lacks, and one that fails at every step."""
     workdir = copy_of(finished, tmp_path / "run", 4, 8)
     several = (
-        'train.evaluators = {"lacking": @lacking/Likelihood(), "failing": @failing/Likelihood(), "val": @Likelihood()}'
+        'train.evaluators = {"lacking": @lacking/Likelihood(), "failing": @failing/Likelihood(), "misspelt": @Fid(), '
+        '"val": @Likelihood()}'
     )
     gin = [several, "lacking/Likelihood.data = @lacking/Data()", 'lacking/Data.name = "coco_capshuns"',
-           "failing/Likelihood.text_prefix_prob = 1.0"]  # fmt: skip
+           "failing/Likelihood.text_prefix_prob = 1.0", 'Fid.metrics = ("frechet",)']  # fmt: skip
     call = Likelihood.__call__
 
     def fails(self, context):
@@ -190,6 +222,8 @@ def test_one_that_fails_leaves_the_others(finished, tmp_path, monkeypatch):
         "lacking at step 4"
     ]
     assert "there is no data set 'coco_capshuns'" in following.failures[0]
+    (misspelt,) = [line for line in following.failures if line.startswith("misspelt")]
+    assert misspelt.startswith("misspelt at step 4: Fid.metrics: there is no 'frechet'; there are fid, ")
     assert [line.partition(":")[0] for line in following.failures if "failing" in line] == [
         "failing at step 4",
         "failing at step 8",
@@ -235,11 +269,30 @@ def test_results_are_made_of_what_all_jobs_have_found(tmp_path):
     (tmp_path / "eval_e" / "steps" / "notes.json").write_text("mine")
     base.write_results(workdir, "e")  # as a job does at its start and end
     assert [line["step"] for line in results(tmp_path, "e")] == [2, 4]
-    add(6, 3.0)
-    add(4, 4.0)
+    read = base._read
+    with pytest.MonkeyPatch.context() as patch:
+        seen = []
+        patch.setattr(base, "_read", lambda path: seen.append(path.stem) or read(path))
+        add(6, 3.0)
+        add(4, 4.0)
+    assert seen == ["000000006", "000000004"]  # the others' lines are there: on gs:// each record takes its time
     written.close()
     assert [(line["step"], line["e/x"], line["e_ema/x"]) for line in results(tmp_path, "e")] == [
         (2, 2.0, -2.0), (4, 4.0, -4.0), (6, 3.0, -3.0)]  # fmt: skip
+
+
+def test_a_run_with_a_configuration_that_cannot_be_used_ends_the_job(finished, tmp_path, monkeypatch):
+    """And does not pass for one that has ended."""
+    workdir = copy_of(finished, tmp_path / "run", 4)
+
+    def sleep(seconds):
+        text = (finished / "config.gin").read_text()
+        (workdir / "config.gin").write_text(text.replace("'val': @Likelihood()", "'other': @Likelihood()"))
+
+    monkeypatch.setattr(evaluate.time, "sleep", sleep)
+    with pytest.raises(ValueError, match=r"there is no evaluator 'val'; train\.evaluators has other"):
+        follow(workdir, names=["val"])
+    assert evaluated(workdir) == [4]
 
 
 def test_a_run_with_a_new_configuration_is_read_anew(finished, tmp_path, monkeypatch, data_dir):
@@ -252,23 +305,25 @@ def test_a_run_with_a_new_configuration_is_read_anew(finished, tmp_path, monkeyp
     waited = []
 
     def sleep(seconds):
-        """First half of the configuration is there, then all of it, then the run ends at a step that is there."""
+        """The configuration changes, then the run ends at a step that is there."""
         waited.append(seconds)
-        text = (finished / "config.gin").read_text()
-        (workdir / "config.gin").write_text(text[: len(text) // 3] if len(waited) == 1 else text)
-        if len(waited) == 3:
+        if len(waited) == 1:
+            (workdir / "config.gin").write_text((finished / "config.gin").read_text() + "\nLikelihood.num_draws = 2\n")
+        if len(waited) == 2:
+            save(finished, workdir, 6)
             (workdir / "run.json").write_text(facts)
 
     monkeypatch.setattr(evaluate.time, "sleep", sleep)
     follow(workdir)
-    assert len(waited) == 3
-    assert evaluated(workdir) == [8]
+    assert len(waited) == 2
+    assert evaluated(workdir) == [6, 8]
+    assert ["val/bits_per_dim_importance_weighted" in line for line in results(workdir, "val")] == [True, False]
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_two_processes_are_one(finished, tmp_path, processes):
-    """41 examples in batches of 16: the second process has the smaller part, and no full batch at the end."""
-    gin = ["Data.eval_split = 'validation[:41]'", "Samples.num_images = 3", "Samples.num_classes = 3",
+@pytest.mark.parametrize(("processes", "batch_size"), [(2, 16), (3, 18)])
+def test_several_processes_are_one(finished, tmp_path, processes, batch_size):
+    """41 examples: batches are full for some processes only, and the third has nothing of the last one."""
+    gin = ["Data.eval_split = 'validation[:41]'", f"train.eval_batch_size = {batch_size}", "Samples.num_images = 3", "Samples.num_classes = 3",
            'train.evaluators = {"val": @Likelihood(), "samples": @Samples(), "probe": @Probe()}',
            "Probe.shots = (3, None)", "Probe.train_split = 'train[:77]'"]  # fmt: skip
     one, several = (copy_of(finished, tmp_path / name, 8) for name in ("one", "several"))
@@ -311,31 +366,90 @@ def test_a_run_and_a_job_finish_together(finished, tmp_path, data_dir):
         "train": lambda: start(command(workdir, gin), OMP_NUM_THREADS="1"),
         "evaluate": lambda: program(workdir, "--poll_seconds=0.1"),
     }
-    processes = {"train": starts["train"]()}
-    deadline, kills = time.monotonic() + 240, 0
-    while not (workdir / "config.gin").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    processes["evaluate"] = starts["evaluate"]()
+    done = {
+        "train": lambda: len(checkpoint.steps(workdir)),
+        "evaluate": lambda: len(evaluated(workdir)) if (workdir / "eval_val" / base.RESULTS_FILE).exists() else 0,
+    }
+    processes, deadline = {name: begin() for name, begin in starts.items()}, time.monotonic() + 400
+    kills, before = dict.fromkeys(starts, 0), dict.fromkeys(starts, 0)
     while processes:
         assert time.monotonic() < deadline, "they do not end"
-        time.sleep(chance.uniform(0.05, 0.3))
+        time.sleep(chance.uniform(0.0, 0.2))
         for name, process in list(processes.items()):
             if process.poll() is None:
-                if kills < 4 and checkpoint.steps(workdir) and chance.random() < 0.3:
+                # Twice each, and each time in the midst of its work: after it has done something since it was started.
+                if kills[name] < 2 and done[name]() > before[name]:
+                    time.sleep(chance.uniform(0.0, 0.2))
                     os.kill(process.pid, signal.SIGKILL)
-                    process.communicate()
-                    processes[name], kills = starts[name](), kills + 1
+                    _, log = process.communicate()
+                    if process.returncode == 0:  # it was faster
+                        del processes[name]
+                        continue
+                    before[name], kills[name] = done[name](), kills[name] + 1
+                    processes[name] = starts[name]()
                 continue
             _, log = process.communicate()
             assert process.returncode == 0, log[-3000:]
             del processes[name]
-    assert kills > 0
+    assert min(kills.values()) > 0, kills
     assert checkpoint.steps(workdir) == evaluated(workdir) == list(range(4, 41, 4))
     _, log = (following := program(tmp_path / "whole")).communicate(timeout=240)
     assert following.returncode == 0, log[-3000:]
     strip = lambda line: {name: value for name, value in line.items() if name != "seconds"}
     assert list(map(strip, results(workdir, "val"))) == list(map(strip, results(tmp_path / "whole", "val")))
+
+
+def test_what_a_run_takes_anew_is_evaluated_anew(finished, tmp_path, data_dir, caplog):
+    """Its last checkpoints are deleted, and it goes on from before with a lower learning rate."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    follow(workdir)
+    before = results(workdir, "val")
+    for step in (6, 8):
+        shutil.rmtree(workdir / "checkpoints" / f"{step:09d}")
+    caplog.set_level("WARNING")
+    run(workdir, data_dir, train__total_steps=8, train__checkpoint_steps=2, train__keep_last=9, train__evaluators=VAL,
+        Likelihood__every_steps=8, make_optimizer__lr=1e-5)  # fmt: skip
+    assert "val: deleted figures of 2 step(s) that come again" in caplog.text
+    assert evaluated(workdir) == [2, 4, 8]
+    follow(workdir)
+    after = results(workdir, "val")
+    assert [line["step"] for line in after] == [2, 4, 6, 8]
+    same = [a["val/bits_per_dim"] == b["val/bits_per_dim"] for a, b in zip(before, after, strict=True)]
+    assert same == [True, True, False, False]
+
+
+def test_figures_and_pictures_are_in_the_event_files(finished, tmp_path):
+    workdir = copy_of(finished, tmp_path / "run", 8)
+    follow(workdir, 'train.evaluators = {"samples": @Samples()}', "Samples.num_images = 1")
+    accumulator = EventAccumulator(str(workdir / "eval_samples"), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    tags = set(accumulator.Tags()["tensors"])
+    assert {"samples/grid", "samples/round_trip", "samples/round_trip_error"} <= tags
+    (event,) = accumulator.Tensors("samples/grid")
+    assert event.step == 8
+    assert event.tensor_proto.string_val[2].startswith(b"\x89PNG")
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    """Which any reader of JSON knows; the event file has what it is."""
+    workdir = UPath(tmp_path)
+    written = metrics.Metrics(workdir, process_index=0)
+    found = base.Results(scalars={"x": float("nan"), "y": float("-inf"), "z": 1.0})
+    base.write(found, "e", 3, 1.0, Likelihood(), workdir, written, CPU)
+    written.close()
+    (line,) = (tmp_path / "eval_e" / "results.jsonl").read_text().splitlines()
+    assert line == '{"step": 3, "seconds": 1.0, "e/x": null, "e/y": null, "e/z": 1.0}'
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    workdir = UPath(tmp_path)
+    (tmp_path / "eval_e" / "steps").mkdir(parents=True)
+    (tmp_path / "eval_e" / "steps" / "000000003.json").write_text("")
+    for use in (base.write_results, lambda *args: base.other_settings(*args, Likelihood())):
+        with pytest.raises(ValueError, match=r"000000003\.json is damaged .*: delete it, and its step") as error:
+            use(workdir, "e")
+        assert "\n" not in str(error.value)
 
 
 def test_a_workdir_at_a_url(finished):
@@ -398,16 +512,13 @@ def test_results_of_other_settings_are_named(finished, tmp_path, caplog):
 
 def test_once_takes_the_next_where_the_newest_goes(finished, tmp_path, monkeypatch):
     workdir = copy_of(finished, tmp_path / "run", 4)
-    load = train.load
 
-    def load_too_late(*args):
+    def delete():
         if checkpoint.latest(workdir) == 4:
             save(finished, workdir, 8)
             shutil.rmtree(workdir / "checkpoints" / "000000004")
-            raise FileNotFoundError("000000004")
-        return load(*args)
 
-    monkeypatch.setattr(train, "load", load_too_late)
+    deleting(monkeypatch, "after", delete)
     following = job(workdir)
     assert not following.evaluate(4)
     assert following.evaluate(8)

@@ -5,18 +5,21 @@
     <workdir>/eval_<name>/<picture>/000000200.png   pictures
 
 A step counts as evaluated once its own file is there, which is written whole or not at all. results.jsonl is made of
-these files, so that several jobs may write at once and none loses what another one did.
+these files, so that several jobs may write at once and none loses what another one did. A figure that is not finite is
+null in them.
 """
 
 import contextlib
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from absl import logging
 from upath import UPath
 
 from jetformer.data.dataset import Data
@@ -175,12 +178,15 @@ class Context:
                     break
         return {name: np.concatenate([part[name] for part in parts])[:count] for name in names}
 
-    def batches_of(self, rows: steps.Rows, batch_size: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+    def batches_of(
+        self, rows: steps.Rows, batch_size: int | None = None, numbers: np.ndarray | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Examples that every process has, as batches of which each process gets its part.
 
         Args:
           rows: arrays `[N, ...]` by name.
           batch_size: over all processes; None: that of evaluation. It is made to divide by the devices.
+          numbers: of the examples, int `[N]`, which their draws depend on; None: 0, 1, …
         """
         count = len(next(iter(rows.values())))
         devices, processes = self.runtime.device_count, self.runtime.process_count
@@ -190,7 +196,10 @@ class Context:
             first = start + self.runtime.process_index * local_size
             index = np.arange(first, first + local_size, dtype=np.int32)
             batch = {name: array[index.clip(max=count - 1)] for name, array in rows.items()}
-            yield batch | {"_mask": index < count, "_index": index}
+            mask = index < count
+            if numbers is not None:
+                index = numbers[index.clip(max=count - 1)].astype(np.int32)
+            yield batch | {"_mask": mask, "_index": index}
 
 
 def labels_of(batch: dict[str, Any], argument: str) -> Any:
@@ -234,7 +243,20 @@ def evaluated_steps(workdir: UPath, name: str) -> set[int]:
 def other_settings(workdir: UPath, name: str, evaluator: Evaluator) -> list[int]:
     """The steps that have been evaluated under this name with other settings than the evaluator's."""
     records = _records(directory_of(workdir, name))
-    return sorted(n for n, path in records.items() if json.loads(path.read_text())["settings"] != settings(evaluator))
+    return sorted(step for step, path in records.items() if _read(path)["settings"] != settings(evaluator))
+
+
+def forget(workdir: UPath, after: int) -> None:
+    """Deletes what all evaluators have recorded of steps after a step, from which training goes on: these steps are
+    taken anew, perhaps with other settings."""
+    for directory in sorted(workdir.glob("eval_*"), key=str):
+        records = {step: path for step, path in _records(directory).items() if step > after}
+        for path in records.values():
+            path.unlink()
+        if records:
+            name = directory.name.removeprefix("eval_")
+            write_results(workdir, name)
+            logging.warning("%s: deleted figures of %d step(s) that come again", name, len(records))
 
 
 def settings(evaluator: Evaluator) -> str:
@@ -275,23 +297,55 @@ def write(
     written.publish()  # the record says that all of it is there
     if runtime.process_index == 0:
         (directory / "steps").mkdir(parents=True, exist_ok=True)
-        record = {"step": step, "seconds": round(seconds, 3), "settings": settings(evaluator), "figures": scalars}
+        figures = {tag: value if math.isfinite(value) else None for tag, value in scalars.items()}  # JSON has no NaN
+        record = {"step": step, "seconds": round(seconds, 3), "settings": settings(evaluator), "figures": figures}
         write_whole(directory / "steps" / f"{step:09d}.json", json.dumps(record))
-        write_results(workdir, name)
+        write_results(workdir, name, changed=step)
 
 
-def write_results(workdir: UPath, name: str) -> None:
+def write_results(workdir: UPath, name: str, changed: int | None = None) -> None:
     """Makes results.jsonl of the records of all steps; nothing where there are none.
 
     What another job has recorded meanwhile is seen after writing, and then it is written again: the last of several
     jobs to write has seen all. What a kill between a record and this has left out the next call has.
+
+    Args:
+      workdir: the run's.
+      name: of the evaluator.
+      changed: the only step whose line may have changed, where the file is made for one: the others are taken over.
+        None: all records are read.
     """
-    directory, lines = directory_of(workdir, name), {}
-    while missing := sorted(set(records := _records(directory)) - set(lines)):
-        for number in missing:
-            record = json.loads(records[number].read_text())
-            lines[number] = json.dumps({key: record[key] for key in ("step", "seconds")} | record["figures"])
-        write_whole(directory / RESULTS_FILE, "".join(f"{lines[number]}\n" for number in sorted(lines)))
+    directory, written = directory_of(workdir, name), None
+    lines: dict[int, str] = {}
+    file = directory / RESULTS_FILE
+    if changed is not None and file.exists():
+        found = (re.match(r'{"step": (\d+), .*}$', line) for line in file.read_text().splitlines())
+        lines = {int(match[1]): match[0] for match in found if match and int(match[1]) != changed}
+    while (records := _records(directory)) or file.exists():
+        lines = {step: lines[step] if step in lines else _line(records[step]) for step in sorted(records)}
+        text = "".join(f"{line}\n" for line in lines.values())
+        if text == written:
+            return
+        write_whole(file, text)
+        written = text
+
+
+def _line(path: UPath) -> str:
+    """A record's line in results.jsonl."""
+    record = _read(path)
+    return json.dumps({key: record[key] for key in ("step", "seconds")} | record["figures"])
+
+
+def _read(path: UPath) -> dict[str, Any]:
+    """A record.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and its step is evaluated again") from error
 
 
 def _records(directory: UPath) -> dict[int, UPath]:

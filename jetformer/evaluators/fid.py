@@ -39,6 +39,9 @@ _LEAST_IMAGES = 10
 _KID_SUBSET_SIZE = 1000
 _TEXTS = ("text", "text_mask")
 
+# What `Fid._read_split` has found in this process: real images are the same at every step.
+_found: dict[tuple, tuple[Rows, Rows]] = {}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fid(Evaluator):
@@ -102,12 +105,8 @@ class Fid(Evaluator):
         for name in ("temperature_scales", "temperature_probs"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Fid.{name} = {getattr(self, name)}: give more than 0")
-        if self.metrics is not None:
-            if isinstance(self.metrics, str) or not self.metrics:
-                raise ValueError(f"Fid.metrics = {self.metrics!r}: give a tuple of names, as ('fid', 'kid')")
-            for name in self.metrics:
-                if name not in METRICS:
-                    raise ValueError(f"Fid.metrics: there is no {name!r}; there are {', '.join(METRICS)}")
+        if self.metrics is not None and (isinstance(self.metrics, str) or not self.metrics):
+            raise ValueError(f"Fid.metrics = {self.metrics!r}: give a tuple of names, as ('fid', 'kid')")
         if self.statistics is not None and self.save_statistics is not None:
             raise ValueError("Fid: give statistics to compare with or save_statistics, not both")
 
@@ -117,6 +116,9 @@ class Fid(Evaluator):
             raise ValueError(
                 f"Fid is of the images of a JetFormer, not of a {type(model).__name__}: take it off train.evaluators"
             )
+        for name in self.metrics or ():  # here, so that a job's other evaluators go on
+            if name not in METRICS:
+                raise ValueError(f"Fid.metrics: there is no {name!r}; there are {', '.join(METRICS)}")
         self.guidance.check(model.image_head)
         context.run.check_guidance(self.guidance)
         context.run.check_order(text_first=True)
@@ -174,7 +176,7 @@ class Fid(Evaluator):
             if self.statistics is not None:
                 real = self._read_statistics(context)
             elif "features" in real:
-                real |= statistics(real["features"])
+                real = real | statistics(real["features"])
             if self.save_statistics is not None:
                 saved = {name: real[name] for name in ("mu", "sigma", "features")}
                 write_arrays(UPath(self.save_statistics), saved | {"extractor": np.array(self.features.name(context))})
@@ -184,11 +186,15 @@ class Fid(Evaluator):
         return Results(scalars=context.runtime.of_first(figures))
 
     def _read_split(self, context: Context, extract: Function, metrics: tuple[str, ...]) -> tuple[Rows, Rows]:
-        """Texts `[M, T]` of the split's examples, and, where they are needed, features `[M, F]` and logits `[M, K]`."""
+        """Texts `[M, T]` of the split's examples, and, where they are needed, features `[M, F]`. It reads once."""
         names = []
         if self.statistics is None:
             names += ["features"] * (self.save_statistics is not None or bool(set(_COMPARING) & set(metrics)))
             names += ["logits"] * (self.features.knows_labels and self._of_classes(context))
+        process = context.runtime.process_index, context.runtime.process_count
+        key = (self._data(context), self._split(context), self.features, tuple(names), process)
+        if key in _found:
+            return _found[key]
 
         def copy(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
             return {name: batch[name] for name in ("image", *_TEXTS) if name in batch}
@@ -204,7 +210,9 @@ class Fid(Evaluator):
             logging.log_first_n(
                 logging.INFO, "Of %s, split %r, the classifier knows %.4f", 1, where, self._split(context), accuracy
             )
-        return {name: rows.pop(name) for name in _TEXTS if name in rows}, rows
+            del rows["logits"]
+        _found[key] = {name: rows.pop(name) for name in _TEXTS if name in rows}, rows
+        return _found[key]
 
     def _read_statistics(self, context: Context) -> Rows:
         path, size = UPath(self.statistics), self.features.num_features
@@ -244,8 +252,9 @@ class Fid(Evaluator):
 
         def make_room() -> None:
             directory.mkdir(parents=True, exist_ok=True)
-            for path in directory.glob("*.png"):  # there may have been more
-                path.unlink()
+            for path in directory.glob("*.png"):  # there may have been more; the rest may be another job's of now
+                if path.stem.isdigit() and int(path.stem) >= self.num_images:
+                    path.unlink(missing_ok=True)
 
         if self.keep_images:
             context.runtime.first_does(make_room)

@@ -13,7 +13,7 @@ from jetformer.evaluators.base import Context, Evaluator, Results
 _SEED = 2
 # What an example's key is folded with for its second and later draws of dequantization noise.
 _DRAW = 1000
-_TEXT = "text_bits_per_token"
+_PER_TOKEN = "bits_per_token"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class Likelihood(Evaluator):
     The objective's own terms are means over examples. So is its text_bits_per_token, an example's being the mean over
     its tokens; a `TextObjective`'s is a mean over all tokens. Terms that no example has are left out. It also gives
       text_bits_per_token_overall: where texts are tokenized, all texts' bits over all their tokens, ends included;
-      text_bits_per_character: the same bits over all their characters;
+      text_bits_per_character: the same bits over all their characters; both also of texts that come first
+        (text_prefix_…) and second (text_suffix_…), where the objective has both;
       bits_per_dim_importance_weighted: with several draws u of the dequantization noise, -log2 of the mean of p(x + u)
         per dim, which is at most the mean that bits_per_dim is, and nearer to the likelihood of 8-bit images
         (arXiv 1509.00519, section 3; for dequantization arXiv 1902.00275, section 3.2).
@@ -86,14 +87,13 @@ class Likelihood(Evaluator):
                 for name, (value, counts) in terms.items():
                     rows[f"{name}/{i}"] = _by_example(value.where(counts, 0.0))
                     rows[f"{name}/count"] = _by_example(counts)
-                if texts and _TEXT in terms:
-                    bits, counts = terms[_TEXT]
-                    in_loss = batch["text_loss"]
+                for name in [name for name in terms if texts and name.endswith(_PER_TOKEN)]:
+                    bits, counts = terms[name]
                     # A JetFormer's are means over the tokens of an example.
                     bits = bits if bits.ndim == 2 else bits[:, None]
-                    counts = counts if counts.ndim == 2 else counts[:, None] & in_loss
-                    rows[f"text_bits/{i}"] = bits.where(counts, 0.0).sum(1)
-                    rows["text"], rows["text_counts"] = batch["text"], counts
+                    counts = counts if counts.ndim == 2 else counts[:, None] & batch["text_loss"]
+                    rows[f"{name}/bits/{i}"] = bits.where(counts, 0.0).sum(1)
+                    rows[f"{name}/tokens"], rows["text"] = counts, batch["text"]
             return rows
 
         results = Results()
@@ -110,13 +110,13 @@ class Likelihood(Evaluator):
                 for name, values in draws.items()
                 if counts[name]
             }
-            if "text" in rows and rows["text_counts"].any():
-                bits = np.mean([rows[f"text_bits/{i}"].astype(np.float64).sum() for i in range(self.num_draws)])
-                decode = data.texts().tokenizer.decode
-                tokens = zip(rows["text"], rows["text_counts"], strict=True)
-                num_characters = sum(len(decode(text[counted].tolist())) for text, counted in tokens)
-                into["text_bits_per_token_overall"] = float(bits / rows["text_counts"].sum())
-                into["text_bits_per_character"] = float(bits / max(num_characters, 1))
+            for name in [name for name in names if f"{name}/tokens" in rows and counts[name]]:
+                bits = np.mean([rows[f"{name}/bits/{i}"].astype(np.float64).sum() for i in range(self.num_draws)])
+                decode, tokens = data.texts().tokenizer.decode, rows[f"{name}/tokens"]
+                pairs = zip(rows["text"], tokens, strict=True)
+                num_characters = sum(len(decode(text[counted].tolist())) for text, counted in pairs)
+                into[f"{name}_overall"] = float(bits / max(tokens.sum(), 1))
+                into[name.replace("token", "character")] = float(bits / max(num_characters, 1))
             if self.num_draws > 1 and counts["bits_per_dim"]:
                 counted = rows["bits_per_dim/count"].astype(bool)
                 num_dims = math.prod(context.state.model.image_shape)

@@ -1,6 +1,7 @@
 """Linear probes: how well a linear classifier reads labels off what the model makes of images."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -67,20 +68,40 @@ class Probe(Evaluator):
         return self.train_split or (self.data or context.run.data).train_split
 
     def __call__(self, context: Context) -> Results:
-        train, test = (self._represent(context, split) for split in (self._train_split(context), self.split))
-        labels, wanted = train.pop("label"), test.pop("label")
+        def labels_alone(batch: steps.Rows) -> steps.Rows:
+            return {"_index": batch["_index"], "label": labels_of(batch, "Probe.pp")}
+
+        train_split = self._train_split(context)
+        labels = self._gathered(context, train_split, labels_alone)["label"]
         order = np.random.default_rng(self.seed).permutation(len(labels))
+        chosen = {
+            k: order if k is None else np.concatenate([order[labels[order] == c][:k] for c in np.unique(labels)])
+            for k in self.shots
+        }
+        # Of a large split few shots take few examples: only these are embedded.
+        taken = np.unique(np.concatenate(list(chosen.values())))
+        train = self._represent(context, train_split, None if len(taken) == len(labels) else taken)
+        test = self._represent(context, self.split)
+        labels, wanted = train.pop("label"), test.pop("label")
         results = Results()
-        for k in self.shots:
-            chosen = order if k is None else np.concatenate([order[labels[order] == c][:k] for c in np.unique(labels)])
+        for k, examples in chosen.items():
             name = "accuracy_all" if k is None else f"accuracy_{k}_shot"
+            rows = np.searchsorted(taken, examples)
             for layer in train:
-                accuracy = ridge_accuracy(train[layer][chosen], labels[chosen], test[layer], wanted)
+                accuracy = ridge_accuracy(train[layer][rows], labels[rows], test[layer], wanted)
                 results.scalars[f"{name}/{layer}"] = accuracy
         return results
 
-    def _represent(self, context: Context, split: str | None) -> steps.Rows:
-        """`label` `[N]` and the representations `[N, …]` by name."""
+    def _gathered(self, context: Context, split: str | None, keep: Callable[[steps.Rows], steps.Rows]) -> steps.Rows:
+        """What `keep` leaves of the examples of a split, on every process, in their order."""
+        parts = []
+        for batch in context.batches(self.data, split, self.pp):
+            mask = batch.pop("_mask")
+            parts.append(keep({name: array[mask] for name, array in batch.items()}))
+        return steps.gather(parts, context.runtime)
+
+    def _represent(self, context: Context, split: str | None, taken: np.ndarray | None = None) -> steps.Rows:
+        """`label` `[N]` and the representations `[N, …]` by name: of the examples of these numbers; None: of all."""
         text_first = context.run.objective.text_prefix_prob == 1
         text_length = context.run.data.text_length() if text_first else 0
 
@@ -110,9 +131,16 @@ class Probe(Evaluator):
         def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
             return context.loop.compile(lambda: pooled(model, batch, keys))()
 
-        return context.per_example(
-            function, context.batches(self.data, split, self.pp), seed=_SEED, averaged=self.ema, staged=True
-        )
+        if taken is None:
+            batches = context.batches(self.data, split, self.pp)
+        else:
+
+            def some(batch: steps.Rows) -> steps.Rows:
+                rows = np.isin(batch["_index"], taken)
+                return {name: array[rows] for name, array in batch.items()}
+
+            batches = context.batches_of(self._gathered(context, split, some), numbers=taken)
+        return context.per_example(function, batches, seed=_SEED, averaged=self.ema, staged=True)
 
 
 def ridge_accuracy(

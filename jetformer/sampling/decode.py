@@ -474,13 +474,14 @@ def score_texts(
 
     def score(text: Tensor, counted: Tensor) -> Tensor:
         ids = text.expand(batch_size, -1)
-        hidden = first[:, None]
-        if length > 1:
-            hidden = torch.cat((hidden, decoder.look_ahead(ids[:, :-1])), dim=1)
+        hidden = torch.cat((first[:, None], decoder.look_ahead(ids[:, :-1])), dim=1)
         log_probs = model.text_logits(hidden).float().log_softmax(-1)
         return (log_probs.gather(2, ids[..., None].long()).squeeze(2) * counted).sum(1)
 
     decoder, first = compile(prefill)()
+    if length == 1:  # one distribution scores all
+        log_probs = lambda: model.text_logits(first[:, None]).float().log_softmax(-1)[:, 0, texts[:, 0].long()]
+        return compile(lambda: log_probs() * counts[:, 0])()
     score = compile(score)
     scores = [score(text, counted) for text, counted in zip(texts, counts, strict=True)]
     return compile(lambda: torch.stack(scores, dim=1))()

@@ -62,7 +62,7 @@ def test_labels_that_are_tokens(tmp_path, data_dir):
         assert scalars[f"accuracy/{label}"] == pytest.approx(np.mean(of_label))
 
 
-def test_a_text_for_each_label(tmp_path, shapes_dir):
+def test_a_text_for_each_label(tmp_path, shapes_dir, monkeypatch):
     """The ends of texts count, and what comes after them does not: the label is the text that training would score."""
     context = untrained(tmp_path, shapes_dir, gin_file="experiments/shapes.gin", Jet__num_heads=2)
     labels = ("a black background", "a grey background", "a picture of a white background")
@@ -73,8 +73,11 @@ def test_a_text_for_each_label(tmp_path, shapes_dir):
     eos = context.run.data.texts().tokenizer.eos_id
     for row, counted in zip(ids, counts, strict=True):
         assert counted.sum() == (row == eos).nonzero()[0, 0] + 1
+    prefilled, prefill = [], decode.CachedDecoder.prefill
+    monkeypatch.setattr(decode.CachedDecoder, "prefill", lambda self: prefilled.append(1) or prefill(self))
     scalars = evaluator(context).scalars
     assert set(scalars) == {"accuracy", *(f"accuracy/{label}" for label in labels)}
+    assert len(prefilled) == len(list(context.batches()))  # once for all labels
 
 
 @pytest.mark.parametrize(

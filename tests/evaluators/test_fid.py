@@ -15,7 +15,7 @@ from upath import UPath
 from jetformer import config, train
 from jetformer.data.dataset import Data
 from jetformer.evaluators import features, fid
-from jetformer.evaluators.base import prepare
+from jetformer.evaluators.base import Context, prepare
 from jetformer.evaluators.features import ClassifierFeatures, InceptionFeatures
 from jetformer.evaluators.fid import METRICS, Fid
 from jetformer.runtime import Runtime
@@ -23,6 +23,11 @@ from jetformer.sampling.guidance import Guidance
 from runs import bindings
 
 CPU = Runtime(torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_found_before(monkeypatch):
+    monkeypatch.setattr(fid, "_found", {})
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +152,20 @@ def test_figures_do_not_depend_on_batches(torch_fidelity, context, make_context,
     figures = evaluator(context).scalars
     assert set(figures) == {"frechet_distance", *METRICS} - {"fid"}
     assert np.isfinite(list(figures.values())).all()
+    fid._found.clear()
     other = dataclasses.replace(evaluator, batch_size=7)(make_context(train__eval_batch_size=40))
     assert other.scalars == pytest.approx(figures, rel=1e-3)
+
+
+def test_the_real_images_are_looked_at_once(torch_fidelity, context, classifier, monkeypatch):
+    """At all steps and by all evaluators of the same split; by another one anew."""
+    splits, batches = [], Context.batches
+    monkeypatch.setattr(Context, "batches", lambda self, *args: splits.append(args[1]) or batches(self, *args))
+    evaluator = Fid(num_images=10, metrics=("fid", "kid"), features=classifier, split="validation[:20]")
+    first = evaluator(context).scalars
+    assert evaluator(context).scalars == first
+    assert dataclasses.replace(evaluator, split="validation[20:40]")(context).scalars != first
+    assert splits == ["validation[:20]", "validation[20:40]"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -295,7 +312,6 @@ def test_one_array_is_no_statistics(torch_fidelity, context, classifier, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"metrics": ("fid", "fib")}, "there is no 'fib'; there are fid, inception_score, kid"),
         ({"metrics": "fid"}, r"Fid\.metrics = 'fid': give a tuple of names"),
         ({"metrics": ()}, r"Fid\.metrics = \(\): give a tuple of names"),
         ({"num_images": 9}, "num_images = 9: give 10 or more"),
@@ -316,6 +332,8 @@ def test_runs_that_cannot_be_evaluated(torch_fidelity, context, classifier):
         Fid().check(flow)
     with pytest.raises(ValueError, match=r"class_accuracy needs .* InceptionFeatures is not: .*@ClassifierFeatures"):
         Fid(metrics=("fid", "class_accuracy")).check(context)
+    with pytest.raises(ValueError, match="there is no 'fib'; there are fid, inception_score, kid"):
+        Fid(metrics=("fid", "fib")).check(context)  # and not before: a job's other evaluators go on
     data = Data(name="digits", pp="decode(channels=1) | caption('some.model', 8)")
     texts = dataclasses.replace(context, run=dataclasses.replace(context.run, data=data))
     with pytest.raises(ValueError, match="class_accuracy is of classes, and this run has texts"):

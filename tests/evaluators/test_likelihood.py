@@ -103,6 +103,13 @@ def test_texts(tmp_path, shapes_dir):
     mixed = Likelihood()(context).scalars
     assert {"bits_per_dim_prefix", "bits_per_dim_suffix", "text_prefix_bits_per_token", "text_suffix_bits_per_token",
             "bits_per_dim_factored"} <= mixed.keys()  # fmt: skip
+    # What comes second is all that the loss of this experiment has; the order of each is drawn from its key.
+    for unit in ("bits_per_character", "bits_per_token_overall", "bits_per_token"):
+        assert mixed[f"text_suffix_{unit}"] == pytest.approx(mixed[f"text_{unit}"], rel=1e-6)
+        assert mixed[f"text_prefix_{unit}"] != pytest.approx(mixed[f"text_suffix_{unit}"], rel=1e-3)
+    shares = [mixed[f"text_{where}_bits_per_character"] / mixed[f"text_{where}_bits_per_token_overall"]
+              for where in ("prefix", "suffix")]  # fmt: skip
+    assert all(0.05 < share < 1 for share in shares)  # a token has more than one character
     # Texts first: none is scored, for only what comes second is.
     assert "text_bits_per_character" not in Likelihood(text_prefix_prob=1.0)(context).scalars
 

@@ -66,6 +66,21 @@ def test_shots(tmp_path, data_dir, monkeypatch):
     assert fitted[4].sum() == 60
 
 
+def test_few_shots_embed_few_examples(tmp_path, data_dir, monkeypatch):
+    """And find what they find where all are embedded."""
+    context, embedded = untrained(tmp_path, data_dir), []
+    encode = decode.encode_images
+    monkeypatch.setattr(
+        decode, "encode_images", lambda model, x, keys: embedded.append(len(x)) or encode(model, x, keys)
+    )
+    all_of_them = Probe(shots=(2, None), **SPLITS)(context).scalars
+    assert sum(embedded) == 64 + 32  # of 60 and 30, in batches of 16
+    embedded.clear()
+    few = Probe(shots=(2,), **SPLITS)(context).scalars
+    assert sum(embedded) == 32 + 32
+    assert few == {name: value for name, value in all_of_them.items() if "2_shot" in name}
+
+
 def test_digits_can_be_read_off_an_untrained_model(tmp_path, data_dir):
     scalars = Probe(shots=(None,), train_split="train[:500]")(untrained(tmp_path, data_dir)).scalars
     assert scalars["accuracy_all/layer_00"] > 0.2
