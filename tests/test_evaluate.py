@@ -322,8 +322,9 @@ def test_a_run_with_a_new_configuration_is_read_anew(finished, tmp_path, monkeyp
 
 @pytest.mark.parametrize(("processes", "batch_size"), [(2, 16), (3, 18)])
 def test_several_processes_are_one(finished, tmp_path, processes, batch_size):
-    """41 examples: batches are full for some processes only, and the third has nothing of the last one."""
-    gin = ["Data.eval_split = 'validation[:41]'", f"train.eval_batch_size = {batch_size}", "Samples.num_images = 3", "Samples.num_classes = 3",
+    """41 examples: of the last batch the first process has a part, the second a smaller one or nothing."""
+    gin = [f"train.eval_batch_size = {batch_size}", "Data.eval_split = 'validation[:41]'",
+           "Samples.num_images = 3", "Samples.num_classes = 3",
            'train.evaluators = {"val": @Likelihood(), "samples": @Samples(), "probe": @Probe()}',
            "Probe.shots = (3, None)", "Probe.train_split = 'train[:77]'"]  # fmt: skip
     one, several = (copy_of(finished, tmp_path / name, 8) for name in ("one", "several"))
