@@ -136,7 +136,9 @@ class Run:
         for name, value in values.items():
             if inspect.isclass(value):
                 raise ValueError(f"train.{name} is a class: write @{value.__name__}(), with parentheses")
-        for name in self.evaluators:
+        for name, evaluator in self.evaluators.items():
+            if not isinstance(evaluator, Evaluator):
+                raise ValueError(f"train.evaluators[{name!r}] = {evaluator!r}: give an evaluator, as @Likelihood()")
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name.endswith("_ema"):
                 raise ValueError(
                     f"train.evaluators: {name!r} cannot be a name: use letters, digits and _.-, and no _ema at "

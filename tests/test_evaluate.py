@@ -244,6 +244,21 @@ def test_the_exit_code_tells(finished, tmp_path):
     assert "Traceback" not in log
 
 
+def test_a_new_evaluator_is_a_new_file(tmp_path):
+    (tmp_path / "new.py").write_text(
+        "import dataclasses\nfrom jetformer.evaluators.base import Evaluator\n"
+        "@dataclasses.dataclass(frozen=True, kw_only=True)\nclass New(Evaluator):\n    size: float = 1.0\n"
+    )
+    code = f"""if True:
+        from jetformer import evaluators
+        evaluators.__path__.append({str(tmp_path)!r})
+        from jetformer import config, train
+        config.parse(["experiments/digits.gin"], ['train.evaluators = {{"mine": @New()}}', "New.size = 2.0"])
+        print(config.call(train.Run).evaluators)"""
+    printed, log = start([sys.executable, "-c", code]).communicate(timeout=100)
+    assert printed == "{'mine': New(every_steps=None, size=2.0)}\n", log
+
+
 def test_two_jobs_at_once_lose_nothing(finished, tmp_path):
     workdir = copy_of(finished, tmp_path / "run", 2, 4, 6, 8)
     processes = [program(workdir), program(workdir)]

@@ -291,6 +291,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
         ({"train__data": "@Data"}, r"train.data is a class: write @Data\(\)"),
         ({"train__evaluators": '{"val": @Likelihood}'}, r"train.evaluators\['val'\] is a class: write @Likelihood\(\)"),
         ({"train__evaluators": '{"a b": @Likelihood()}'}, "'a b' cannot be a name"),
+        (
+            {"train__evaluators": '{"val": None}'},
+            r"train.evaluators\['val'\] = None: give an evaluator, as @Likelihood",
+        ),
         ({"Likelihood__every_steps": 0}, "Likelihood.every_steps = 0"),
         ({"Likelihood__num_draws": 0}, "Likelihood.num_draws = 0"),
         ({"Samples__prompts": "('3',)"}, "Samples: give num_classes or prompts"),
