@@ -141,8 +141,6 @@ def _on_tpu_host() -> bool:
 def _import_torch_xla() -> None:
     if "tensorflow" in sys.modules and "torch_xla" not in sys.modules:
         raise RuntimeError("torch_xla has to be imported before TensorFlow: call runtime.initialize first")
-    # A warning from the compiler for every graph says that it will be replaced one day.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if importlib.util.find_spec("torch_xla") is None:
         raise ImportError(f"--device=xla needs torch_xla: pip install -e '.[xla]', which brings {XLA_VERSIONS}")
     try:
