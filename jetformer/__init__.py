@@ -13,6 +13,6 @@ if importlib.util.find_spec("triton") is not None:
         raise ImportError("Triton has to be imported before TensorFlow: import jetformer first")
     import triton  # noqa: F401
 
-# TensorFlow only reads data here: its start-up notices about compute say nothing about a run. Nor do XLA's warnings, which
-# say with every graph that a part of the compiler will be replaced one day.
+# TensorFlow only reads data here: its start-up notices about compute say nothing about a run. Nor do XLA's warnings,
+# with every graph, that a part of its compiler will be replaced one day.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

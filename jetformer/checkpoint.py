@@ -408,6 +408,7 @@ def _quiet() -> None:
         "torch.distributed is (disabled|unavailable)",
         "TypedStorage is deprecated",
         "Detected an existing checkpoint",
+        "The function definition for SavePlanner.set_up_planner",  # of torch_xla's
     ):
         # Not catch_warnings, which is not safe next to the background thread.
         warnings.filterwarnings("ignore", message=message)

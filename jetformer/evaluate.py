@@ -38,6 +38,12 @@ flags.DEFINE_integer(
 flags.DEFINE_bool("newest", False, "Of several checkpoints that wait, evaluate the newest only.")
 flags.DEFINE_float("wait_seconds", 60.0, "How long to wait for a run that has not begun.", lower_bound=0.0)
 flags.DEFINE_float("poll_seconds", 1.0, "How often to look for a new checkpoint.", lower_bound=0.0)
+flags.DEFINE_float(
+    "timeout_seconds",
+    None,
+    "End with an error if no checkpoint comes for so long, as of a run that has failed; default: wait.",
+    lower_bound=0.0,
+)
 FLAGS = flags.FLAGS
 
 
@@ -133,7 +139,9 @@ class Job:
                     *(name, len(steps), base.directory_of(self._workdir, name)),
                 )
 
-    def follow(self, poll_seconds: float, every: int = 1, newest: bool = False) -> None:
+    def follow(
+        self, poll_seconds: float, every: int = 1, newest: bool = False, timeout_seconds: float | None = None
+    ) -> None:
         """Evaluates checkpoints as they come, until that of the run's last step.
 
         Args:
@@ -141,14 +149,15 @@ class Job:
           every: evaluate the checkpoints at multiples of so many times the run's `checkpoint_steps`, and the last; 1:
             every one.
           newest: of several that wait, evaluate the newest only.
+          timeout_seconds: how long to wait for a checkpoint; None: for as long as it takes.
 
         Raises:
-          ValueError: if the run begins again with a configuration that cannot be used.
+          ValueError: if none came for so long, or the run begins again with a configuration that cannot be used.
         """
         from jetformer import checkpoint
 
         waiting: list[int] = []
-        waiting_for = None
+        waiting_for, since = None, 0.0
         while True:
             self._read_config()
             period = None if every == 1 else every * self._run.checkpoint_steps
@@ -164,9 +173,17 @@ class Job:
             elif steps and steps[-1] >= self._last_step:
                 return
             else:
-                if waiting_for != steps[-1:]:
-                    waiting_for = steps[-1:]
-                    logging.info("Waiting for a checkpoint after step %d of %d", *(steps[-1:] or [0]), self._last_step)
+                newest_step = max(steps, default=0)
+                if waiting_for != newest_step:
+                    waiting_for, since = newest_step, time.monotonic()
+                    logging.info("Waiting for a checkpoint after step %d of %d", newest_step, self._last_step)
+                # All processes leave together.
+                waited = self._machine.of_first(time.monotonic() - since)
+                if timeout_seconds is not None and waited > timeout_seconds:
+                    raise ValueError(
+                        f"no checkpoint after step {newest_step} of {self._last_step} has come for {waited:.0f} s: "
+                        "start the run again, or wait for longer with --timeout_seconds"
+                    )
                 time.sleep(poll_seconds)
 
     def _missing(self, *steps: int) -> dict[int, list[str]]:
@@ -321,7 +338,7 @@ def main(argv: list[str]) -> None:
             wait_for_run(workdir, FLAGS.wait_seconds, FLAGS.poll_seconds)
         with contextlib.closing(Job(workdir, FLAGS.gin_file, FLAGS.gin_bindings, machine, FLAGS.evaluators)) as job:
             if not once:
-                job.follow(FLAGS.poll_seconds, FLAGS.every, FLAGS.newest)
+                job.follow(FLAGS.poll_seconds, FLAGS.every, FLAGS.newest, FLAGS.timeout_seconds)
             while once:
                 steps = machine.of_first(checkpoint.steps(workdir))
                 step = max(steps, default=None) if FLAGS.step is None else FLAGS.step

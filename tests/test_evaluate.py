@@ -244,6 +244,18 @@ def test_the_exit_code_tells(finished, tmp_path):
     assert "Traceback" not in log
 
 
+def test_a_run_that_does_not_go_on_is_given_up(finished, tmp_path):
+    """Not while checkpoints come."""
+    workdir = copy_of(finished, tmp_path / "run", 4)
+    process = program(workdir, "--timeout_seconds=3", "--poll_seconds=0.1")
+    _, log = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert log.splitlines()[-1].startswith(
+        "error: no checkpoint after step 4 of 8 has come for 3 s: start the run again"
+    )
+    assert evaluated(workdir) == [4]
+
+
 def test_a_new_evaluator_is_a_new_file(tmp_path):
     (tmp_path / "new.py").write_text(
         "import dataclasses\nfrom jetformer.evaluators.base import Evaluator\n"
