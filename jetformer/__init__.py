@@ -1,5 +1,6 @@
 """JetFormer (arXiv 2411.19722) and Jet (arXiv 2412.15129) in PyTorch."""
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -8,7 +9,8 @@ __version__ = "0.1.0"
 
 # torch for GPUs brings Triton, and imports it when it is first needed. From 3.7 on that ends the process with a
 # segmentation fault where TensorFlow is there already, for both have an LLVM.
-if importlib.util.find_spec("triton") is not None:
+_triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "0.0"
+if tuple(map(int, _triton.split(".")[:2])) >= (3, 7):
     if "tensorflow" in sys.modules and "triton" not in sys.modules:
         raise ImportError("Triton has to be imported before TensorFlow: import jetformer first")
     import triton  # noqa: F401

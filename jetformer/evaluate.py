@@ -21,7 +21,6 @@ from absl import app, flags, logging
 from upath import UPath
 
 from jetformer import program, runtime
-from jetformer.preemption import Preempted
 
 flags.adopt_module_key_flags(program)
 flags.DEFINE_string("workdir", None, "The run's.", required=True)
@@ -96,15 +95,14 @@ class Job:
             for name in self._names:
                 base.write_results(self._workdir, name)
 
-    def _read_config(self) -> None:
-        """Reads the run's configuration, if it is another one than before: training may begin again with other
-        settings, or for longer. All processes have what the first one reads.
+    def _read_saved(self) -> tuple[str, str]:
+        """What the run has saved of itself: its configuration, and the facts in run.json. All processes have what the
+        first one reads.
 
         Raises:
-          ValueError: if there is none, or it cannot be used.
+          ValueError: if there is no run.
         """
         from jetformer import train
-        from jetformer.evaluators import base
 
         saved = None
 
@@ -114,9 +112,24 @@ class Job:
             saved = train.saved_config(self._workdir), facts.read_text() if facts.exists() else "{}"
 
         self._machine.first_does(read)
-        saved = self._machine.of_first(saved)
+        return self._machine.of_first(saved)
+
+    def _read_config(self) -> bool:
+        """Reads the run's configuration, if it is another one than before: training may begin again with other
+        settings, or for longer.
+
+        Returns:
+          Whether it is another one.
+
+        Raises:
+          ValueError: if there is none, or it cannot be used.
+        """
+        from jetformer import train
+        from jetformer.evaluators import base
+
+        saved = self._read_saved()
         if saved == self._saved:
-            return
+            return False
         run = train.configured(saved[0], *self._overrides)
         if not run.evaluators:
             raise ValueError(
@@ -126,6 +139,7 @@ class Job:
         for name in self._chosen or ():
             if name not in run.evaluators:
                 raise ValueError(f"there is no evaluator {name!r}; train.evaluators has {', '.join(run.evaluators)}")
+        run.check_eval_batch_size(self._machine)
         # From run.json: a length in epochs takes the dataset to know, which this machine may lack.
         self._last_step = json.loads(saved[1]).get("total_steps") or run.steps()
         self._saved, self._run, self._names = saved, run, tuple(self._chosen or run.evaluators)
@@ -138,6 +152,7 @@ class Job:
                     "them again, or give the evaluator another name",
                     *(name, len(steps), base.directory_of(self._workdir, name)),
                 )
+        return True
 
     def follow(
         self, poll_seconds: float, every: int = 1, newest: bool = False, timeout_seconds: float | None = None
@@ -159,9 +174,12 @@ class Job:
         waiting: list[int] = []
         waiting_for, since = None, 0.0
         while True:
-            self._read_config()
+            if self._read_config():
+                waiting_for = None  # somebody works on it
             period = None if every == 1 else every * self._run.checkpoint_steps
             steps = self._machine.of_first(checkpoint.steps(self._workdir))
+            # A checkpoint that was damaged, and is deleted, may come again.
+            self._given_up = {(name, step) for name, step in self._given_up if step is None or step in steps}
             before, waiting = waiting, due(steps, self._last_step, period, newest)
             missing = self._machine.of_first(self._missing(*waiting, *before))
             for step in sorted(set(before) - set(steps)):
@@ -170,6 +188,7 @@ class Job:
             todo = [step for step in waiting if missing[step]]
             if todo:
                 self.evaluate(todo[0], missing[todo[0]], again=False)
+                waiting_for = None
             elif steps and steps[-1] >= self._last_step:
                 return
             else:
@@ -244,9 +263,10 @@ class Job:
                         directory, self._machine.process_index, run.wandb_project, training_workdir=self._workdir
                     )
                 since = time.perf_counter()
-                train.evaluate(run, state, step, name, self._workdir, self._machine, self._written[name])
-            except Preempted:
-                raise
+                train.evaluate(
+                    *(run, state, step, name, self._workdir, self._machine, self._written[name]),
+                    counts=lambda: not self._taken_anew(step),
+                )
             except Exception as error:  # whatever it is, the others can go on, and the exit code tells
                 if self._machine.process_count > 1 and name in self._checked:
                     raise  # the other processes may be anywhere
@@ -256,6 +276,14 @@ class Job:
                 continue
             logging.info("Step %d: %s took %.1f s", step, name, time.perf_counter() - since)  # CLU logs the figures
         return True
+
+    def _taken_anew(self, step: int) -> bool:
+        """Whether the run has gone back behind a step since its checkpoint was read."""
+        facts = self._read_saved()[1]
+        anew = facts != self._loaded[0][1] and json.loads(facts).get("start_step", step) < step
+        if anew:
+            logging.warning("Step %d is taken anew by the run: its figures do not count", step)
+        return anew
 
     def _fail(self, what: str, error: Exception, given_up: list[tuple[str, int | None]]) -> None:
         """Says and remembers what has failed, and that it is not to be tried again."""
@@ -289,7 +317,6 @@ class Job:
         if self._loaded is None or self._loaded[0] != self._saved:
             self._loaded = None  # its memory goes first
             run, state, _ = train.load_state(self._run, self._workdir, self._machine, step)
-            run.check_eval_batch_size(self._machine)
             self._checked.clear()
             self._loaded = self._saved, run, state
         else:

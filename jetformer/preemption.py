@@ -10,8 +10,9 @@ import torch.distributed as dist
 EXIT_CODE = 75
 
 
-class Preempted(Exception):
-    """The run was asked to stop. What it had done is saved."""
+class Preempted(BaseException):
+    """The run was asked to stop. What it had done is saved. It is no error, as KeyboardInterrupt is none: what handles
+    errors lets it pass."""
 
 
 class Preemption:

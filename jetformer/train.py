@@ -478,11 +478,12 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
 
     workdir.mkdir(parents=True, exist_ok=True)
     if runtime.process_index == 0:
-        forget(workdir, start_step)
-        write_whole(workdir / RUN_FILE, json.dumps(_facts(run, state.model, runtime), indent=1))
+        write_whole(workdir / RUN_FILE, json.dumps(_facts(run, state.model, runtime, start_step), indent=1))
         config.save(workdir)  # after it, for a job that follows: a run that is to last longer has not ended
         if run.data.has_texts():  # a workdir is all that sampling needs, wherever it is copied to
             (workdir / TOKENIZER_FILE).write_bytes(run.data.texts().tokenizer.serialized())
+    # After run.json, by which a job that evaluates such a step now finds out, and records nothing.
+    runtime.first_does(lambda: forget(workdir, start_step))
     written = metrics.Metrics(workdir, runtime.process_index, run.wandb_project)
     writer = written.writer
     writer.write_texts(start_step, {"config": _markdown(gin.operative_config_str())})
@@ -560,7 +561,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
                 written.close()
 
 
-def _facts(run: Run, model: nn.Module, runtime: Runtime) -> dict[str, Any]:
+def _facts(run: Run, model: nn.Module, runtime: Runtime, start_step: int) -> dict[str, Any]:
     """What a reader of the run may want to know that its configuration does not say."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "jetformer": jetformer.__version__}
     if runtime.device.type == "xla":
@@ -570,6 +571,7 @@ def _facts(run: Run, model: nn.Module, runtime: Runtime) -> dict[str, Any]:
         "device_count": runtime.device_count,
         "process_count": runtime.process_count,
         "versions": versions,
+        "start_step": start_step,
         "total_steps": run.steps(),
         "batch_size": run.batch_size,
         "train_examples": run.data.num_train_examples(),
@@ -619,15 +621,17 @@ def evaluate(
     runtime: Runtime,
     written: "Metrics",
     each_batch: Callable[[], None] = lambda: None,
+    counts: Callable[[], bool] = lambda: True,
 ) -> None:
     """Runs the evaluator `name` of `train.evaluators`, and writes down what it finds.
 
-    `each_batch` is called after every batch.
+    `each_batch` is called after every batch, `counts` before anything is written: nothing is, where it says False.
     """
     since = time.perf_counter()
     evaluator = run.evaluators[name]
     results = evaluator(context(run, state, step, name, workdir, runtime, each_batch))
-    write(results, name, step, time.perf_counter() - since, evaluator, workdir, written, runtime)
+    if counts():
+        write(results, name, step, time.perf_counter() - since, evaluator, workdir, written, runtime)
 
 
 def saved_config(workdir: UPath) -> str:

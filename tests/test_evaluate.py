@@ -18,6 +18,7 @@ from jetformer import checkpoint, evaluate, metrics
 from jetformer.evaluators import base
 from jetformer.evaluators.likelihood import Likelihood
 from jetformer.evaluators.probe import Probe
+from jetformer.preemption import Preempted
 from jetformer.runtime import Runtime
 from runs import bindings, command, results, run, scalars, start, torchrun
 
@@ -244,16 +245,21 @@ def test_the_exit_code_tells(finished, tmp_path):
     assert "Traceback" not in log
 
 
-def test_a_run_that_does_not_go_on_is_given_up(finished, tmp_path):
+def test_a_run_that_does_not_go_on_is_given_up(finished, tmp_path, monkeypatch):
     """Not while checkpoints come."""
-    workdir = copy_of(finished, tmp_path / "run", 4)
-    process = program(workdir, "--timeout_seconds=3", "--poll_seconds=0.1")
-    _, log = process.communicate(timeout=100)
-    assert process.returncode == 1
-    assert log.splitlines()[-1].startswith(
-        "error: no checkpoint after step 4 of 8 has come for 3 s: start the run again"
-    )
-    assert evaluated(workdir) == [4]
+    workdir, clock = copy_of(finished, tmp_path / "run", 2), [0.0]
+
+    def sleep(seconds):
+        clock[0] += 1.0
+        if clock[0] in (2.0, 5.0):
+            save(finished, workdir, {2.0: 4, 5.0: 6}[clock[0]])
+
+    monkeypatch.setattr(evaluate.time, "sleep", sleep)
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: clock[0])
+    with pytest.raises(ValueError, match=r"^no checkpoint after step 6 of 8 has come for 4 s: start the run again, or"):
+        follow(workdir, timeout_seconds=3.5)
+    assert evaluated(workdir) == [2, 4, 6]
+    assert clock[0] == 9.0
 
 
 def test_a_new_evaluator_is_a_new_file(tmp_path):
@@ -433,18 +439,43 @@ def test_what_a_run_takes_anew_is_evaluated_anew(finished, tmp_path, data_dir, c
     shutil.copytree(finished, workdir)
     follow(workdir)
     before = results(workdir, "val")
+    (workdir / "eval_val" / "grid").mkdir()
+    for step in (4, 6):
+        (workdir / "eval_val" / "grid" / f"{step:09d}.png").write_bytes(b"")
     for step in (6, 8):
         shutil.rmtree(workdir / "checkpoints" / f"{step:09d}")
     caplog.set_level("WARNING")
     run(workdir, data_dir, train__total_steps=8, train__checkpoint_steps=2, train__keep_last=9, train__evaluators=VAL,
         Likelihood__every_steps=8, make_optimizer__lr=1e-5)  # fmt: skip
     assert "val: deleted figures of 2 step(s) that come again" in caplog.text
+    assert [path.name for path in (workdir / "eval_val" / "grid").iterdir()] == ["000000004.png"]
     assert evaluated(workdir) == [2, 4, 8]
     follow(workdir)
     after = results(workdir, "val")
     assert [line["step"] for line in after] == [2, 4, 6, 8]
     same = [a["val/bits_per_dim"] == b["val/bits_per_dim"] for a, b in zip(before, after, strict=True)]
     assert same == [True, True, False, False]
+
+
+def test_what_a_job_finds_of_a_course_that_was_left_does_not_count(finished, tmp_path, monkeypatch, caplog):
+    """The run goes back behind a checkpoint while the job evaluates it."""
+    workdir = copy_of(finished, tmp_path / "run", 8)
+    call, steps = Likelihood.__call__, iter([4, 8])
+
+    def go_back(self, context):
+        facts = json.loads((workdir / "run.json").read_text())
+        (workdir / "run.json").write_text(json.dumps(facts | {"start_step": next(steps)}))
+        return call(self, context)
+
+    monkeypatch.setattr(Likelihood, "__call__", go_back)
+    following = job(workdir)
+    caplog.set_level("WARNING")
+    assert following.evaluate(8)
+    assert "Step 8 is taken anew by the run" in caplog.text
+    assert base.evaluated_steps(UPath(workdir), "val") == set()
+    assert following.evaluate(8)  # now it goes on from there
+    following.close()
+    assert evaluated(workdir) == [8]
 
 
 def test_figures_and_pictures_are_in_the_event_files(finished, tmp_path):
@@ -470,14 +501,22 @@ def test_what_is_not_finite_is_null(tmp_path):
     assert line == '{"step": 3, "seconds": 1.0, "e/x": null, "e/y": null, "e/z": 1.0}'
 
 
-def test_a_damaged_record_is_named(tmp_path):
+def test_records_that_cannot_be_read(tmp_path, caplog):
+    """One is damaged, another is deleted just now: training goes on, and the rest counts."""
     workdir = UPath(tmp_path)
-    (tmp_path / "eval_e" / "steps").mkdir(parents=True)
-    (tmp_path / "eval_e" / "steps" / "000000003.json").write_text("")
-    for use in (base.write_results, lambda *args: base.other_settings(*args, Likelihood())):
-        with pytest.raises(ValueError, match=r"000000003\.json is damaged .*: delete it, and its step") as error:
-            use(workdir, "e")
-        assert "\n" not in str(error.value)
+    written = metrics.Metrics(workdir, process_index=0)
+    caplog.set_level("WARNING")
+    for step in (2, 4):
+        base.write(base.Results(scalars={"x": 1.0}), "e", step, 1.0, Likelihood(), workdir, written, CPU)
+    written.close()
+    steps = tmp_path / "eval_e" / "steps"
+    (steps / "000000003.json").write_text("")
+    (steps / "000000005.json").symlink_to(tmp_path / "deleted")
+    base.write_results(workdir, "e")
+    assert [line["step"] for line in results(tmp_path, "e")] == [2, 4]
+    assert base.other_settings(workdir, "e", Likelihood(num_draws=2)) == [2, 4]
+    (said,) = {record.message for record in caplog.records}
+    assert "000000003.json is damaged" in said
 
 
 def test_a_workdir_at_a_url(finished):
@@ -502,6 +541,38 @@ def test_a_damaged_checkpoint_is_left_out(finished, tmp_path):
     assert evaluated(workdir) == [8]
     with pytest.raises(ValueError, match="damaged"):
         job(workdir).evaluate(4)
+
+
+def test_a_damaged_checkpoint_that_comes_again(finished, tmp_path, monkeypatch):
+    """It is deleted, as the message says, and the run saves it once more."""
+    workdir = copy_of(finished, tmp_path / "run", 4)
+    (file,) = (workdir / "checkpoints" / "000000004").glob("*.distcp")
+    file.write_bytes(bytes(file.stat().st_size))
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) == 1:
+            shutil.rmtree(workdir / "checkpoints" / "000000004")
+        if len(waited) == 2:
+            save(finished, workdir, 4)
+            save(finished, workdir, 8)
+
+    monkeypatch.setattr(evaluate.time, "sleep", sleep)
+    (failure,) = follow(workdir)
+    assert failure.startswith("the checkpoint of step 4: the checkpoint of step 4 cannot be read")
+    assert evaluated(workdir) == [4, 8]
+
+
+def test_sigterm_while_a_checkpoint_is_read_is_no_damage(finished, tmp_path, monkeypatch):
+    workdir = copy_of(finished, tmp_path / "run", 4, 8)
+
+    def load(*args, **kwargs):
+        raise Preempted
+
+    monkeypatch.setattr(checkpoint.dcp, "load", load)
+    with pytest.raises(Preempted):
+        follow(workdir)
 
 
 def test_a_bug_in_an_evaluator_leaves_the_others(finished, tmp_path, monkeypatch, caplog):

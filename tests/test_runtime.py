@@ -65,6 +65,8 @@ def test_triton_comes_before_tensorflow(tmp_path):
     for name, text in (("triton", "import os, sys\n'tensorflow' in sys.modules and os.abort()"), ("tensorflow", "")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(text)
+    (tmp_path / "triton-3.10.1.dist-info").mkdir()
+    (tmp_path / "triton-3.10.1.dist-info" / "METADATA").write_text("Name: triton\nVersion: 3.10.1\n")
     run = lambda code: start([sys.executable, "-c", code], PYTHONPATH=os.pathsep.join((str(tmp_path), *sys.path)))
     process = run("import jetformer, tensorflow, triton")
     _, log = process.communicate(timeout=100)

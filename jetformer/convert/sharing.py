@@ -89,7 +89,7 @@ def table(model: nn.Module, weights: Weights) -> tuple[Table, set[str]]:
 
 
 def evaluations(workdir: UPath, step: int) -> dict[str, float]:
-    """What evaluators have found at a step, by tag."""
+    """What evaluators have found at a step, by tag; without what is not finite."""
     from jetformer.evaluators.base import RESULTS_FILE
 
     found: dict[str, float] = {}
@@ -101,7 +101,7 @@ def evaluations(workdir: UPath, step: int) -> dict[str, float]:
             for line in file.read_text().splitlines():
                 record = json.loads(line)
                 if record["step"] == step:
-                    found |= {tag: value for tag, value in record.items() if "/" in tag}
+                    found |= {tag: value for tag, value in record.items() if "/" in tag and value is not None}
     return found
 
 

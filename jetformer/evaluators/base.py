@@ -242,17 +242,18 @@ def evaluated_steps(workdir: UPath, name: str) -> set[int]:
 
 def other_settings(workdir: UPath, name: str, evaluator: Evaluator) -> list[int]:
     """The steps that have been evaluated under this name with other settings than the evaluator's."""
-    records = _records(directory_of(workdir, name))
-    return sorted(step for step, path in records.items() if _read(path)["settings"] != settings(evaluator))
+    records = {step: _read(path) for step, path in _records(directory_of(workdir, name)).items()}
+    return sorted(step for step, record in records.items() if record and record["settings"] != settings(evaluator))
 
 
 def forget(workdir: UPath, after: int) -> None:
-    """Deletes what all evaluators have recorded of steps after a step, from which training goes on: these steps are
-    taken anew, perhaps with other settings."""
+    """Deletes what all evaluators have recorded and drawn of steps after a step, from which training goes on: these
+    steps are taken anew, perhaps with other settings."""
     for directory in sorted(workdir.glob("eval_*"), key=str):
         records = {step: path for step, path in _records(directory).items() if step > after}
-        for path in records.values():
-            path.unlink()
+        pictures = [path for path in directory.glob("*/*.png") if path.stem.isdigit() and int(path.stem) > after]
+        for path in (*records.values(), *pictures):
+            path.unlink(missing_ok=True)
         if records:
             name = directory.name.removeprefix("eval_")
             write_results(workdir, name)
@@ -307,7 +308,9 @@ def write_results(workdir: UPath, name: str, changed: int | None = None) -> None
     """Makes results.jsonl of the records of all steps; nothing where there are none.
 
     What another job has recorded meanwhile is seen after writing, and then it is written again: the last of several
-    jobs to write has seen all. What a kill between a record and this has left out the next call has.
+    jobs to write has seen all. (Of a step that one of them has evaluated again meanwhile, as with --step, the line may
+    be the earlier one until a job begins or ends.) What a kill between a record and this has left out the next call
+    has.
 
     Args:
       workdir: the run's.
@@ -322,7 +325,10 @@ def write_results(workdir: UPath, name: str, changed: int | None = None) -> None
         found = (re.match(r'{"step": (\d+), .*}$', line) for line in file.read_text().splitlines())
         lines = {int(match[1]): match[0] for match in found if match and int(match[1]) != changed}
     while (records := _records(directory)) or file.exists():
-        lines = {step: lines[step] if step in lines else _line(records[step]) for step in sorted(records)}
+        for step in set(records) - set(lines):
+            if record := _read(records[step]):
+                lines[step] = json.dumps({key: record[key] for key in ("step", "seconds")} | record["figures"])
+        lines = {step: lines[step] for step in sorted(lines) if step in records}
         text = "".join(f"{line}\n" for line in lines.values())
         if text == written:
             return
@@ -330,22 +336,15 @@ def write_results(workdir: UPath, name: str, changed: int | None = None) -> None
         written = text
 
 
-def _line(path: UPath) -> str:
-    """A record's line in results.jsonl."""
-    record = _read(path)
-    return json.dumps({key: record[key] for key in ("step", "seconds")} | record["figures"])
-
-
-def _read(path: UPath) -> dict[str, Any]:
-    """A record.
-
-    Raises:
-      ValueError: if it is damaged.
-    """
+def _read(path: UPath) -> dict[str, Any] | None:
+    """A record; None if it has just been deleted, or is damaged, which is said."""
     try:
         return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and its step is evaluated again") from error
+        logging.warning("%s is damaged (%s): delete it, and its step is evaluated again", path, error)
+        return None
 
 
 def _records(directory: UPath) -> dict[int, UPath]:

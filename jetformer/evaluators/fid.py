@@ -192,7 +192,7 @@ class Fid(Evaluator):
             names += ["features"] * (self.save_statistics is not None or bool(set(_COMPARING) & set(metrics)))
             names += ["logits"] * (self.features.knows_labels and self._of_classes(context))
         process = context.runtime.process_index, context.runtime.process_count
-        key = (self._data(context), self._split(context), self.features, tuple(names), process)
+        key = (self._data(context), self._split(context), self.features.name(context), tuple(names), process)
         if key in _found:
             return _found[key]
 

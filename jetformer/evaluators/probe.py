@@ -72,17 +72,22 @@ class Probe(Evaluator):
             return {"_index": batch["_index"], "label": labels_of(batch, "Probe.pp")}
 
         train_split = self._train_split(context)
-        labels = self._gathered(context, train_split, labels_alone)["label"]
+        if None in self.shots:
+            train = self._represent(context, train_split)
+        else:  # of a large split few examples are taken: only these are embedded
+            train = self._gathered(context, train_split, labels_alone)
+        labels = train.pop("label")
         order = np.random.default_rng(self.seed).permutation(len(labels))
         chosen = {
             k: order if k is None else np.concatenate([order[labels[order] == c][:k] for c in np.unique(labels)])
             for k in self.shots
         }
-        # Of a large split few shots take few examples: only these are embedded.
         taken = np.unique(np.concatenate(list(chosen.values())))
-        train = self._represent(context, train_split, None if len(taken) == len(labels) else taken)
+        if None not in self.shots:
+            train = self._represent(context, train_split, taken)
+            labels = train.pop("label")
         test = self._represent(context, self.split)
-        labels, wanted = train.pop("label"), test.pop("label")
+        wanted = test.pop("label")
         results = Results()
         for k, examples in chosen.items():
             name = "accuracy_all" if k is None else f"accuracy_{k}_shot"
@@ -98,6 +103,7 @@ class Probe(Evaluator):
         for batch in context.batches(self.data, split, self.pp):
             mask = batch.pop("_mask")
             parts.append(keep({name: array[mask] for name, array in batch.items()}))
+            context.each_batch()
         return steps.gather(parts, context.runtime)
 
     def _represent(self, context: Context, split: str | None, taken: np.ndarray | None = None) -> steps.Rows:

@@ -249,6 +249,25 @@ def test_class_accuracy_alone_needs_no_torch_fidelity(context, classifier, monke
         dataclasses.replace(evaluator, metrics=("kid",)).check(context)
 
 
+def test_images_of_another_job_stay(context, classifier, tmp_path):
+    """Two jobs that evaluate the same step write the same images; those of more images than now go."""
+    context = dataclasses.replace(context, directory=UPath(tmp_path))
+    directory, seen = tmp_path / "images" / "000000007", []
+
+    def extract(images):
+        seen.append(sorted(path.name for path in directory.glob("*.png")))
+        return {"logits": np.zeros((len(images), 10), np.float32)}
+
+    directory.mkdir(parents=True)
+    for number in (13, 30):
+        (directory / f"{number:06d}.png").write_bytes(b"another job's")
+    evaluator = Fid(num_images=20, metrics=("class_accuracy",), features=classifier, keep_images=True, batch_size=10)
+    rows = {"text": np.zeros((20, 1), np.int32), "number": np.arange(20, dtype=np.int32)}
+    evaluator._generate(context, extract, rows, ("class_accuracy",))
+    assert seen[0] == [f"{i:06d}.png" for i in (*range(10), 13)]
+    assert seen[1] == [f"{i:06d}.png" for i in range(20)]
+
+
 def test_statistics_that_were_saved(torch_fidelity, context, classifier, tmp_path):
     path = str(tmp_path / "deeper" / "real.npz")
     metrics = tuple(name for name in METRICS if name != "class_accuracy")

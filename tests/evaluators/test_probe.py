@@ -79,6 +79,10 @@ def test_few_shots_embed_few_examples(tmp_path, data_dir, monkeypatch):
     few = Probe(shots=(2,), **SPLITS)(context).scalars
     assert sum(embedded) == 32 + 32
     assert few == {name: value for name, value in all_of_them.items() if "2_shot" in name}
+    taken, probe_all = np.array([3, 17, 18, 40, 59]), Probe(shots=(None,), **SPLITS)
+    whole, part = (probe_all._represent(context, "train[:60]", numbers) for numbers in (None, taken))
+    for name in whole:
+        np.testing.assert_allclose(part[name], whole[name][taken], rtol=1e-5, atol=1e-6)
 
 
 def test_digits_can_be_read_off_an_untrained_model(tmp_path, data_dir):
