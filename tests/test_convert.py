@@ -700,6 +700,14 @@ def test_safetensors_there_and_back(tmp_path):
         sharing.read(UPath(directory))
 
 
+def test_figures_of_a_card(tmp_path):
+    """Those of its step; what is not finite is no figure."""
+    (tmp_path / "eval_val").mkdir()
+    lines = ('{"step": 4, "val/x": 1.0}', '{"step": 8, "seconds": 2.0, "val/x": 0.5, "val/y": null}')
+    (tmp_path / "eval_val" / "results.jsonl").write_text("\n".join(lines))
+    assert sharing.evaluations(UPath(tmp_path), 8) == {"val/x": 0.5}
+
+
 def test_the_model_card(tmp_path):
     """Its header is what the Hub reads; its commands are those of this project."""
     model, _, directory = shared(tmp_path, repo="people/run", license="mit")
