@@ -470,4 +470,4 @@ def _is_integer(value: tf.Tensor) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:300] or type(error).__name__  # some have no message

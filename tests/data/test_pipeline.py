@@ -275,3 +275,13 @@ def test_other_formats_say_so(builder, tmp_path):
         f.rename(copy / f.name.replace("tfrecord", "array_record"))
     with pytest.raises(ValueError, match="'pebbles' is stored as array_record, and only tfrecord"):
         pipeline.eval_batches("pebbles", "test", PLAIN, batch_size=1, data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(("error", "says"), [(OSError("no\nroute"), "no route"), (TimeoutError(), "TimeoutError")])
+def test_data_that_this_machine_cannot_get(tmp_path, monkeypatch, error, says):
+    def fails(self):
+        raise error
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fails)
+    with pytest.raises(ValueError, match=rf"^data set 'digits' is not in .* cannot be prepared here: .* \({says}\)$"):
+        pipeline.prepare("digits", str(tmp_path))
