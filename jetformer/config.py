@@ -29,7 +29,10 @@ OPERATIVE_CONFIG_FILE = "operative_config.gin"  # in the workdir: all that was u
 def _evaluators() -> Iterator[type]:
     """All dataclasses of the files in `evaluators/`, so that a new evaluator is a new file there."""
     for file in pkgutil.iter_modules(evaluators.__path__):
-        module = importlib.import_module(f"{evaluators.__name__}.{file.name}")
+        try:
+            module = importlib.import_module(f"{evaluators.__name__}.{file.name}")
+        except ImportError as error:
+            raise ImportError(f"jetformer/evaluators/{file.name}.py cannot be imported: {error}") from error
         for value in vars(module).values():
             if file.name != "base" and dataclasses.is_dataclass(value) and value.__module__ == module.__name__:
                 yield value

@@ -30,8 +30,8 @@ flags.DEFINE_bool("once", False, "Evaluate the newest checkpoint there is, even 
 flags.DEFINE_integer(
     "every",
     1,
-    "Evaluate every so-manieth checkpoint, that is those at multiples of so many times train.checkpoint_steps, and the "
-    "last. 1: every one, also those saved out of turn, as on SIGTERM.",
+    "Evaluate every n-th checkpoint, that is those at multiples of n times train.checkpoint_steps, and the last; 1: "
+    "all, also those saved out of turn, as on SIGTERM.",
     lower_bound=1,
 )
 flags.DEFINE_bool("newest", False, "Of several checkpoints that wait, evaluate the newest only.")
@@ -125,7 +125,6 @@ class Job:
           ValueError: if there is none, or it cannot be used.
         """
         from jetformer import train
-        from jetformer.evaluators import base
 
         saved = self._read_saved()
         if saved == self._saved:
@@ -145,14 +144,18 @@ class Job:
         self._saved, self._run, self._names = saved, run, tuple(self._chosen or run.evaluators)
         self._given_up.clear()
         self._write_results()
+        return True
+
+    def _warn_of_other_settings(self) -> None:
+        from jetformer.evaluators import base
+
         for name in self._names:
-            if steps := base.other_settings(self._workdir, name, run.evaluators[name]):
+            if steps := base.other_settings(self._workdir, name, self._run.evaluators[name]):
                 logging.warning(
                     "%s: %d step(s) were evaluated with other settings and stay as they are: delete %s to evaluate "
                     "them again, or give the evaluator another name",
                     *(name, len(steps), base.directory_of(self._workdir, name)),
                 )
-        return True
 
     def follow(
         self, poll_seconds: float, every: int = 1, newest: bool = False, timeout_seconds: float | None = None
@@ -169,12 +172,14 @@ class Job:
         Raises:
           ValueError: if none came for so long, or the run begins again with a configuration that cannot be used.
         """
-        from jetformer import checkpoint
+        from jetformer import checkpoint, metrics  # noqa: F401 (takes seconds, for which no checkpoint shall wait)
 
+        self._warn_of_other_settings()
         waiting: list[int] = []
         waiting_for, since = None, 0.0
         while True:
             if self._read_config():
+                self._warn_of_other_settings()
                 waiting_for = None  # somebody works on it
             period = None if every == 1 else every * self._run.checkpoint_steps
             steps = self._machine.of_first(checkpoint.steps(self._workdir))
@@ -233,6 +238,7 @@ class Job:
           ValueError: with `again`, if the checkpoint cannot be read.
         """
         from jetformer import checkpoint, metrics, train
+        from jetformer.evaluators import base
 
         since, wrong = time.perf_counter(), None
         try:
@@ -254,6 +260,12 @@ class Job:
         for name in names or self._names:
             if not again and not self._machine.of_first(name in self._missing(step)[step]):
                 continue  # another job has done it meanwhile
+            if again and step in base.other_settings(self._workdir, name, run.evaluators[name]):
+                logging.warning(
+                    "%s: the figures of step %d, which are of other settings, are replaced: give the evaluator another "
+                    "name to keep both",
+                    *(name, step),
+                )
             try:
                 self._check(name, run, state, step)
                 if name not in self._written:
@@ -360,6 +372,11 @@ def main(argv: list[str]) -> None:
 
         if FLAGS.once and FLAGS.step is not None:
             raise ValueError("give --once or --step, not both")
+        following = [name for name in ("every", "newest", "timeout_seconds") if FLAGS[name].present]
+        if following and (FLAGS.once or FLAGS.step is not None):
+            raise ValueError(f"--{following[0]} is of a job that follows a run: leave it out with --once and --step")
+        if FLAGS.evaluators == []:
+            raise ValueError("--evaluators names none: give names of train.evaluators, or leave it out for all")
         workdir, once = UPath(FLAGS.workdir), FLAGS.once or FLAGS.step is not None
         if not once:
             wait_for_run(workdir, FLAGS.wait_seconds, FLAGS.poll_seconds)
@@ -370,7 +387,8 @@ def main(argv: list[str]) -> None:
                 steps = machine.of_first(checkpoint.steps(workdir))
                 step = max(steps, default=None) if FLAGS.step is None else FLAGS.step
                 if step not in steps:
-                    which = "" if FLAGS.step is None else f" of step {step}"
+                    there = f", but of {', '.join(map(str, steps))} (see train.keep_last)" if steps else ""
+                    which = "" if FLAGS.step is None else f" of step {step}{there}"
                     raise ValueError(f"{workdir} has no complete checkpoint{which}")
                 once = not job.evaluate(step)
         if job.failures:

@@ -218,7 +218,8 @@ class WandbWriter(metric_writers.MetricWriter):
         )
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
-        where = "nowhere: W&B is disabled" if run.disabled else f"{run.dir}, offline" if run.offline else run.url
+        offline = f"{os.path.dirname(run.dir)}, which `wandb sync` uploads"
+        where = "nowhere: W&B is disabled" if run.disabled else offline if run.offline else run.url
         logging.info("Metrics are mirrored to %s", where)
         return run
 

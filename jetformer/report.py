@@ -526,8 +526,10 @@ def run_charts(run: Run, metrics: Sequence[str]) -> Charts:
         parts = [tag for tag in tags if _part(tag)]
         if parts:  # as of each class or layer: a chart for each evaluation, a line for each part
             for group in dict.fromkeys(map(_group, tags)):
-                lines = zip((tag for tag in tags if _group(tag) == group), itertools.cycle(_COLOURS), strict=False)
-                charts[group, quantity] = [Line(_part(tag) or "all", run.curves[tag], colour) for tag, colour in lines]
+                of_group = [tag for tag in tags if _group(tag) == group]
+                title = quantity if len(of_group) > 1 else _quantity(of_group[0])  # one line has no legend
+                lines = zip(of_group, itertools.cycle(_COLOURS), strict=False)
+                charts[group, title] = [Line(_part(tag) or "all", run.curves[tag], colour) for tag, colour in lines]
             continue
         heading = ", ".join(_group(tag) for tag in tags)
         charts[heading, quantity] = [Line(_group(tag), run.curves[tag], colours[_group(tag)]) for tag in tags]

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+import textwrap
 import time
 
 import pytest
@@ -186,8 +187,10 @@ def test_one_step(finished, tmp_path):
         assert process.returncode == 0, log
         assert evaluated(workdir) == steps
     for flags, message in (
-        (["--step=6"], "has no complete checkpoint of step 6"),
+        (["--step=6"], "has no complete checkpoint of step 6, but of 2, 4 (see train.keep_last)"),
         (["--step=2", "--once"], "give --once or --step"),
+        (["--once", "--newest"], "--newest is of a job that follows a run"),
+        (["--evaluators="], "--evaluators names none"),
         (["--evaluators=vall"], "there is no evaluator 'vall'; train.evaluators has val"),
         (["--gin_bindings=train.evaluators = {}"], "has no evaluators"),
     ):
@@ -262,19 +265,32 @@ def test_a_run_that_does_not_go_on_is_given_up(finished, tmp_path, monkeypatch):
     assert clock[0] == 9.0
 
 
-def test_a_new_evaluator_is_a_new_file(tmp_path):
-    (tmp_path / "new.py").write_text(
-        "import dataclasses\nfrom jetformer.evaluators.base import Evaluator\n"
-        "@dataclasses.dataclass(frozen=True, kw_only=True)\nclass New(Evaluator):\n    size: float = 1.0\n"
-    )
+def test_a_new_evaluator_is_a_new_file(tmp_path, data_dir):
+    """The example of `base.py`, as it stands there."""
+    example = base.__doc__[base.__doc__.index("    @dataclasses") : base.__doc__.index("`Context.per_example`")]
+    imports = """
+        import dataclasses
+        from jetformer.evaluators.base import Context, Evaluator, Results
+        from jetformer.objectives import to_unit_range
+    """
+    (tmp_path / "new.py").write_text(textwrap.dedent(imports) + textwrap.dedent(example))
+    (tmp_path / "broken.py").write_text("import nothing_like_it")
     code = f"""if True:
+        import sys
         from jetformer import evaluators
         evaluators.__path__.append({str(tmp_path)!r})
-        from jetformer import config, train
-        config.parse(["experiments/digits.gin"], ['train.evaluators = {{"mine": @New()}}', "New.size = 2.0"])
-        print(config.call(train.Run).evaluators)"""
+        sys.path.append("tests")
+        from runs import untrained
+        overrides = {{"train__evaluators": '{{"latents": @LatentStd()}}', "LatentStd__split": '"validation[:20]"'}}
+        context = untrained({str(tmp_path)!r}, {str(data_dir)!r}, **overrides)
+        (std,) = context.run.evaluators["latents"](context).scalars.values()
+        print(0.1 < std < 10)"""
+    _, log = start([sys.executable, "-c", code]).communicate(timeout=100)
+    message = "ImportError: jetformer/evaluators/broken.py cannot be imported: No module named 'nothing_like_it'"
+    assert log.splitlines()[-1] == message
+    (tmp_path / "broken.py").unlink()
     printed, log = start([sys.executable, "-c", code]).communicate(timeout=100)
-    assert printed == "{'mine': New(every_steps=None, size=2.0)}\n", log
+    assert printed == "True\n", log
 
 
 def test_two_jobs_at_once_lose_nothing(finished, tmp_path):
@@ -605,8 +621,17 @@ def test_results_of_other_settings_are_named(finished, tmp_path, caplog):
     caplog.set_level("WARNING")
     follow(workdir)
     assert "other settings" not in caplog.text
-    follow(workdir, "Likelihood.num_draws = 2")
-    assert "val: 1 step(s) were evaluated with other settings" in caplog.text
+    other = "Likelihood.num_draws = 2"
+    follow(workdir, other)
+    assert "val: 1 step(s) were evaluated with other settings and stay as they are" in caplog.text
+    caplog.clear()
+    following = job(workdir, other)  # --once
+    assert following.evaluate(8)
+    following.close()
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["val"]
+    assert "the figures of step 8, which are of other settings, are replaced" in caplog.text
+    (line,) = results(workdir, "val")
+    assert "val/bits_per_dim_importance_weighted" in line
 
 
 def test_once_takes_the_next_where_the_newest_goes(finished, tmp_path, monkeypatch):

@@ -599,6 +599,8 @@ def test_parts_of_an_evaluation_are_lines_of_one_chart():
         ("probe", "accuracy_5_shot"),
         ("probe", "accuracy_10_shot"),
     ]
+    alone = report.run_charts(run, ["probe/accuracy_10_shot/layer_1"])
+    assert [*alone] == [("probe", "accuracy_10_shot/layer_1")]
     order = run.evaluation_tags()
     assert order[:2] == ["val/bits_per_dim", "shown/images"]
     assert order.index("probe/accuracy_5_shot/layer_0") < order.index("probe/accuracy_10_shot/layer_1")

@@ -1,5 +1,21 @@
 """What evaluators have in common: what they are given, what they give, and where that is written down.
 
+An evaluator is a frozen dataclass in a file of this directory, which gin then knows by its name:
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class LatentStd(Evaluator):
+        split: str | None = None  # in gin: LatentStd.split = "test", and train.evaluators = {"latents": @LatentStd()}
+
+        def __call__(self, context: Context) -> Results:
+            def score(model, batch, keys):
+                tokens, _, _ = model.encode_image(to_unit_range(batch["image"].float()))
+                return {"std": tokens.flatten(1).std(1)}
+
+            rows = context.per_example(score, context.batches(split=self.split), seed=0)
+            return Results(scalars={"std": float(rows["std"].mean())})  # latents/std
+
+`Context.per_example` shares examples out over processes and devices. What is found goes to
+
     <workdir>/eval_<name>/results.jsonl             a line for each step: {"step": …, "seconds": …, "<name>/…": …}
     <workdir>/eval_<name>/steps/000000200.json      the same of one step, and the evaluator's settings
     <workdir>/eval_<name>/<picture>/000000200.png   pictures
