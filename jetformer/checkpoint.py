@@ -13,9 +13,9 @@
 """
 
 import copy
-import datetime
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -129,8 +129,7 @@ def age(workdir: str | os.PathLike, step: int) -> float:
       OSError: if it is not.
     """
     fs, root = _open(workdir)
-    since = fs.modified(f"{_directory(root, step)}/{MARKER}")
-    return (datetime.datetime.now(datetime.timezone.utc) - since.astimezone(datetime.timezone.utc)).total_seconds()
+    return time.time() - fs.modified(f"{_directory(root, step)}/{MARKER}").timestamp()
 
 
 def verify(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
@@ -284,7 +283,7 @@ def _reading(fs: AbstractFileSystem, root: str, step: int) -> Iterator[None]:
     raise errors of any type, assertions among them."""
     try:
         yield
-    except (ValueError, OSError):
+    except (ValueError, OSError, torch.OutOfMemoryError):  # these say what they are
         raise
     except Exception as error:
         raise ValueError(

@@ -260,7 +260,7 @@ class Job:
         for name in names or self._names:
             if not again and not self._machine.of_first(name in self._missing(step)[step]):
                 continue  # another job has done it meanwhile
-            if again and step in base.other_settings(self._workdir, name, run.evaluators[name]):
+            if again and base.other_settings(self._workdir, name, run.evaluators[name], only=step):
                 logging.warning(
                     "%s: the figures of step %d, which are of other settings, are replaced: give the evaluator another "
                     "name to keep both",

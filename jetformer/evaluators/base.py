@@ -256,9 +256,10 @@ def evaluated_steps(workdir: UPath, name: str) -> set[int]:
     return set(_records(directory_of(workdir, name)))
 
 
-def other_settings(workdir: UPath, name: str, evaluator: Evaluator) -> list[int]:
-    """The steps that have been evaluated under this name with other settings than the evaluator's."""
-    records = {step: _read(path) for step, path in _records(directory_of(workdir, name)).items()}
+def other_settings(workdir: UPath, name: str, evaluator: Evaluator, only: int | None = None) -> list[int]:
+    """The steps (or `only` one) that have been evaluated under this name with other settings than the evaluator's."""
+    found = _records(directory_of(workdir, name))
+    records = {step: _read(path) for step, path in found.items() if only in (None, step)}
     return sorted(step for step, record in records.items() if record and record["settings"] != settings(evaluator))
 
 
