@@ -1,3 +1,9 @@
+import os
+
+# Of several workers each has a core (`pytest -n`): with more threads than that they wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 import jetformer  # noqa: F401  (before any test imports TensorFlow)
