@@ -12,6 +12,7 @@ Dimensions: B batch, H × W × C image, T text tokens, L image tokens, D token d
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,19 +51,19 @@ def check_has(batch: Batch, *keys: str) -> None:
             )
 
 
-def labels_of(batch: Batch) -> Tensor:
-    """The class labels `[B]` of a batch: its `label`, or its texts of one token.
+def labels_of(batch: dict[str, Any], argument: str = "Data.pp") -> Any:
+    """The class labels `[B]` of a batch of tensors or arrays: its `label`, or its texts of one token.
 
     Raises:
-      ValueError: if it has neither.
+      ValueError: if it has neither; `argument` is the preprocessing that a user may change.
     """
     if "label" in batch:
         return batch["label"]
     if "text" in batch and batch["text"].shape[1] == 1:
         return batch["text"][:, 0]
     raise ValueError(
-        "the batch has no label: the preprocessing must keep it, as \"decode | keep('image', 'label')\", or make a "
-        "text of it with label_as_text"
+        "the examples have no label: give a preprocessing string that keeps it, as "
+        f"{argument} = \"decode | keep('image', 'label')\", or makes a text of it with label_as_text"
     )
 
 

@@ -218,22 +218,6 @@ class Context:
             yield batch | {"_mask": mask, "_index": index}
 
 
-def labels_of(batch: dict[str, Any], argument: str) -> Any:
-    """The labels `[B]` of a batch: its `label`, or its texts of one token.
-
-    Raises:
-      ValueError: if it has neither; `argument` is what a user may change.
-    """
-    if "label" in batch:
-        return batch["label"]
-    if "text" in batch and batch["text"].shape[1] == 1:
-        return batch["text"][:, 0]
-    raise ValueError(
-        "the examples have no label: give a preprocessing string that keeps it, as "
-        f"{argument} = \"decode | keep('image', 'label')\""
-    )
-
-
 def prepare(data: Data, runtime: Runtime) -> None:
     """Prepares a dataset where that has not been done: where processes share the place, one of them does it.
 

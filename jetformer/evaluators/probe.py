@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from jetformer.data.dataset import Data
-from jetformer.evaluators.base import Context, Evaluator, Results, labels_of
+from jetformer.evaluators.base import Context, Evaluator, Results
 from jetformer.loops import steps
 from jetformer.models.jetformer import JetFormer
+from jetformer.objectives import labels_of
 from jetformer.sampling import decode
 
 _SEED = 8
