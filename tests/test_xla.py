@@ -296,6 +296,41 @@ def test_jobs_of_their_own_read_it(sharded, tmp_path, data_dir):
     assert likelihoods["xla"] == pytest.approx(likelihoods["cpu"], rel=1e-4)
 
 
+def test_checkpoints_wait_for_steps_that_have_not_ended(tmp_path):
+    """A step on the device takes longer than to come to the next line; what it makes is saved, and loaded over."""
+    code = """
+import sys
+from jetformer import runtime
+machine = runtime.initialize("xla")
+import torch
+import torch_xla
+from jetformer import checkpoint, train
+loop = train.loop_of(machine)
+loop.set_up({"fsdp": -1}, None, "highest")
+checkpointer = checkpoint.Checkpointer(sys.argv[1], keep_last=10, **loop.checkpointing())
+
+def in_the_midst_of_a_step():
+    w = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).to(machine.device)
+    for _ in range(40):
+        w = torch.tanh(w @ w)
+    loop.place_state([w])  # starts it
+    return {"w": w}
+
+for step in range(1, 11):
+    checkpointer.save(step, in_the_midst_of_a_step())
+checkpointer.wait()
+expected = checkpoint.restore(sys.argv[1], 1, {"w": torch.empty(512, 512)})["w"]
+assert expected.abs().max() > 0
+for step in range(1, 11):
+    loaded = checkpoint.restore(sys.argv[1], step, in_the_midst_of_a_step(), loop.load_planner())["w"]
+    assert torch.equal(loaded.cpu(), expected), step
+"""
+    args = [sys.executable, "-c", code, str(tmp_path)]
+    process = start(args, PJRT_DEVICE="CPU", CPU_NUM_DEVICES="4")
+    _, log = process.communicate(timeout=400)
+    assert process.returncode == 0, log[-5000:]
+
+
 def test_decoding_is_one_graph_for_all_tokens(tmp_path):
     """With guidance and prompts of several lengths, and of text: what the CPU samples, compiled once, no fall-backs."""
     code = """

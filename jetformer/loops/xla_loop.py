@@ -21,11 +21,13 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 import torch_xla
 import torch_xla.backends
+import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as xla_metrics
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
@@ -162,14 +164,28 @@ class _SavePlanner(SPMDSavePlanner):
         return dataclasses.replace(plan, items=list(first_copies.values()))
 
 
+class _LoadPlanner(SPMDLoadPlanner):
+    """torch_xla's, which stops where a step that makes the shards has not ended."""
+
+    def set_up_planner(self, *args, **kwargs) -> None:
+        xm.wait_device_ops()
+        super().set_up_planner(*args, **kwargs)
+
+
+def _snapshot(state: dict[str, Any]) -> dict[str, Any]:
+    """This host's shards of a state, on the CPU."""
+    xm.wait_device_ops()  # torch_xla does not wait for the step that makes them, but stops
+    return _sharded_cpu_state_dict(state)
+
+
 def checkpointing() -> dict[str, Callable]:
     """How a `Checkpointer` copies and writes what lies on the mesh: every host only its own shards."""
-    return {"snapshot": _sharded_cpu_state_dict, "planner": _SavePlanner}
+    return {"snapshot": _snapshot, "planner": _SavePlanner}
 
 
 def load_planner() -> SPMDLoadPlanner:
     """How a checkpoint is read onto the mesh: every host reads what its devices hold."""
-    return SPMDLoadPlanner()
+    return _LoadPlanner()
 
 
 def counters() -> dict[str, float]:
