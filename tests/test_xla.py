@@ -303,7 +303,6 @@ import sys
 from jetformer import runtime
 machine = runtime.initialize("xla")
 import torch
-import torch_xla
 from jetformer import checkpoint, train
 loop = train.loop_of(machine)
 loop.set_up({"fsdp": -1}, None, "highest")
