@@ -8,10 +8,11 @@ done. What they find is in `<workdir>/eval_<name>/` (see `evaluators/base.py`). 
 delete a checkpoint at any time; started again, it does what has not been done. So does another such job beside it, and
 nothing gets lost; both may begin with the same step, so give them different --evaluators. What fails is said in one
 line, and the rest goes on; the exit code is 1 then. (A configuration that cannot be used ends the job. In several
-processes so does an evaluator that fails halfway, for the other processes may be anywhere.)
+processes so does an evaluator that fails in one of them while the others go on.)
 """
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ class Job:
       names: which evaluators; None: all.
 
     Attributes:
-      failures: one line for each evaluation that failed.
+      evaluations: what runs the evaluators, and knows which have failed.
 
     Raises:
       ValueError: if there is no run, or it has no such evaluator.
@@ -70,14 +71,14 @@ class Job:
         machine: runtime.Runtime,
         names: Sequence[str] | None = None,
     ):
-        self.failures: list[str] = []
+        from jetformer.evaluators.running import Evaluations
+
+        self.evaluations = Evaluations(machine)
         self._workdir, self._overrides, self._machine = workdir, (gin_files, gin_bindings), machine
         self._chosen = names
         self._saved: tuple[str, str] | None = None  # what the run has written of itself, and what it says
         self._run, self._last_step = None, 0
         self._loaded = None  # what the run has written of itself, and the run and its state on the devices
-        self._checked: set[str] = set()
-        self._given_up: set[tuple[str, int | None]] = set()  # evaluators at steps; at None for good
         self._written: dict[str, Any] = {}  # the writers, by evaluator
         self._read_config()
 
@@ -142,7 +143,7 @@ class Job:
         # From run.json: a length in epochs takes the dataset to know, which this machine may lack.
         self._last_step = json.loads(saved[1]).get("total_steps") or run.steps()
         self._saved, self._run, self._names = saved, run, tuple(self._chosen or run.evaluators)
-        self._given_up.clear()
+        self.evaluations.begin_anew()
         self._write_results()
         return True
 
@@ -183,8 +184,7 @@ class Job:
                 waiting_for = None  # somebody works on it
             period = None if every == 1 else every * self._run.checkpoint_steps
             steps = self._machine.of_first(checkpoint.steps(self._workdir))
-            # A checkpoint that was damaged, and is deleted, may come again.
-            self._given_up = {(name, step) for name, step in self._given_up if step is None or step in steps}
+            self.evaluations.try_again_but(steps)  # one that was damaged, and is deleted, may come again
             before, waiting = waiting, due(steps, self._last_step, period, newest)
             missing = self._machine.of_first(self._missing(*waiting, *before))
             for step in sorted(set(before) - set(steps)):
@@ -192,7 +192,8 @@ class Job:
                     logging.warning("The checkpoint of step %d was deleted before it was evaluated", step)
             todo = [step for step in waiting if missing[step]]
             if todo:
-                self.evaluate(todo[0], missing[todo[0]], again=False)
+                if not self.evaluate(todo[0], missing[todo[0]], again=False):
+                    waiting.remove(todo[0])  # which has been said
                 waiting_for = None
             elif steps and steps[-1] >= self._last_step:
                 return
@@ -215,11 +216,9 @@ class Job:
         from jetformer.evaluators.base import evaluated_steps
 
         done = {name: evaluated_steps(self._workdir, name) for name in self._names}
-        given_up = self._given_up
+        given_up = self.evaluations.given_up
         return {
-            step: [
-                name for name in self._names if step not in done[name] and not {(name, step), (name, None)} & given_up
-            ]
+            step: [name for name in self._names if step not in done[name] and not given_up(name, step)]
             for step in steps
         }
 
@@ -237,7 +236,7 @@ class Job:
         Raises:
           ValueError: with `again`, if the checkpoint cannot be read.
         """
-        from jetformer import checkpoint, metrics, train
+        from jetformer import checkpoint, train
         from jetformer.evaluators import base
 
         since, wrong = time.perf_counter(), None
@@ -253,74 +252,52 @@ class Job:
                 return False
             if again:
                 raise found
-            self._fail(f"the checkpoint of step {step}", found, [(name, step) for name in self._names])
+            self.evaluations.fail(f"the checkpoint of step {step}", found, [(name, step) for name in self._names])
             return True
         read_seconds = time.perf_counter() - since
         logging.info("Step %d: complete for %.1f s when found, read in %.1f s", step, age, read_seconds)
         for name in names or self._names:
             if not again and not self._machine.of_first(name in self._missing(step)[step]):
                 continue  # another job has done it meanwhile
-            if again and base.other_settings(self._workdir, name, run.evaluators[name], only=step):
-                logging.warning(
-                    "%s: the figures of step %d, which are of other settings, are replaced: give the evaluator another "
-                    "name to keep both",
-                    *(name, step),
-                )
-            try:
-                self._check(name, run, state, step)
-                if name not in self._written:
-                    directory = train.directory_of(self._workdir, name)
-                    directory.mkdir(parents=True, exist_ok=True)
-                    self._written[name] = metrics.Metrics(
-                        directory, self._machine.process_index, run.wandb_project, training_workdir=self._workdir
-                    )
-                since = time.perf_counter()
-                train.evaluate(
-                    *(run, state, step, name, self._workdir, self._machine, self._written[name]),
-                    counts=lambda: not self._taken_anew(step),
-                )
-            except Exception as error:  # whatever it is, the others can go on, and the exit code tells
-                if self._machine.process_count > 1 and name in self._checked:
-                    raise  # the other processes may be anywhere
-                # What a check finds wrong is wrong at the next step, too, and may take minutes to find.
-                for_good = name not in self._checked and isinstance(error, ValueError | ImportError)
-                self._fail(f"{name} at step {step}", error, [(name, None if for_good else step)])
+            others = again and base.other_settings(self._workdir, name, run.evaluators[name], only=step)
+            since = time.perf_counter()
+            done = self.evaluations.evaluate(
+                name,
+                train.context(run, state, step, name, self._workdir, self._machine),
+                functools.partial(self._written_to, name),
+                counts=lambda: not self._taken_anew(step),
+            )
+            if not done:
                 continue
             logging.info("Step %d: %s took %.1f s", step, name, time.perf_counter() - since)  # CLU logs the figures
+            if others:
+                logging.warning(
+                    "%s: the figures of step %d, which were of other settings, have been replaced: give the evaluator "
+                    "another name to keep both",
+                    *(name, step),
+                )
         return True
+
+    def _written_to(self, name: str):
+        """The writer of an evaluator."""
+        from jetformer import metrics
+        from jetformer.evaluators import base
+
+        if name not in self._written:
+            directory = base.directory_of(self._workdir, name)
+            directory.mkdir(parents=True, exist_ok=True)
+            self._written[name] = metrics.Metrics(
+                directory, self._machine.process_index, self._run.wandb_project, training_workdir=self._workdir
+            )
+        return self._written[name]
 
     def _taken_anew(self, step: int) -> bool:
         """Whether the run has gone back behind a step since its checkpoint was read."""
-        facts = self._read_saved()[1]
-        anew = facts != self._loaded[0][1] and json.loads(facts).get("start_step", step) < step
+        starts, now = (json.loads(saved[1]).get("start_steps", []) for saved in (self._loaded[0], self._read_saved()))
+        anew = now[: len(starts)] != starts or min(now[len(starts) :], default=step) < step
         if anew:
             logging.warning("Step %d is taken anew by the run: its figures do not count", step)
         return anew
-
-    def _fail(self, what: str, error: Exception, given_up: list[tuple[str, int | None]]) -> None:
-        """Says and remembers what has failed, and that it is not to be tried again."""
-        self._given_up |= set(given_up)
-        self.failures.append(f"{what}: {' '.join(str(error).split()) or type(error).__name__}")
-        logging.error("%s", self.failures[-1])
-        # A user's mistake or a disk's is told by its message, anything else by where it came from.
-        expected = isinstance(error, ValueError | OSError | ImportError)
-        logging.log(logging.DEBUG if expected else logging.ERROR, "", exc_info=error)
-
-    def _check(self, name: str, run, state, step: int) -> None:
-        """Has an evaluator look whether it can evaluate, once; what any process finds wrong is raised on all."""
-        from jetformer import train
-
-        if name in self._checked:
-            return
-        wrong = None
-        try:
-            run.evaluators[name].check(train.context(run, state, step, name, self._workdir, self._machine))
-        except (ValueError, OSError, ImportError) as error:
-            wrong = error
-        for error in self._machine.of_all(wrong):
-            if error is not None:
-                raise error
-        self._checked.add(name)
 
     def _load(self, step: int):
         """The run and its state at a step, built anew only where its configuration has changed."""
@@ -329,7 +306,6 @@ class Job:
         if self._loaded is None or self._loaded[0] != self._saved:
             self._loaded = None  # its memory goes first
             run, state, _ = train.load_state(self._run, self._workdir, self._machine, step)
-            self._checked.clear()
             self._loaded = self._saved, run, state
         else:
             train.restore(self._workdir, self._loaded[2], self._machine, step)
@@ -367,7 +343,7 @@ def main(argv: list[str]) -> None:
     with program.one_line_errors():
         machine = runtime.initialize(FLAGS.device)
         if machine.process_index > 0 and not FLAGS["verbosity"].present:  # of several processes one says how it goes
-            logging.set_verbosity(logging.WARNING)
+            logging.set_verbosity(logging.ERROR)
         from jetformer import checkpoint
 
         if FLAGS.once and FLAGS.step is not None:
@@ -391,8 +367,8 @@ def main(argv: list[str]) -> None:
                     which = "" if FLAGS.step is None else f" of step {step}{there}"
                     raise ValueError(f"{workdir} has no complete checkpoint{which}")
                 once = not job.evaluate(step)
-        if job.failures:
-            raise ValueError(f"{len(job.failures)} evaluation(s) failed: {'; '.join(job.failures)}")
+        if job.evaluations.failures:
+            raise ValueError(job.evaluations.summary())
 
 
 if __name__ == "__main__":

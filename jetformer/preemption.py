@@ -28,6 +28,7 @@ class Preemption:
         # A group of its own: other exchanges may go on in other threads.
         self._group = dist.new_group(backend="gloo") if self._several else None
         self._asked: tuple[torch.Tensor, dist.Work] | None = None
+        self._calls = 0
 
     def __enter__(self) -> "Preemption":
         self._previous = signal.signal(signal.SIGTERM, self._tell)
@@ -47,6 +48,7 @@ class Preemption:
           Preempted: if one of them was told to stop; of several processes, at the call after the one that noticed.
         """
         told = self._told
+        self._calls += 1
         if self._several:
             told = False
             if self._asked is not None:
@@ -57,3 +59,17 @@ class Preemption:
             self._asked = question, dist.all_reduce(question, dist.ReduceOp.MAX, self._group, async_op=True)
         if told:
             raise Preempted
+
+    def catch_up(self) -> None:
+        """Makes up for a call of `check` that some processes have left out, as where an error ended an evaluation; all
+        processes call it.
+
+        Raises:
+          Preempted: as `check`.
+        """
+        if not self._several:
+            return
+        calls = [0] * dist.get_world_size()
+        dist.all_gather_object(calls, self._calls)
+        if self._calls < max(calls):  # by one: the call after it would have waited
+            self.check()

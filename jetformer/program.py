@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from absl import app, flags, logging
 
-from jetformer import preemption
+from jetformer import preemption, runtime
 
 flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times, later ones win.")
 flags.DEFINE_multi_string("gin_bindings", [], "A gin binding such as 'train.total_steps = 100'.")
@@ -46,12 +46,12 @@ def one_line_errors() -> Iterator[None]:
     except preemption.Preempted:
         _say("stopped: start the same command again to go on")
         sys.exit(preemption.EXIT_CODE)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, runtime.OutOfStep) as error:
         logging.debug("", exc_info=True)
         _say(f"error: {' '.join(str(error).split())}")
         sys.exit(1)
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # whose errors have no type
+        if not runtime.are_apart(error):
             raise
         logging.debug("", exc_info=True)
         _say("error: another process of this run has ended; what it said before tells why")

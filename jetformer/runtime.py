@@ -1,20 +1,35 @@
 """Which devices and how many processes: the one module that knows. It imports torch_xla, where that is wanted."""
 
 import dataclasses
+import datetime
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+T = TypeVar("T")
 
 # The only pair of versions that load against each other: torch_xla ended with this release.
 XLA_VERSIONS = "torch==2.9.0 and torch_xla==2.9.0"
+
+# How long a process waits for the others to come to the end of what they do together: after an error, and without.
+_PATIENCE = datetime.timedelta(seconds=60)
+_TIMEOUT = datetime.timedelta(minutes=30)  # as that of collectives
+
+_KINDS = {kind.__name__: kind for kind in (ValueError, OSError, ImportError)}  # of errors that their message tells
+
+
+class OutOfStep(RuntimeError):
+    """Processes are at different places and cannot go on together. The message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +41,14 @@ class Runtime:
       process_index: which of the processes this one is.
       process_count: how many processes there are.
       device_count: how many devices they have together.
+      store: where several processes leave messages for each other.
     """
 
     device: torch.device
     process_index: int = 0
     process_count: int = 1
     device_count: int = 1
+    store: dist.Store | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def agree_on(self, name: str, value: Any) -> None:
         """Compares a value between processes.
@@ -58,6 +75,45 @@ class Runtime:
         if (error := self.of_first(error)) is not None:
             raise error
 
+    def together(self, action: Callable[[], T]) -> T:
+        """Every process does something, and goes on once all have done it.
+
+        Returns:
+          What it gives in this process.
+
+        Raises:
+          Exception: on all processes, what it raises in any of them: in one that has met something itself that, in the
+            others the same as a ValueError, an OSError, an ImportError or a RuntimeError.
+          OutOfStep: if another process does not come to its end within a minute, as it waits for this one in its midst.
+        """
+        if self.process_count == 1:
+            return action()
+        result = error = None
+        try:
+            result = action()
+        except Exception as raised:
+            error = raised
+        if error is not None and are_apart(error):
+            raise error
+        # Not by a collective: one that is given up keeps its process from ending.
+        number = self.store.add(f"together/calls/{self.process_index}", 1)
+        keys = [f"together/{number}/{process}" for process in range(self.process_count)]
+        self.store.set(keys[self.process_index], json.dumps(error and _described(error)))
+        try:
+            self.store.wait(keys, _TIMEOUT if error is None else _PATIENCE)
+        except dist.DistStoreError:
+            if error is None:
+                raise
+            raise OutOfStep(f"{_message(error)} (process {self.process_index}; the others wait for it)") from error
+        theirs = [json.loads(self.store.get(key)) for key in keys]
+        # All are here, so all have read what they left the last time.
+        self.store.delete_key(f"together/{number - 1}/{self.process_index}")
+        if error is not None:
+            raise error
+        for kind, message in filter(None, theirs):
+            raise _KINDS.get(kind, RuntimeError)(message)
+        return result
+
     def of_all(self, value: Any) -> list[Any]:
         """The values of all processes, on all processes."""
         values = [value] * self.process_count
@@ -77,6 +133,22 @@ class Runtime:
         if self.device.type == "cpu":
             return f"{torch.get_num_threads()} CPU threads{processes}"
         return f"{self.device_count} XLA device(s) ({os.environ['PJRT_DEVICE']}) of {self.process_count} process(es)"
+
+
+def are_apart(error: BaseException) -> bool:
+    """Whether an error says that processes cannot go on together: `OutOfStep`, or another one has gone."""
+    if not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, OutOfStep | dist.DistError) or "gloo" in str(error)  # whose errors have no type
+
+
+def _message(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _described(error: Exception) -> tuple[str | None, str]:
+    """Which of `_KINDS` an error is, and its message."""
+    return next((name for name, kind in _KINDS.items() if isinstance(error, kind)), None), _message(error)
 
 
 def initialize(device: str) -> Runtime:
@@ -123,7 +195,8 @@ def _initialize_torchrun(device: str, cuda_count: int) -> Runtime:
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     dist.init_process_group(backend)
     signal.signal(signal.SIGTERM, handler)
-    return Runtime(torch.device(device), dist.get_rank(), dist.get_world_size(), dist.get_world_size())
+    count = dist.get_world_size()
+    return Runtime(torch.device(device), dist.get_rank(), count, count, _get_default_store())
 
 
 def _on_tpu_host() -> bool:
@@ -159,13 +232,15 @@ def _initialize_xla() -> Runtime:
     import torch_xla.runtime as xr
 
     xr.use_spmd()
-    runtime = Runtime(torch_xla.device(), xr.process_index(), xr.process_count(), xr.global_runtime_device_count())
-    if runtime.process_count > 1:
+    store = None
+    if xr.process_count() > 1:
         # Hosts agree on checkpoints and preemption over their network, beside what the devices do.
         import torch_xla.distributed.xla_backend
 
         dist.init_process_group("gloo", init_method="xla://")
-    return runtime
+        store = _get_default_store()
+    devices = xr.global_runtime_device_count()
+    return Runtime(torch_xla.device(), xr.process_index(), xr.process_count(), devices, store)
 
 
 def resolve_mesh(mesh: dict[str, int] | None, device_count: int) -> dict[str, int]:

@@ -26,7 +26,8 @@ from upath import UPath
 import jetformer
 from jetformer import checkpoint, config, objectives, optim, prng
 from jetformer.data.dataset import Data
-from jetformer.evaluators.base import Context, Evaluator, directory_of, evaluated_steps, forget, prepare, write
+from jetformer.evaluators.base import Context, Evaluator, directory_of, evaluated_steps, forget, prepare
+from jetformer.evaluators.running import Evaluations
 from jetformer.loops import steps
 from jetformer.models import invertible, remat
 from jetformer.models.initializers import init_weights
@@ -38,8 +39,6 @@ from jetformer.storage import write_whole
 
 if TYPE_CHECKING:
     from clu.metric_writers import MetricWriter
-
-    from jetformer.metrics import Metrics
 
 RUN_FILE = "run.json"  # in the workdir: what it runs on, and its parameters
 TOKENIZER_FILE = "tokenizer.model"  # in the workdir, where the experiment reads texts
@@ -429,10 +428,12 @@ def restore(workdir: UPath, state: State, runtime: Runtime, step: int | None = N
 def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     """Trains, from the newest complete checkpoint in `workdir` if there is one.
 
-    Everything a user can get wrong is looked at before the first step and before anything is written.
+    Everything a user can get wrong is looked at before the first step and before anything is written. Once there is
+    something to lose, in a run that is resumed or goes on, an evaluator that fails is said in one line and training
+    goes on to its end.
 
     Raises:
-      ValueError: for a configuration, a dataset or a workdir that cannot be used.
+      ValueError: for a configuration, a dataset or a workdir that cannot be used; at the end, if evaluations failed.
       NonFiniteLoss: if the loss stops being finite; the last checkpoint is from before.
       Preempted: on SIGTERM, after saving.
     """
@@ -470,15 +471,18 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     first_batch, batches = peek(batches, "the training split")
     run.check_batch(first_batch)
     in_training = {name: e for name, e in run.evaluators.items() if e.every_steps is not None}
-    for name, evaluator in in_training.items():
-        evaluator.check(context(run, state, start_step, name, workdir, runtime))
+    evaluations = Evaluations(runtime)
+    check = evaluations.check if start_step == 0 else evaluations.try_check
+    for name in in_training:
+        check(name, context(run, state, start_step, name, workdir, runtime))
     checkpointer = checkpoint.Checkpointer(
         workdir, keep_last=run.keep_last, keep_every=run.keep_every, **loop.checkpointing()
     )
 
     workdir.mkdir(parents=True, exist_ok=True)
     if runtime.process_index == 0:
-        write_whole(workdir / RUN_FILE, json.dumps(_facts(run, state.model, runtime, start_step), indent=1))
+        facts = _facts(run, state.model, runtime) | {"start_steps": [*_start_steps(workdir), start_step]}
+        write_whole(workdir / RUN_FILE, json.dumps(facts, indent=1))
         config.save(workdir)  # after it, for a job that follows: a run that is to last longer has not ended
         if run.data.has_texts():  # a workdir is all that sampling needs, wherever it is copied to
             (workdir / TOKENIZER_FILE).write_bytes(run.data.texts().tokenizer.serialized())
@@ -529,10 +533,15 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     def evaluate_due(number: int, missing: bool = False) -> None:
         for name, evaluator in in_training.items():
             due = number == total_steps or number % evaluator.every_steps == 0
-            if due and not (missing and runtime.of_first(number in evaluated_steps(workdir, name))):
-                meter.check()
-                with meter.paused(), progress.timed(f"eval_{name}", wait_jax_async_dispatch=False):
-                    evaluate(run, state, number, name, workdir, runtime, written, preemption.check)
+            if not due or evaluations.given_up(name, number):
+                continue
+            if missing and runtime.of_first(number in evaluated_steps(workdir, name)):
+                continue
+            meter.check()
+            given = context(run, state, number, name, workdir, runtime, preemption.check)
+            with meter.paused(), progress.timed(f"eval_{name}", wait_jax_async_dispatch=False):
+                if not evaluations.evaluate(name, given, lambda: written):
+                    preemption.catch_up()
 
     with Preemption() as preemption, closing(training):
         try:
@@ -559,9 +568,17 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
             finally:
                 meter.close()
                 written.close()
+    if evaluations.failures:
+        raise ValueError(f"the run is complete, but {evaluations.summary()}")
 
 
-def _facts(run: Run, model: nn.Module, runtime: Runtime, start_step: int) -> dict[str, Any]:
+def _start_steps(workdir: UPath) -> list[int]:
+    """The steps from which the run in a workdir has gone on each time that it was started."""
+    file = workdir / RUN_FILE
+    return json.loads(file.read_text()).get("start_steps", []) if file.exists() else []
+
+
+def _facts(run: Run, model: nn.Module, runtime: Runtime) -> dict[str, Any]:
     """What a reader of the run may want to know that its configuration does not say."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "jetformer": jetformer.__version__}
     if runtime.device.type == "xla":
@@ -571,7 +588,6 @@ def _facts(run: Run, model: nn.Module, runtime: Runtime, start_step: int) -> dic
         "device_count": runtime.device_count,
         "process_count": runtime.process_count,
         "versions": versions,
-        "start_step": start_step,
         "total_steps": run.steps(),
         "batch_size": run.batch_size,
         "train_examples": run.data.num_train_examples(),
@@ -610,28 +626,6 @@ def context(
         directory=directory_of(workdir, name),
         each_batch=each_batch,
     )
-
-
-def evaluate(
-    run: Run,
-    state: State,
-    step: int,
-    name: str,
-    workdir: UPath,
-    runtime: Runtime,
-    written: "Metrics",
-    each_batch: Callable[[], None] = lambda: None,
-    counts: Callable[[], bool] = lambda: True,
-) -> None:
-    """Runs the evaluator `name` of `train.evaluators`, and writes down what it finds.
-
-    `each_batch` is called after every batch, `counts` before anything is written: nothing is, where it says False.
-    """
-    since = time.perf_counter()
-    evaluator = run.evaluators[name]
-    results = evaluator(context(run, state, step, name, workdir, runtime, each_batch))
-    if counts():
-        write(results, name, step, time.perf_counter() - since, evaluator, workdir, written, runtime)
 
 
 def saved_config(workdir: UPath) -> str:

@@ -61,7 +61,7 @@ def follow(workdir, *gin_bindings, names=None, **how):
     following = job(workdir, *gin_bindings, names=names)
     following.follow(poll_seconds=0.0, **how)
     following.close()
-    return following.failures
+    return following.evaluations.failures
 
 
 def evaluated(workdir, name="val"):
@@ -141,8 +141,8 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read(finished, tmp_path, monke
     caplog.set_level("WARNING")
     assert follow(workdir) == []
     assert evaluated(workdir) == [8]
-    (said,) = [record.message for record in caplog.records if "was deleted while it was read" in record.message]
-    assert said.startswith("The checkpoint of step 4 ")
+    (said,) = [record.message for record in caplog.records if record.name == "absl"]
+    assert said.startswith("The checkpoint of step 4 was deleted while it was read")
 
 
 def test_a_checkpoint_that_is_being_written_is_waited_for(finished, tmp_path, monkeypatch):
@@ -222,13 +222,13 @@ def test_one_that_fails_leaves_the_others(finished, tmp_path, monkeypatch):
     following.follow(poll_seconds=0.0)
     following.close()
     assert evaluated(workdir) == [4, 8]
-    assert [line.partition(":")[0] for line in following.failures if line.startswith("lacking")] == [
+    assert [line.partition(":")[0] for line in following.evaluations.failures if line.startswith("lacking")] == [
         "lacking at step 4"
     ]
-    assert "there is no data set 'coco_capshuns'" in following.failures[0]
-    (misspelt,) = [line for line in following.failures if line.startswith("misspelt")]
+    assert "there is no data set 'coco_capshuns'" in following.evaluations.failures[0]
+    (misspelt,) = [line for line in following.evaluations.failures if line.startswith("misspelt")]
     assert misspelt.startswith("misspelt at step 4: Fid.metrics: there is no 'frechet'; there are fid, ")
-    assert [line.partition(":")[0] for line in following.failures if "failing" in line] == [
+    assert [line.partition(":")[0] for line in following.evaluations.failures if "failing" in line] == [
         "failing at step 4",
         "failing at step 8",
     ]
@@ -244,7 +244,8 @@ def test_the_exit_code_tells(finished, tmp_path):
     _, log = process.communicate(timeout=240)
     assert process.returncode == 1
     assert evaluated(workdir) == [8]
-    assert "error: 1 evaluation(s) failed: lacking at step 8: data set digits/1.0.0 has no split 'nope'" in log
+    assert log.count("lacking at step 8: data set digits/1.0.0 has no split 'nope'") == 1
+    assert log.splitlines()[-1] == "error: 1 evaluation(s) failed, as said before: lacking at step 8"
     assert "Traceback" not in log
 
 
@@ -400,7 +401,8 @@ def test_a_dataset_that_is_lacking_in_several_processes(finished, tmp_path):
     process = start(torchrun(args, 2), OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
     _, log = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert log.count("error: 1 evaluation(s) failed: lacking at step 8") == 1
+    assert log.count("error: 1 evaluation(s) failed, as said before: lacking at step 8") == 1
+    assert log.count("lacking at step 8: data set digits/1.0.0 has no split 'nope'") == 1
     assert evaluated(workdir) == [8]
 
 
@@ -458,6 +460,8 @@ def test_what_a_run_takes_anew_is_evaluated_anew(finished, tmp_path, data_dir, c
     (workdir / "eval_val" / "grid").mkdir()
     for step in (4, 6):
         (workdir / "eval_val" / "grid" / f"{step:09d}.png").write_bytes(b"")
+        (workdir / "eval_val" / "images" / f"{step:09d}").mkdir(parents=True)  # as Fid.keep_images keeps
+        (workdir / "eval_val" / "images" / f"{step:09d}" / "000000.png").write_bytes(b"")
     for step in (6, 8):
         shutil.rmtree(workdir / "checkpoints" / f"{step:09d}")
     caplog.set_level("WARNING")
@@ -465,6 +469,7 @@ def test_what_a_run_takes_anew_is_evaluated_anew(finished, tmp_path, data_dir, c
         Likelihood__every_steps=8, make_optimizer__lr=1e-5)  # fmt: skip
     assert "val: deleted figures of 2 step(s) that come again" in caplog.text
     assert [path.name for path in (workdir / "eval_val" / "grid").iterdir()] == ["000000004.png"]
+    assert [path.name for path in (workdir / "eval_val" / "images").iterdir()] == ["000000004"]
     assert evaluated(workdir) == [2, 4, 8]
     follow(workdir)
     after = results(workdir, "val")
@@ -473,22 +478,40 @@ def test_what_a_run_takes_anew_is_evaluated_anew(finished, tmp_path, data_dir, c
     assert same == [True, True, False, False]
 
 
-def test_what_a_job_finds_of_a_course_that_was_left_does_not_count(finished, tmp_path, monkeypatch, caplog):
-    """The run goes back behind a checkpoint while the job evaluates it."""
+@pytest.mark.parametrize("starts", [[0, 4], [0, 4, 8], [4]], ids=str)
+@pytest.mark.parametrize("when", ["evaluating", "writing"])
+def test_what_a_job_finds_of_a_course_that_was_left_does_not_count(
+    finished, tmp_path, monkeypatch, caplog, when, starts
+):
+    """The run goes back behind a checkpoint while the job evaluates it: once, or again from its new step 8; or it is
+    another run."""
     workdir = copy_of(finished, tmp_path / "run", 8)
-    call, steps = Likelihood.__call__, iter([4, 8])
+    call, write = Likelihood.__call__, base.write
+    facts = json.loads((workdir / "run.json").read_text())
+    assert facts["start_steps"] == [0]
 
-    def go_back(self, context):
-        facts = json.loads((workdir / "run.json").read_text())
-        (workdir / "run.json").write_text(json.dumps(facts | {"start_step": next(steps)}))
+    def go_back():
+        (workdir / "run.json").write_text(json.dumps(facts | {"start_steps": starts}))
+
+    def evaluating(self, context):
+        if when == "evaluating":
+            go_back()
         return call(self, context)
 
-    monkeypatch.setattr(Likelihood, "__call__", go_back)
+    def writing(*args):
+        if when == "writing":  # too late for the first look, and the run finds nothing to delete
+            go_back()
+        write(*args)
+
+    monkeypatch.setattr(Likelihood, "__call__", evaluating)
+    monkeypatch.setattr(base, "write", writing)
     following = job(workdir)
     caplog.set_level("WARNING")
     assert following.evaluate(8)
     assert "Step 8 is taken anew by the run" in caplog.text
     assert base.evaluated_steps(UPath(workdir), "val") == set()
+    starts = [*starts, 8]
+    assert following._read_config()  # as a job that follows does
     assert following.evaluate(8)  # now it goes on from there
     following.close()
     assert evaluated(workdir) == [8]
@@ -629,7 +652,12 @@ def test_results_of_other_settings_are_named(finished, tmp_path, caplog):
     assert following.evaluate(8)
     following.close()
     assert [record.message.partition(":")[0] for record in caplog.records] == ["val"]
-    assert "the figures of step 8, which are of other settings, are replaced" in caplog.text
+    assert "the figures of step 8, which were of other settings, have been replaced" in caplog.text
+    caplog.clear()
+    following = job(workdir, "Likelihood.split = 'nope'")
+    assert following.evaluate(8)
+    following.close()
+    assert "replaced" not in caplog.text
     (line,) = results(workdir, "val")
     assert "val/bits_per_dim_importance_weighted" in line
 
@@ -646,7 +674,7 @@ def test_once_takes_the_next_where_the_newest_goes(finished, tmp_path, monkeypat
     following = job(workdir)
     assert not following.evaluate(4)
     assert following.evaluate(8)
-    assert following.failures == []
+    assert following.evaluations.failures == []
     assert evaluated(workdir) == [8]
 
 

@@ -28,6 +28,10 @@ def _steps_until_preempted(rank, rendezvous, told_after, results):
                 os.kill(os.getpid(), signal.SIGTERM)
             try:
                 preemption.check()
+                if step == 1:  # an evaluation ends in an error, in one of them a batch earlier
+                    if rank == 0:
+                        preemption.check()
+                    preemption.catch_up()
             except Preempted:
                 results[rank] = step
                 break

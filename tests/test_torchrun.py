@@ -207,3 +207,52 @@ def test_gpu_slurm(tmp_path, code, requeued):
     calls = (tmp_path / "calls").read_text().splitlines()
     assert "srun --kill-on-bad-exit=0 launch/gpu.sh --workdir=x 2 node3:23456" in calls
     assert ("scontrol requeue 123456" in calls) == requeued
+
+
+# Process 0 fails at once, where it fails, and process 1 after it has asked once more whether it is to stop.
+FAILING = """
+import datetime
+import sys
+from absl import app
+from jetformer import main, runtime
+from jetformer.evaluators.likelihood import Likelihood
+
+call, failing = Likelihood.__call__, sys.argv.pop(1)
+runtime._PATIENCE = datetime.timedelta(seconds=3)
+
+def fails(self, context):
+    rank = context.runtime.process_index
+    if context.step == 4 and str(rank) in failing:
+        if rank == 1:
+            context.each_batch()
+        raise OSError(f"no space left for {rank}")
+    return call(self, context)
+
+Likelihood.__call__ = fails
+app.run(main.main)
+"""
+
+
+def run_failing(tmp_path, data_dir, failing):
+    (tmp_path / "failing.py").write_text(FAILING)
+    flags = command(tmp_path / "run", bindings(data_dir, **SIZES))[3:]
+    args = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            str(tmp_path / "failing.py"), failing, *flags]  # fmt: skip
+    process = start(args, OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR", PYTHONPATH=".")
+    _, log = process.communicate(timeout=200)
+    assert process.returncode == 1, log
+    return log
+
+
+def test_an_evaluator_that_fails_in_all_processes_leaves_the_run(one, tmp_path, data_dir):
+    log = run_failing(tmp_path, data_dir, "0 and 1")
+    assert log.count("val at step 4: no space left for 0") == 1
+    assert log.count("error: the run is complete, but 1 evaluation(s) failed, as said before: val at step 4") == 1
+    assert sorted(scalars(tmp_path / "run")["val/bits_per_dim"]) == [8]
+    assert_equal_from(8, one, tmp_path / "run")
+
+
+def test_an_evaluator_that_fails_in_one_process_ends_the_run(tmp_path, data_dir):
+    log = run_failing(tmp_path, data_dir, "1")
+    assert log.count("error: no space left for 1 (process 1; the others wait for it)") == 1
+    assert checkpoint.latest(tmp_path / "run") == 4

@@ -155,6 +155,47 @@ def test_sigterm_during_an_evaluation(tmp_path, data_dir, monkeypatch):
 
 
 @pytest.mark.slow
+def test_an_evaluator_that_fails_leaves_the_run(finished, tmp_path, data_dir, monkeypatch, caplog):
+    """In the midst of its first evaluation. The others go on, the run ends as it would have, and says what failed."""
+    per_example, calls = torch_loop.per_example, []
+
+    def fails_once(*, batches, each_batch, **kwargs):
+        calls.append(kwargs)
+        if len(calls) == 1:
+            batches = iter([next(batches), None])  # the second is no batch
+        return per_example(batches=batches, each_batch=each_batch, **kwargs)
+
+    monkeypatch.setattr(torch_loop, "per_example", fails_once)
+    with pytest.raises(ValueError, match=r"^the run is complete, but 1 evaluation\(s\) failed, .*: val at step 6$"):
+        run(tmp_path, data_dir)
+    assert "val at step 6: " in caplog.text
+    expected, left = (checkpoint_tensors(workdir, 12) for workdir in (finished, tmp_path))
+    assert all(torch.equal(expected[name], left[name]) for name in expected)
+    assert [line["step"] for line in results(tmp_path, "val")] == [12]
+    assert [line["step"] for line in results(tmp_path, "samples")] == [12]
+    run(tmp_path, data_dir, train__total_steps=12)  # again: nothing is missing at its last step
+
+
+@pytest.mark.slow
+def test_an_evaluator_that_can_no_longer_evaluate_leaves_a_run_that_goes_on(tmp_path, data_dir, caplog):
+    """What it needs has gone since the run began."""
+    pytest.importorskip("torch_fidelity")
+    overrides = {"train__evaluators": '{"fid": @Fid(), "val": @Likelihood()}', "Fid__every_steps": 6,
+                 "Fid__statistics": f'"{tmp_path}/statistics.npz"', "train__checkpoint_steps": 4}  # fmt: skip
+    with pytest.raises(ValueError, match=r"statistics\.npz"):  # at first it is a mistake like any other
+        run(tmp_path / "run", data_dir, **overrides)
+    assert not (tmp_path / "run").exists()
+    workdir = tmp_path / "resumed"
+    run(workdir, data_dir, train__total_steps=4, train__evaluators="{}")
+    with pytest.raises(ValueError, match=r"^the run is complete, but 1 evaluation\(s\) failed, .*: fid at step 4$"):
+        run(workdir, data_dir, **overrides)
+    (said,) = [record.message for record in caplog.records if record.levelname == "ERROR"]  # tried once
+    assert said.startswith("fid at step 4: ")
+    assert [line["step"] for line in results(workdir, "val")] == [6, 12]
+    assert checkpoint.latest(workdir) == 12
+
+
+@pytest.mark.slow
 def test_gradient_accumulation_is_the_large_batch(tmp_path, data_dir):
     losses = {}
     for parts in (1, 4):

@@ -251,14 +251,25 @@ def forget(workdir: UPath, after: int) -> None:
     """Deletes what all evaluators have recorded and drawn of steps after a step, from which training goes on: these
     steps are taken anew, perhaps with other settings."""
     for directory in sorted(workdir.glob("eval_*"), key=str):
-        records = {step: path for step, path in _records(directory).items() if step > after}
-        pictures = [path for path in directory.glob("*/*.png") if path.stem.isdigit() and int(path.stem) > after]
-        for path in (*records.values(), *pictures):
-            path.unlink(missing_ok=True)
-        if records:
-            name = directory.name.removeprefix("eval_")
-            write_results(workdir, name)
-            logging.warning("%s: deleted figures of %d step(s) that come again", name, len(records))
+        name = directory.name.removeprefix("eval_")
+        if count := delete(workdir, name, lambda step: step > after):
+            logging.warning("%s: deleted figures of %d step(s) that come again", name, count)
+
+
+def delete(workdir: UPath, name: str, which: Callable[[int], bool]) -> int:
+    """Deletes what an evaluator has recorded and drawn of some steps; returns of how many there were figures."""
+    directory = directory_of(workdir, name)
+    records = [path for step, path in _records(directory).items() if which(step)]
+    for path in records:
+        path.unlink(missing_ok=True)
+    for path in directory.glob("*/*"):
+        if not re.fullmatch(r"\d+(\.png)?", path.name) or not which(int(path.stem)):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # somebody else deletes them, too
+            path.fs.rm(path.path, recursive=True)  # a picture, or a directory of them, as `Fid.keep_images` makes
+    if records:
+        write_results(workdir, name)
+    return len(records)
 
 
 def settings(evaluator: Evaluator) -> str:
