@@ -9,6 +9,7 @@ URLs.
 """
 
 import base64
+import bisect
 import dataclasses
 import html
 import itertools
@@ -39,6 +40,7 @@ MAX_PICTURES = 40  # of a kind on the page
 # In the workdir. The modules that write these bring TensorFlow, which a page needs nothing of.
 _CONFIG_FILE, _OPERATIVE_CONFIG_FILE, _FACTS_FILE = "config.gin", "operative_config.gin", "run.json"
 _EVENTS_PREFIX, _EVALUATION_PREFIX, _RESULTS_FILE = "events.out.tfevents.", "eval_", "results.jsonl"
+_START_TEXT = "config"  # which training writes at the step from which it goes on, each time that it is started
 
 _UNITS = {
     "bits_per_dim": "bits per dim",
@@ -152,7 +154,8 @@ def read_run(workdir: UPath) -> Run:
 
 
 def event_scalars(files: Iterable[UPath], notes: list[str]) -> dict[str, Curve]:
-    """All scalars of TensorBoard's event files, by tag and step. A step written twice counts as last written.
+    """All scalars of TensorBoard's event files, by tag and step. A step written twice counts as last written, and what
+    comes after the step from which a run has gone on later does not count: of a course that was left, it is.
 
     TensorBoard's own reader would import TensorFlow, which takes longer than all the rest, and reads no URLs.
 
@@ -161,15 +164,31 @@ def event_scalars(files: Iterable[UPath], notes: list[str]) -> dict[str, Curve]:
       notes: gets a line for each file that is damaged; what is before the damage is read.
     """
     written: dict[str, dict[int, tuple[float, float]]] = {}  # value with the time of its writing
+    starts: list[tuple[float, int]] = []  # step with the time
     for file in files:
         for event in _events(file, notes):
             for value in event.summary.value:
+                if value.tag == _START_TEXT:
+                    starts.append((event.wall_time, event.step))
                 scalar = _scalar(value)
                 if scalar is not None:
                     points = written.setdefault(value.tag, {})
                     if event.step not in points or points[event.step][0] <= event.wall_time:
                         points[event.step] = event.wall_time, scalar
-    return {tag: {step: value for step, (_, value) in points.items()} for tag, points in written.items()}
+    starts.sort()
+    times = [time for time, _ in starts]
+    # From which step the run has gone on at the least, after each time that it was started.
+    least = list(itertools.accumulate((step for _, step in reversed(starts)), min))[::-1]
+
+    def counts(step: int, time: float) -> bool:
+        later = bisect.bisect_right(times, time)
+        return later == len(least) or step <= least[later]
+
+    curves = {
+        tag: {step: value for step, (time, value) in points.items() if counts(step, time)}
+        for tag, points in written.items()
+    }
+    return {tag: curve for tag, curve in curves.items() if curve}
 
 
 def _events(file: UPath, notes: list[str]) -> Iterator[event_pb2.Event]:

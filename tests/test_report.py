@@ -55,10 +55,16 @@ RESULTS = [
 ]
 
 
-def write_events(directory, scalars, name="events.out.tfevents.1.host.1.0.v2", wall_time=1.0):
-    """Writes an event file as CLU does: scalars `{tag: {step: value}}` as tensors, among summaries of other kinds."""
+def write_events(directory, scalars, name="events.out.tfevents.1.host.1.0.v2", wall_time=1.0, start=0):
+    """Writes an event file as training does with CLU: scalars `{tag: {step: value}}` as tensors, among summaries of
+    other kinds, after the configuration at the step that it goes on from."""
     directory.mkdir(parents=True, exist_ok=True)
     events = [event_pb2.Event(file_version="brain.Event:2", wall_time=wall_time)]
+    events.append(event_pb2.Event(step=start, wall_time=wall_time))
+    text = events[-1].summary.value.add(tag="config")
+    text.metadata.plugin_data.plugin_name = "text"
+    text.tensor.dtype = types_pb2.DT_STRING
+    text.tensor.string_val.append(b"A.b = 1")
     for tag, curve in scalars.items():
         for step, value in curve.items():
             events.append(event_pb2.Event(step=step, wall_time=wall_time))
@@ -228,13 +234,28 @@ def test_of_a_resumed_run_what_was_written_last_counts(tmp_path):
         "uptime": {30: 4.0, 40: 8.0},
         "val/bits_per_dim": {200: 9.0, 100: 8.0},
     }
-    write_events(workdir, second, "events.out.tfevents.1.host.1000.0.v2", wall_time=6)
+    write_events(workdir, second, "events.out.tfevents.1.host.1000.0.v2", wall_time=6, start=20)
     run = report.read_run(workdir)
     assert run.curves["train/loss"] == {10: 1.0, 20: 2.0, 30: 33.0, 40: 44.0}
     assert list(run.curves["train/loss"]) == [10, 20, 30, 40]
     assert report.duration(run.curves["uptime"]) == 18.0
     # What evaluators write down counts more.
     assert run.curves["val/bits_per_dim"] == {100: 8.0, 200: 6.4321, 400: 5.4321, 600: 5.9321}
+
+
+def test_what_a_run_has_left_does_not_count(tmp_path):
+    """Its last checkpoints were deleted, twice, and it has gone on from before with other settings."""
+    workdir = make_run(tmp_path / "run", {"train/loss": {10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0}}, results=[], pictures=())
+    again = {"train/loss": {30: 30.0, 40: 40.0, 50: 50.0}, "only/then": {50: 1.0}}
+    write_events(workdir, again, "events.out.tfevents.1.host.2", wall_time=2, start=20)
+    run = report.read_run(workdir)
+    assert run.curves["train/loss"] == {10: 1.0, 20: 2.0, 30: 30.0, 40: 40.0, 50: 50.0}
+    write_events(workdir, {}, "events.out.tfevents.1.host.3", wall_time=3, start=10)
+    run = report.read_run(workdir)  # it has not come far yet
+    assert run.curves == {"train/loss": {10: 1.0}}
+    assert report.known_facts(run)["Steps"] == "10 of 800"
+    write_events(workdir, {"train/loss": {20: 7.0, 40: 8.0}}, "events.out.tfevents.1.host.4", wall_time=4, start=10)
+    assert report.read_run(workdir).curves == {"train/loss": {10: 1.0, 20: 7.0, 40: 8.0}}
 
 
 def test_an_older_run_has_its_evaluations_in_the_event_files(tmp_path):
@@ -254,9 +275,9 @@ def test_event_files_of_clu_are_read_as_tensorboard_reads_them(tmp_path):
     from tensorboard.util.tensor_util import make_ndarray
 
     writer = metric_writers.SummaryWriter(str(tmp_path))
+    writer.write_texts(0, {"config": "text"})
     for step in (1, 2, 3):
         writer.write_scalars(step, {"train/loss": 1 / step, "learning_rate": np.float32(0.1)})
-    writer.write_texts(1, {"config": "text"})
     writer.write_hparams({"width": 3})
     writer.write_images(2, {"grid": np.zeros((1, 4, 4, 3), np.uint8)})
     writer.write_histograms(2, {"h": np.arange(5)}, {"h": 2})
@@ -270,6 +291,11 @@ def test_event_files_of_clu_are_read_as_tensorboard_reads_them(tmp_path):
     notes = []
     assert report.event_scalars(UPath(tmp_path).iterdir(), notes) == expected
     assert not notes
+    writer = metric_writers.SummaryWriter(str(tmp_path))
+    writer.write_texts(2, {"config": "text"})  # the run goes on from there
+    writer.close()
+    left = {tag: {step: value for step, value in curve.items() if step <= 2} for tag, curve in expected.items()}
+    assert report.event_scalars(UPath(tmp_path).iterdir(), notes) == left
 
 
 def test_scalars_of_other_writers(tmp_path):
