@@ -440,7 +440,7 @@ def figure(unit: str | None, lines: Sequence[Line], last_step: int) -> dict[str,
         "modebar": {"bgcolor": "rgba(255,255,255,0.8)", "color": "#999", "activecolor": "#333"},
         "hovermode": "x unified",
         "showlegend": len(lines) > 1,
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "legend": {"orientation": "h", "x": 0, "y": -0.24, "yanchor": "top"},  # the toolbar is above
         "xaxis": axis | {"title": {"text": "step"}, "showline": True, "range": [-0.02 * last_step, 1.02 * last_step]},
         "yaxis": axis | {"title": {"text": unit or ""}} | ({} if view is None else {"range": view}),
         "yaxis2": {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},

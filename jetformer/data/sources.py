@@ -4,16 +4,21 @@ A source has splits, each an order of examples that never changes, which are rea
 small (what TFRecord files hold, images still encoded) or say where to read. `deserialize` makes an example of one.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
+from collections.abc import Iterator
 
 import numpy as np
+import requests
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
+from tensorflow_datasets.core.download import downloader
+from tensorflow_datasets.core.utils import tqdm_utils
 
 import jetformer.data.builders  # noqa: F401 (makes the package's own data sets known to TFDS)
 from jetformer.data import files, huggingface
@@ -21,6 +26,9 @@ from jetformer.data.folder import Folder
 
 FOLDER = "folder:"
 CACHE_DIR = "~/.cache/jetformer/datasets"
+
+_GCS = "https://storage.googleapis.com"  # where TFDS looks for what it cannot get elsewhere
+_SECONDS_TO_ANSWER = 10.0
 
 # How many files a stream reads at the same time. Part of what the order of examples depends on.
 _CYCLE_LENGTH = 16
@@ -418,13 +426,43 @@ def prepare(name: str, data_dir: str | None = None) -> None:
     if found.is_prepared():
         return
     try:
-        found.download_and_prepare()
+        with _at_once_offline(found):
+            found.download_and_prepare()
     # Downloads, checksums, archives, packages, files to be put there by hand: each fails in its own way.
     except Exception as e:
         raise ValueError(
             f"data set {name!r} is not in {found.data_dir} and cannot be prepared here: prepare "
             f"it elsewhere and copy it there, or set data_dir to where it is ({one_line(e)})"
         ) from e
+
+
+@contextlib.contextmanager
+def _at_once_offline(found: tfds.core.DatasetBuilder) -> Iterator[None]:
+    """Where what a data set downloads is out of reach, has TFDS find that out at once, and without progress bars. It
+    would try ten times, which takes minutes. It is still asked: what it needs may have been downloaded before."""
+    urls = list(found.url_infos or getattr(found, "urls", {}).values())
+    if not urls or any(map(_answers, (urls[0], _GCS))):
+        yield
+        return
+    retries, active = downloader.MAX_RETRIES, tqdm_utils._active
+    downloader.MAX_RETRIES = 0
+    tfds.display_progress_bar(False)
+    try:
+        yield
+    finally:
+        downloader.MAX_RETRIES = retries
+        tfds.display_progress_bar(active)
+
+
+def _answers(url: str) -> bool:
+    """Whether anything answers there, be it that it refuses."""
+    try:
+        requests.head(url, timeout=_SECONDS_TO_ANSWER)
+    except requests.ConnectionError:
+        return False
+    except requests.RequestException:  # as for ftp://, which only a download can tell
+        return True
+    return True
 
 
 def open_source(name: str, data_dir: str | None = None) -> Source:

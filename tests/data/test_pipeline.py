@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import downloader
+from tensorflow_datasets.core.utils import tqdm_utils
 
 from jetformer.data import pipeline, preprocess
 
@@ -285,3 +287,18 @@ def test_data_that_this_machine_cannot_get(tmp_path, monkeypatch, error, says):
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fails)
     with pytest.raises(ValueError, match=rf"^data set 'digits' is not in .* cannot be prepared here: .* \({says}\)$"):
         pipeline.prepare("digits", str(tmp_path))
+
+
+def test_without_a_network_that_is_said_at_once(tmp_path, monkeypatch, capfd, caplog):
+    """TFDS by itself would try for minutes."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing answers
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"it waits for {seconds} s"))
+    for name in ("cifar10", "tinystories"):
+        with pytest.raises(ValueError, match=f"^data set '{name}' is not in .* cannot be prepared here: .*127.0.0.1"):
+            pipeline.prepare(name, str(tmp_path))
+    assert not [record for record in caplog.records if "Retrying" in record.message]
+    assert "%|" not in capfd.readouterr().err
+    assert (downloader.MAX_RETRIES, tqdm_utils._active) == (10, True)

@@ -45,8 +45,13 @@ class TinyStories(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
         )
 
+    @property
+    def urls(self) -> dict[str, str]:
+        """What it downloads, by split."""
+        return {split: f"{URL}/{file}" for split, file in FILES.items()}
+
     def _split_generators(self, dl_manager):
-        paths = dl_manager.download({split: f"{URL}/{file}" for split, file in FILES.items()})
+        paths = dl_manager.download(self.urls)
         return {split: self._generate_examples(epath.Path(path)) for split, path in paths.items()}
 
     def _generate_examples(self, path):
