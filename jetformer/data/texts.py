@@ -80,6 +80,20 @@ class Texts:
             return ""
         return self.tokenizer.decode(whole).removeprefix(self.tokenizer.decode(kept)).strip()
 
+    def check_whole(self, name: str, texts: Sequence[str]) -> None:
+        """Looks whether the model can read all of each text.
+
+        Args:
+          name: of the setting that has them, for messages.
+          texts: the texts.
+
+        Raises:
+          ValueError: if one is too long.
+        """
+        for text in texts:
+            if cut := self.cut(text):
+                raise ValueError(f"{name}: {text!r} is too long for the model, by {cut!r}: shorten it")
+
     def decode(self, tokens: np.ndarray) -> list[str]:
         """Token ids `[N, T]` to N texts, without what comes after their end."""
         return [self.tokenizer.decode(row.tolist()) for row in tokens]

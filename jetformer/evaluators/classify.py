@@ -68,6 +68,8 @@ class Classify(Evaluator):
             raise ValueError(f"Classify needs a JetFormer, not a {type(model).__name__}: unset it in train.evaluators")
         context.run.check_order(text_first=False)
         labels_of(next(context.batches(self.data, self.split, self.pp)), "Classify.pp")
+        if self.labels is not None:
+            context.run.data.texts().check_whole("Classify.labels", self.labels)
         ids, _ = self._texts(context)
         if ids.max() >= model.vocab_size:
             raise ValueError(f"Classify has {len(ids)} labels, the model a vocabulary of {model.vocab_size}")

@@ -95,10 +95,7 @@ class Samples(Evaluator):
             context.run.check_guidance(guidance)
         context.run.check_order(text_first=True)
         if self.prompts is not None:
-            texts = context.run.data.texts()
-            for prompt in self.prompts:
-                if cut := texts.cut(prompt):
-                    raise ValueError(f"Samples.prompts: {prompt!r} is too long for the model, by {cut!r}: shorten it")
+            context.run.data.texts().check_whole("Samples.prompts", self.prompts)
         _, rows = self.conditions(context)
         grid.check_tokens(torch.from_numpy(rows["text"]), model)
         if self.num_round_trips:
