@@ -440,7 +440,7 @@ def figure(unit: str | None, lines: Sequence[Line], last_step: int) -> dict[str,
         "modebar": {"bgcolor": "rgba(255,255,255,0.8)", "color": "#999", "activecolor": "#333"},
         "hovermode": "x unified",
         "showlegend": len(lines) > 1,
-        "legend": {"orientation": "h", "x": 0, "y": -0.24, "yanchor": "top"},  # the toolbar is above
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "xaxis": axis | {"title": {"text": "step"}, "showline": True, "range": [-0.02 * last_step, 1.02 * last_step]},
         "yaxis": axis | {"title": {"text": unit or ""}} | ({} if view is None else {"range": view}),
         "yaxis2": {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
@@ -795,6 +795,8 @@ th.text, td.text { text-align: left; overflow-wrap: anywhere }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(25rem, 100%), 1fr)); gap: 1rem 1.5rem }
 figure { margin: 0; min-width: 0 }
 .plot { min-height: 290px }
+/* Beside the name of the x axis, where it covers neither curves nor the legend. */
+.plot .modebar-container { top: auto !important; bottom: 24px }
 .chart figcaption { font-weight: 600; font-size: .9rem; overflow-wrap: anywhere }
 .strip { display: flex; gap: .8rem; overflow-x: auto; align-items: end; padding-bottom: .5rem }
 .strip figure { flex: none; max-width: 100% }
@@ -979,8 +981,8 @@ const figures = JSON.parse(document.getElementById("figures").textContent);
 const plots = figures.map((figure, i) => {
   const plot = document.getElementById(`plot-${i}`);
   Plotly.newPlot(plot, figure.data, figure.layout, {
-    responsive: true, displaylogo: false, displayModeBar: "hover",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d"],
+    responsive: true, displaylogo: false, displayModeBar: "hover", showSendToCloud: false,
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
   });
   return plot;
 });

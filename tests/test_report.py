@@ -592,6 +592,15 @@ def test_a_browser_draws_it(tmp_path, compare):
       document.body.dataset.images = [...document.images].filter(image => image.naturalWidth == 8).length;
       document.body.dataset.axes = plots.map(plot => plot._fullLayout.yaxis.type).join();
       document.body.dataset.sizes = plots.map(plot => plot.querySelector(".main-svg").clientWidth > 300).join();
+      // Over which of a chart's parts its toolbar is.
+      document.body.dataset.covered = plots.map(plot => {
+        const toolbar = plot.querySelector(".modebar").getBoundingClientRect();
+        return [...plot.querySelectorAll(".legend, .nsewdrag, .xtitle")].filter(part => {
+          const box = part.getBoundingClientRect();
+          return box.bottom > toolbar.top && box.top < toolbar.bottom && box.right > toolbar.left;
+        }).map(part => part.classList).join("+");
+      }).join("");
+      document.body.dataset.tools = [...plots[0].querySelectorAll(".modebar-btn")].map(b => b.dataset.title).join();
     });</script></body>"""
     page.write_text(text.replace("</body>", probe), encoding="utf-8")
     document, said = browse(page)
@@ -601,7 +610,9 @@ def test_a_browser_draws_it(tmp_path, compare):
     traces = sum(len(figure["data"]) for figure in figures)
     assert len(re.findall(r'<g class="trace scatter ', document)) == traces
     assert len(re.findall(r'class="js-line"', document)) >= 2 * (1 + compare)
-    found = dict(re.findall(r'data-(images|axes|sizes)="([^"]*)"', document))
+    found = dict(re.findall(r'data-(images|axes|sizes|covered|tools)="([^"]*)"', document))
+    assert found["covered"] == ""
+    assert found["tools"].lower() == "download plot as a png,zoom,pan,reset axes"  # none that uploads anything
     assert found["images"] == "2"
     assert found["axes"].split(",") == ["log"] * len(figures)
     assert found["sizes"].split(",") == ["true"] * len(figures)
