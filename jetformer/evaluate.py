@@ -368,6 +368,7 @@ def main(argv: list[str]) -> None:
                     raise ValueError(f"{workdir} has no complete checkpoint{which}")
                 once = not job.evaluate(step)
         if job.evaluations.failures:
+            machine.of_all(None)  # have written all: where one process ends with an error, torchrun stops the others
             raise ValueError(job.evaluations.summary())
 
 

@@ -569,6 +569,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
                 meter.close()
                 written.close()
     if evaluations.failures:
+        runtime.of_all(None)  # have written all: where one process ends with an error, its launcher stops the others
         raise ValueError(f"the run is complete, but {evaluations.summary()}")
 
 
