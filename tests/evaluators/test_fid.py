@@ -190,7 +190,9 @@ def test_figures_do_not_depend_on_processes(torch_fidelity, context, make_contex
     values, barrier = [None, None], threading.Barrier(2)
     directory = UPath("memory://two_processes/eval_fid")
     contexts = [
-        dataclasses.replace(make_context(InThread(CPU.device, i, 2, 2, values, barrier)), directory=directory)
+        dataclasses.replace(
+            make_context(InThread(CPU.device, i, 2, 2, values=values, barrier=barrier)), directory=directory
+        )
         for i in range(2)
     ]
     found = [None, None]
