@@ -479,15 +479,17 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
         workdir, keep_last=run.keep_last, keep_every=run.keep_every, **loop.checkpointing()
     )
 
-    workdir.mkdir(parents=True, exist_ok=True)
-    if runtime.process_index == 0:
+    def begin() -> None:
+        workdir.mkdir(parents=True, exist_ok=True)
         facts = _facts(run, state.model, runtime) | {"start_steps": [*_start_steps(workdir), start_step]}
         write_whole(workdir / RUN_FILE, json.dumps(facts, indent=1))
         config.save(workdir)  # after it, for a job that follows: a run that is to last longer has not ended
         if run.data.has_texts():  # a workdir is all that sampling needs, wherever it is copied to
             (workdir / TOKENIZER_FILE).write_bytes(run.data.texts().tokenizer.serialized())
-    # After run.json, by which a job that evaluates such a step now finds out, and records nothing.
-    runtime.first_does(lambda: forget(workdir, start_step))
+        # After run.json, by which a job that evaluates such a step now finds out, and records nothing.
+        forget(workdir, start_step)
+
+    runtime.first_does(begin)
     written = metrics.Metrics(workdir, runtime.process_index, run.wandb_project)
     writer = written.writer
     writer.write_texts(start_step, {"config": _markdown(gin.operative_config_str())})
@@ -574,9 +576,18 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
 
 
 def _start_steps(workdir: UPath) -> list[int]:
-    """The steps from which the run in a workdir has gone on each time that it was started."""
+    """The steps from which the run in a workdir has gone on each time that it was started.
+
+    Raises:
+      ValueError: if the file that says so is damaged.
+    """
     file = workdir / RUN_FILE
-    return json.loads(file.read_text()).get("start_steps", []) if file.exists() else []
+    if not file.exists():
+        return []
+    try:
+        return json.loads(file.read_text()).get("start_steps", [])
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it") from error
 
 
 def _facts(run: Run, model: nn.Module, runtime: Runtime) -> dict[str, Any]:

@@ -191,6 +191,7 @@ def test_an_evaluator_that_can_no_longer_evaluate_leaves_a_run_that_goes_on(tmp_
         run(workdir, data_dir, **overrides)
     (said,) = [record.message for record in caplog.records if record.levelname == "ERROR"]  # tried once
     assert said.startswith("fid at step 4: ")
+    assert said.endswith(" (left out from here on)")
     assert [line["step"] for line in results(workdir, "val")] == [6, 12]
     assert checkpoint.latest(workdir) == 12
 
@@ -241,6 +242,17 @@ def test_an_architecture_that_shows_in_no_shape(finished, data_dir):
     assert (finished / config.CONFIG_FILE).read_text() == before
     # What changes no function of the parameters may change, and a default may be spelt out.
     run(finished, data_dir, train__activation_checkpointing='"everything"', Jet__scale_factor=2.0)
+
+
+@pytest.mark.slow
+def test_what_says_where_the_run_began_is_damaged(tmp_path, data_dir):
+    (tmp_path / "run.json").write_text('{"start_steps": [0')
+    with pytest.raises(ValueError, match=r"run\.json is damaged \(.*\): delete it"):
+        run(tmp_path, data_dir)
+    (tmp_path / "run.json").unlink()
+    for _ in range(2):
+        run(tmp_path, data_dir, train__total_steps=1, train__evaluators="{}")
+    assert json.loads((tmp_path / "run.json").read_text())["start_steps"] == [0, 1]
 
 
 @pytest.mark.slow

@@ -115,7 +115,8 @@ class Evaluations:
         """Says and remembers what has failed, and which evaluators are not to be tried again at which step (None: at
         any)."""
         self._given_up |= set(given_up)
-        self.failures.append(f"{what}: {' '.join(str(error).split()) or type(error).__name__}")
+        left_out = " (left out from here on)" if any(step is None for _, step in given_up) else ""
+        self.failures.append(f"{what}: {' '.join(str(error).split()) or type(error).__name__}{left_out}")
         if self._runtime.process_index == 0:
             logging.error("%s", self.failures[-1])
         # A user's mistake or a disk's is told by its message, anything else by where it came from.
