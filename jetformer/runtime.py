@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -109,7 +110,10 @@ class Runtime:
         # All are here, so all have read what they left the last time.
         self.store.delete_key(f"together/{number - 1}/{self.process_index}")
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # or it would refer to itself, and keep what the action has taken of the device's memory
         for kind, message in filter(None, theirs):
             raise _KINDS.get(kind, RuntimeError)(message)
         return result
@@ -139,7 +143,8 @@ def are_apart(error: BaseException) -> bool:
     """Whether an error says that processes cannot go on together: `OutOfStep`, or another one has gone."""
     if not isinstance(error, RuntimeError):
         return False
-    return isinstance(error, OutOfStep | dist.DistError) or "gloo" in str(error)  # whose errors have no type
+    # Gloo's errors have no type.
+    return isinstance(error, OutOfStep | dist.DistError) or re.search(r"\bgloo\b", str(error)) is not None
 
 
 def _message(error: Exception) -> str:

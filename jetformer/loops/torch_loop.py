@@ -130,6 +130,17 @@ def gathered(runner: steps.Runner) -> Iterator[None]:
             part.set_reshard_after_forward(part is not runner, recurse=False)
 
 
+def _reshard(runner: steps.Runner) -> None:
+    """Leaves to every process its part of the parameters, wherever a forward pass has ended: the root waits with that
+    for a backward pass, and after an error any may be gathered. What comes next, as the giving back of the moving
+    average, takes them as parts."""
+    for part in runner.modules():
+        if isinstance(part, FSDPModule):
+            part.set_reshard_after_forward(True, recurse=False)  # or one that is in its forward pass would not
+            part.reshard()
+            part.set_reshard_after_forward(part is not runner, recurse=False)
+
+
 # So often a function runs as it is: by then libraries and torch.compile have set up what they set up at first use, and
 # what is called no more often is not worth a graph.
 CALLS_BEFORE_CAPTURE = 8
@@ -401,15 +412,16 @@ def per_example(
     runner.eval()
     call = torch.compile(function, dynamic=False) if runner.compiles and not staged else function
     parts = []
-    with gathered(runner) if staged else contextlib.nullcontext():
-        for batch in on_device(batches, runtime.device):
-            mask, index = batch.pop("_mask"), batch.pop("_index")
-            with autocast(runtime.device, autocast_dtype):
-                values = runner(call, batch, prng.example_keys(seed, index))
-            valid = mask.cpu().numpy()
-            rows = {name: value.cpu().numpy()[valid] for name, value in values.items()}
-            parts.append({"_index": index.cpu().numpy()[valid], **to_rows(rows)})
-            each_batch()
-    if isinstance(runner, FSDPModule):
-        runner.reshard()  # which after a forward pass waits for a backward pass
+    try:
+        with gathered(runner) if staged else contextlib.nullcontext():
+            for batch in on_device(batches, runtime.device):
+                mask, index = batch.pop("_mask"), batch.pop("_index")
+                with autocast(runtime.device, autocast_dtype):
+                    values = runner(call, batch, prng.example_keys(seed, index))
+                valid = mask.cpu().numpy()
+                rows = {name: value.cpu().numpy()[valid] for name, value in values.items()}
+                parts.append({"_index": index.cpu().numpy()[valid], **to_rows(rows)})
+                each_batch()
+    finally:
+        _reshard(runner)
     return steps.gather(parts, runtime)
