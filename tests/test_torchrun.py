@@ -216,7 +216,25 @@ import sys
 from absl import app
 from jetformer import main, runtime
 from jetformer.evaluators.likelihood import Likelihood
+from jetformer.loops import torch_loop
 
+def fail(*args):
+    raise OSError("no space left in a block")
+
+per_example, calls = torch_loop.per_example, []
+
+def fails_in_a_block(*, runner, **kwargs):
+    calls.append(kwargs)
+    hooks = []
+    if failing == "in a block" and len(calls) == 2:  # with the moving average in the parameters' place
+        hooks = [runner.model.decoder.blocks[0].register_forward_hook(fail)]
+    try:
+        return per_example(runner=runner, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+torch_loop.per_example = fails_in_a_block
 call, failing = Likelihood.__call__, sys.argv.pop(1)
 runtime._PATIENCE = datetime.timedelta(seconds=3)
 
@@ -233,9 +251,9 @@ app.run(main.main)
 """
 
 
-def run_failing(tmp_path, data_dir, failing):
+def run_failing(tmp_path, data_dir, failing, **overrides):
     (tmp_path / "failing.py").write_text(FAILING)
-    flags = command(tmp_path / "run", bindings(data_dir, **SIZES))[3:]
+    flags = command(tmp_path / "run", bindings(data_dir, **SIZES, **overrides))[3:]
     args = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
             str(tmp_path / "failing.py"), failing, *flags]  # fmt: skip
     process = start(args, OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR", PYTHONPATH=".")
@@ -250,6 +268,13 @@ def test_an_evaluator_that_fails_in_all_processes_leaves_the_run(one, tmp_path, 
     assert log.count("error: the run is complete, but 1 evaluation(s) failed, as said before: val at step 4") == 1
     assert sorted(scalars(tmp_path / "run")["val/bits_per_dim"]) == [8]
     assert_equal_from(8, one, tmp_path / "run")
+
+
+def test_an_evaluator_that_fails_under_fsdp_leaves_the_parameters(cut_up, tmp_path, data_dir):
+    """In its forward pass, where some of them are gathered, and those of the moving average in their place."""
+    log = run_failing(tmp_path, data_dir, "in a block", train__mesh=FSDP)
+    assert log.count("val at step 4: no space left in a block") == 1
+    assert_equal_from(5, cut_up, tmp_path / "run", rel=1e-9)
 
 
 def test_an_evaluator_that_fails_in_one_process_ends_the_run(tmp_path, data_dir):

@@ -156,12 +156,13 @@ def test_sigterm_during_an_evaluation(tmp_path, data_dir, monkeypatch):
 
 @pytest.mark.slow
 def test_an_evaluator_that_fails_leaves_the_run(finished, tmp_path, data_dir, monkeypatch, caplog):
-    """In the midst of its first evaluation. The others go on, the run ends as it would have, and says what failed."""
+    """In the midst of its first evaluation, with the moving average in the parameters' place. The others go on, the run
+    ends as it would have, and says what failed."""
     per_example, calls = torch_loop.per_example, []
 
     def fails_once(*, batches, each_batch, **kwargs):
         calls.append(kwargs)
-        if len(calls) == 1:
+        if len(calls) == 2:
             batches = iter([next(batches), None])  # the second is no batch
         return per_example(batches=batches, each_batch=each_batch, **kwargs)
 
