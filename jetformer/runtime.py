@@ -83,8 +83,8 @@ class Runtime:
           What it gives in this process.
 
         Raises:
-          Exception: on all processes, what it raises in any of them: in one that has met something itself that, in the
-            others the same as a ValueError, an OSError, an ImportError or a RuntimeError.
+          Exception: on all processes, what it raises in the first of those where it does: there that, in the others the
+            same as a ValueError, an OSError, an ImportError or a RuntimeError.
           OutOfStep: if another process does not come to its end within a minute, as it waits for this one in its midst.
         """
         if self.process_count == 1:
@@ -109,13 +109,15 @@ class Runtime:
         theirs = [json.loads(self.store.get(key)) for key in keys]
         # All are here, so all have read what they left the last time.
         self.store.delete_key(f"together/{number - 1}/{self.process_index}")
-        if error is not None:
-            try:
+        first = next((i for i, described in enumerate(theirs) if described is not None), None)
+        try:
+            if first == self.process_index:
                 raise error
-            finally:
-                del error  # or it would refer to itself, and keep what the action has taken of the device's memory
-        for kind, message in filter(None, theirs):
-            raise _KINDS.get(kind, RuntimeError)(message)
+            if first is not None:  # of one kind on all, or each would go on in its own way
+                kind, message = theirs[first]
+                raise _KINDS.get(kind, RuntimeError)(message) from error
+        finally:
+            del error  # or it would refer to itself, and keep what the action has taken of the device's memory
         return result
 
     def of_all(self, value: Any) -> list[Any]:
