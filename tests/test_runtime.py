@@ -1,11 +1,17 @@
 """Devices and seeds."""
 
+import datetime
 import importlib.util
 import os
+import socket
 import sys
+import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.distributed_c10d import _get_default_store
 
 from jetformer import runtime
 from runs import start
@@ -112,3 +118,56 @@ def test_seeds_differ_by_every_part():
     assert len(seeds) == len(parts)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert runtime.derive_seed(1, 2) == runtime.derive_seed(1, 2)
+
+
+def _together(rank, port, results):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+    runtime._PATIENCE = datetime.timedelta(seconds=3)
+    machine = runtime.Runtime(torch.device("cpu"), rank, 3, 3, _get_default_store())
+    kept = []
+
+    def act(*errors):
+        held = torch.zeros(1)
+        kept.append(weakref.ref(held))
+        if errors[rank] is not None:
+            kind, message = errors[rank]
+            raise kind(message)
+        return rank
+
+    ended = []
+    for errors in (
+        (None, None, None),
+        (None, (OSError, "disk"), (ValueError, "file")),
+        ((KeyError, "k"), None, None),
+        (None, None, None),
+    ):
+        try:
+            ended.append(machine.together(lambda errors=errors: act(*errors)))
+        except Exception as error:
+            ended.append((type(error).__name__, str(error)))
+    alive = [held() is not None for held in kept]  # what an action that failed held
+    try:
+        if rank == 1:  # the others do not come
+            machine.together(lambda: act(None, (ValueError, "alone"), None))
+    except runtime.OutOfStep as error:
+        ended.append(str(error))
+    results[rank] = ended, alive
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_what_one_process_meets_all_raise():
+    """The same kind, that of the first; they stay in step, and nothing is kept of what failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with mp.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_together, (port, results), nprocs=3)
+        results = dict(results)
+    for rank, (ended, alive) in results.items():
+        kind = "KeyError" if rank == 0 else "RuntimeError"  # told to others, one that has no words of its own
+        assert ended[:4] == [rank, ("OSError", "disk"), (kind, "'k'"), rank]
+        assert alive == [False] * 4
+    assert results[1][0][4:] == ["alone (process 1; the others wait for it)"]
