@@ -239,20 +239,17 @@ class Job:
         from jetformer import checkpoint, train
         from jetformer.evaluators import base
 
-        since, wrong = time.perf_counter(), None
+        since = time.perf_counter()
         try:
-            age = checkpoint.age(self._workdir, step)
-            run, state = self._load(step)
+            # Each process reads for itself. Training may delete a checkpoint that one of them has still read.
+            age, (run, state) = self._machine.together(lambda: (checkpoint.age(self._workdir, step), self._load(step)))
         except (ValueError, OSError) as error:
-            wrong = error
-        # Each process reads for itself. Training may delete a checkpoint that one of them has still read.
-        if found := next((error for error in self._machine.of_all(wrong) if error is not None), None):
             if not self._machine.of_first(step in checkpoint.steps(self._workdir)):
-                logging.warning("The checkpoint of step %d was deleted while it was read (%s)", step, found)
+                logging.warning("The checkpoint of step %d was deleted while it was read (%s)", step, error)
                 return False
             if again:
-                raise found
-            self.evaluations.fail(f"the checkpoint of step {step}", found, [(name, step) for name in self._names])
+                raise
+            self.evaluations.fail(f"the checkpoint of step {step}", error, [(name, step) for name in self._names])
             return True
         read_seconds = time.perf_counter() - since
         logging.info("Step %d: complete for %.1f s when found, read in %.1f s", step, age, read_seconds)

@@ -92,7 +92,7 @@ class Runtime:
         result = error = None
         try:
             result = action()
-        except Exception as raised:
+        except Exception as raised:  # whatever it is: the others wait to hear how this process has ended
             error = raised
         if error is not None and are_apart(error):
             raise error
@@ -105,7 +105,7 @@ class Runtime:
         except dist.DistStoreError:
             if error is None:
                 raise
-            raise OutOfStep(f"{_message(error)} (process {self.process_index}; the others wait for it)") from error
+            raise OutOfStep(f"{one_line(error)} (process {self.process_index}; the others wait for it)") from error
         theirs = [json.loads(self.store.get(key)) for key in keys]
         # All are here, so all have read what they left the last time.
         self.store.delete_key(f"together/{number - 1}/{self.process_index}")
@@ -149,13 +149,14 @@ def are_apart(error: BaseException) -> bool:
     return isinstance(error, OutOfStep | dist.DistError) or re.search(r"\bgloo\b", str(error)) is not None
 
 
-def _message(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Its message, or its kind where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _described(error: Exception) -> tuple[str | None, str]:
     """Which of `_KINDS` an error is, and its message."""
-    return next((name for name, kind in _KINDS.items() if isinstance(error, kind)), None), _message(error)
+    return next((name for name, kind in _KINDS.items() if isinstance(error, kind)), None), one_line(error)
 
 
 def initialize(device: str) -> Runtime:

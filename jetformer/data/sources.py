@@ -440,7 +440,7 @@ def prepare(name: str, data_dir: str | None = None) -> None:
 def _at_once_offline(found: tfds.core.DatasetBuilder) -> Iterator[None]:
     """Where what a data set downloads is out of reach, has TFDS find that out at once, and without progress bars. It
     would try ten times, which takes minutes. It is still asked: what it needs may have been downloaded before."""
-    urls = list(found.url_infos or getattr(found, "urls", {}).values())
+    urls = list(found.url_infos or getattr(found, "urls_without_checksums", {}).values())
     if not urls or any(map(_answers, (urls[0], _GCS))):
         yield
         return

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from absl import logging
 
 from jetformer.evaluators import base
-from jetformer.runtime import Runtime, are_apart
+from jetformer.runtime import Runtime, are_apart, one_line
 
 if TYPE_CHECKING:
     from jetformer.metrics import Metrics
@@ -61,7 +61,7 @@ class Evaluations:
         """The same, and says what is wrong instead of raising it; returns whether nothing is."""
         try:
             self.check(name, context)
-        except Exception as error:
+        except Exception as error:  # as in `evaluate`
             if are_apart(error):
                 raise
             # What a check finds wrong is wrong at the next step, too, and may take minutes to find. A disk may recover.
@@ -89,7 +89,7 @@ class Evaluations:
           False if that failed.
 
         Raises:
-          OutOfStep: of several processes only some have failed.
+          OutOfStep: of several processes only some have failed, and the others wait for them in their midst.
         """
         if not self.try_check(name, context):
             return False
@@ -116,7 +116,7 @@ class Evaluations:
         any)."""
         self._given_up |= set(given_up)
         left_out = " (left out from here on)" if any(step is None for _, step in given_up) else ""
-        self.failures.append(f"{what}: {' '.join(str(error).split()) or type(error).__name__}{left_out}")
+        self.failures.append(f"{what}: {one_line(error)}{left_out}")
         if self._runtime.process_index == 0:
             logging.error("%s", self.failures[-1])
         # A user's mistake or a disk's is told by its message, anything else by where it came from.

@@ -116,29 +116,28 @@ def exchange(model: nn.Module, ema: dict[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def gathered(runner: steps.Runner) -> Iterator[None]:
-    """While the context lasts every process holds all parameters: decoding uses them at each of its many steps."""
+def _resharded(runner: steps.Runner) -> Iterator[list[FSDPModule]]:
+    """Leaves to every process its part of the parameters when the context ends, wherever a forward pass has: the root
+    waits with that for a backward pass, and after an error any may be gathered. What comes next, as the giving back of
+    the moving average, takes them as parts. Gives the modules that FSDP2 cuts up."""
     parts = [module for module in runner.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
     try:
-        yield
+        yield parts
     finally:
         for part in parts:
-            part.reshard()
-            part.set_reshard_after_forward(part is not runner, recurse=False)
-
-
-def _reshard(runner: steps.Runner) -> None:
-    """Leaves to every process its part of the parameters, wherever a forward pass has ended: the root waits with that
-    for a backward pass, and after an error any may be gathered. What comes next, as the giving back of the moving
-    average, takes them as parts."""
-    for part in runner.modules():
-        if isinstance(part, FSDPModule):
             part.set_reshard_after_forward(True, recurse=False)  # or one that is in its forward pass would not
             part.reshard()
             part.set_reshard_after_forward(part is not runner, recurse=False)
+
+
+@contextlib.contextmanager
+def gathered(runner: steps.Runner) -> Iterator[None]:
+    """While the context lasts every process holds all parameters: decoding uses them at each of its many steps."""
+    with _resharded(runner) as parts:
+        for part in parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        yield
 
 
 # So often a function runs as it is: by then libraries and torch.compile have set up what they set up at first use, and
@@ -412,16 +411,13 @@ def per_example(
     runner.eval()
     call = torch.compile(function, dynamic=False) if runner.compiles and not staged else function
     parts = []
-    try:
-        with gathered(runner) if staged else contextlib.nullcontext():
-            for batch in on_device(batches, runtime.device):
-                mask, index = batch.pop("_mask"), batch.pop("_index")
-                with autocast(runtime.device, autocast_dtype):
-                    values = runner(call, batch, prng.example_keys(seed, index))
-                valid = mask.cpu().numpy()
-                rows = {name: value.cpu().numpy()[valid] for name, value in values.items()}
-                parts.append({"_index": index.cpu().numpy()[valid], **to_rows(rows)})
-                each_batch()
-    finally:
-        _reshard(runner)
+    with gathered(runner) if staged else _resharded(runner):
+        for batch in on_device(batches, runtime.device):
+            mask, index = batch.pop("_mask"), batch.pop("_index")
+            with autocast(runtime.device, autocast_dtype):
+                values = runner(call, batch, prng.example_keys(seed, index))
+            valid = mask.cpu().numpy()
+            rows = {name: value.cpu().numpy()[valid] for name, value in values.items()}
+            parts.append({"_index": index.cpu().numpy()[valid], **to_rows(rows)})
+            each_batch()
     return steps.gather(parts, runtime)
