@@ -25,9 +25,11 @@ from jetformer.models.language_model import LanguageModel
 
 Batch = dict[str, Tensor]
 Draws = dict[str, Tensor]
-# What is measured, by name: values [B, ...], and which of them count, bool [B, ...].
+# What is measured, by name: values [B, ...], and which of them count, bool [B, ...]. A value may have more dimensions
+# than its counts: what counts is then a vector, as the responsibilities [B, K] of a mixture's components are.
 Terms = dict[str, tuple[Tensor, Tensor]]
-# The same summed: sum and count, both 0-dimensional. Sums of parts add up to the sum of the whole.
+# The same summed: sum, a vector or 0-dimensional, and count, 0-dimensional. Sums of parts add up to the sum of the
+# whole.
 Sums = dict[str, tuple[Tensor, Tensor]]
 
 _LN2 = math.log(2)
@@ -89,7 +91,8 @@ def sum_terms(terms: Terms, mask: Tensor | None = None) -> Sums:
         if mask is not None:
             counts = counts & mask.view(-1, *[1] * (counts.ndim - 1))
         # Not value · counts: what does not count may not be finite.
-        sums[name] = (value.where(counts, 0.0).sum(), counts.sum())
+        kept = value.where(counts.view(*counts.shape, *[1] * (value.ndim - counts.ndim)), 0.0)
+        sums[name] = (kept.flatten(0, counts.ndim - 1).sum(0), counts.sum())
     return sums
 
 
@@ -107,6 +110,14 @@ def add_sums(a: Sums, b: Sums) -> Sums:
 def means(sums: Sums) -> dict[str, Tensor]:
     """The mean of each term; a term of which nothing counted is left at 0."""
     return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
+
+
+def expansion_used(flow: nn.Module | None, logdet: Tensor, counts: Tensor) -> Terms:
+    """The term flow_expansion_used: the log-determinants `[B]` as a share of `flow.max_logdet`; none, where the flow
+    has no such bound. N couplings of scale factor 2 can expand a dimension by 2^(N/2) on average; a share near 1 asks
+    for more couplings."""
+    bound = getattr(flow, "max_logdet", None)
+    return {} if bound is None else {"flow_expansion_used": (logdet / bound, counts)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +227,9 @@ class JetFormerObjective:
         Returns:
           The loss, and what it consists of by example: bits_per_dim = bits_per_dim_tokens - bits_per_dim_logdet, of
           the tokens bits_per_dim_factored for the dimensions that are factored out, if any are, and
-          text_bits_per_token; with both orders of modalities also by whether a modality was prefix or suffix.
+          text_bits_per_token; with both orders of modalities also by whether a modality was prefix or suffix. Of a
+          mixture also responsibilities and responsibility_entropy, see `mixture.TokenScores`, and of a bounded flow
+          flow_expansion_used, its log-determinant as a share of the largest that it can have.
 
         Raises:
           ValueError: if the batch lacks something, or its images have another shape than the model's.
@@ -237,7 +250,7 @@ class JetFormerObjective:
             pixels = torch.round(pixels + noise)
         if self.dequantize:
             pixels = pixels + draws["dequant"]
-        tokens, factored, logdet = model.encode_image(to_unit_range(pixels))
+        tokens, factored, logdet, flow_logdet = model.encode_image(to_unit_range(pixels))
         factored_nll = standard_normal_nll(factored)
 
         if train and self.input_noise_std:
@@ -266,10 +279,10 @@ class JetFormerObjective:
         bits = 1 / (math.prod(model.image_shape) * _LN2)
         image_weight = image_counts / normalizers["image"]
         token_weight = (image_weight * bits)[:, None].expand(-1, tokens.shape[1])
-        loss_image_tokens, nll_tokens = model.image_head(image_hidden, tokens, token_weight)
-        bits_tokens = (nll_tokens.sum(1) + factored_nll) * bits
+        scores = model.image_head(image_hidden, tokens, token_weight)
+        bits_tokens = (scores.nll.sum(1) + factored_nll) * bits
         bits_logdet = logdet * bits - math.log2(127.5)
-        loss_image = loss_image_tokens + (image_weight * (factored_nll * bits - bits_logdet)).sum()
+        loss_image = scores.total + (image_weight * (factored_nll * bits - bits_logdet)).sum()
         text_weight = self.text_loss_weight * text_counts / normalizers["text"]
         loss = loss_image + (text_weight * nll_text).sum()
 
@@ -281,6 +294,10 @@ class JetFormerObjective:
         }
         if model.factored_dim:
             terms["bits_per_dim_factored"] = (factored_nll * bits, image_counts)
+        terms |= expansion_used(model.flow, flow_logdet, image_counts)
+        if scores.responsibilities is not None:
+            terms["responsibilities"] = (scores.responsibilities, image_counts)
+            terms["responsibility_entropy"] = (scores.responsibility_entropy, image_counts)
         if self.loss_on_prefix or self.text_prefix_prob < 1:
             terms["text_bits_per_token"] = (text_bits, text_counts)
         if "text_first" in draws:
@@ -342,7 +359,8 @@ class JetObjective:
         arguments as in `JetFormerObjective.__call__`.
 
         Returns:
-          The loss, and what it consists of by example: bits_per_dim = bits_per_dim_latents - bits_per_dim_logdet.
+          The loss, and what it consists of by example: bits_per_dim = bits_per_dim_latents - bits_per_dim_logdet; and
+          flow_expansion_used, see `expansion_used`.
 
         Raises:
           ValueError: if there is a noise curriculum, which Jet's objective does not have, or the batch lacks something.
@@ -373,6 +391,7 @@ class JetObjective:
             "bits_per_dim": (bits_latents - bits_logdet, counts),
             "bits_per_dim_latents": (bits_latents, counts),
             "bits_per_dim_logdet": (bits_logdet, counts),
+            **expansion_used(model, logdet, counts),
         }
 
 

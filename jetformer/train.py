@@ -32,6 +32,7 @@ from jetformer.loops import steps
 from jetformer.models import invertible, remat
 from jetformer.models.initializers import init_weights
 from jetformer.models.labelled import LabelledFlow
+from jetformer.models.mixture import MixtureHead
 from jetformer.preemption import Preempted, Preemption
 from jetformer.runtime import Runtime, derive_seed, resolve_mesh
 from jetformer.sampling.guidance import Guidance
@@ -302,6 +303,13 @@ class Run:
             found = runtime.of_first(values if runtime.process_index == 0 else None)
             for value, theirs in zip(values, found, strict=True):
                 value.copy_(theirs)
+        heads = [module for module in model.modules() if isinstance(module, MixtureHead)]
+        if runtime.process_index == 0 and any(head.num_mixtures > 1 and head.components_equal() for head in heads):
+            logging.warning(
+                "All %d components of the image head are equal and will stay so, as one Gaussian: set "
+                "JetFormer.mean_init_std above 0, as 0.3",
+                heads[0].num_mixtures,
+            )
 
     def _initialize_by_data(self, model: nn.Module) -> None:
         with closing(self.data.train_batches(batch_size=self.batch_size, seed=self.seed)) as batches:
@@ -762,7 +770,9 @@ class _Meter:
         finite = np.isfinite(values[:, 0])
         if not finite.all():
             first = int((~finite).any(axis=1).argmax())
-            terms = ", ".join(name for name, ok in zip(measured[first].names, finite[first], strict=True) if not ok)
+            terms = ", ".join(
+                dict.fromkeys(name for name, ok in zip(measured[first].names, finite[first], strict=True) if not ok)
+            )
             # A gradient may be infinite where the loss is not; the parameters are no numbers then.
             raise NonFiniteLoss(
                 f"not finite at step {measured[first].number}: {terms}. The last checkpoint is from before; lower the "

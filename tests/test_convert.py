@@ -264,7 +264,7 @@ def check_jetformer(model, tolerance=2e-4):
     image = inputs["image_uint8_nchw"].permute(0, 2, 3, 1)
     text = inputs["label"][:, None]
     with torch.no_grad():
-        tokens, factored, logdet = model.encode_image(image.float() / 127.5 - 1)
+        tokens, factored, logdet, _ = model.encode_image(image.float() / 127.5 - 1)
         assert_output(torch.cat((tokens, factored), dim=-1), expected["latent_tokens"], tolerance)
         assert_log(logdet, expected["logdet"])
         text_hidden, image_hidden = model(text, tokens, text_first=True)

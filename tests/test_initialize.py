@@ -48,6 +48,17 @@ def finished(tmp_path_factory, data_dir):
     return workdir
 
 
+# The mixture
+
+
+@pytest.mark.parametrize("std", [0.0, 0.3])
+def test_components_that_begin_equal_are_warned_of(data_dir, caplog, std):
+    config.parse(["experiments/digits.gin"], bindings(data_dir, JetFormer__mean_init_std=std))
+    experiment = config.call(train.Run)
+    experiment.initialize(experiment.build_model(), CPU)
+    assert ("mean_init_std" in caplog.text) == (std == 0)
+
+
 # ActNorm
 
 

@@ -9,6 +9,7 @@ from scipy import stats
 
 from flows import randomized
 from jetformer import objectives, prng
+from jetformer.models.initializers import init_weights
 from jetformer.models.jet import Jet
 from jetformer.objectives import JetFormerObjective, JetObjective
 from small_models import small_model
@@ -156,5 +157,30 @@ def test_what_does_not_count_is_not_summed():
     value = torch.tensor([1.0, float("nan"), 3.0, 5.0])
     counts = torch.tensor([True, False, True, True])
     mask = torch.tensor([True, True, True, False])
-    sums = objectives.sum_terms({"a": (value, counts)}, mask)
+    vectors = torch.stack((value, 2 * value), dim=1)  # of which each example has one, that counts or not
+    sums = objectives.sum_terms({"a": (value, counts), "b": (vectors, counts)}, mask)
     assert objectives.means(sums)["a"] == 2.0
+    assert objectives.means(sums)["b"].tolist() == [2.0, 4.0]
+
+
+def test_the_share_of_a_flows_largest_expansion():
+    """Near 1 where all couplings scale by nearly as much as they can, 0 where they leave volumes as they are."""
+    flow = Jet((4, 4, 1), depth=3, emb_dim=8, num_heads=2, ps=2)
+    init_weights(flow, torch.Generator().manual_seed(0))
+    batch = batch_of(2, (4, 4, 1))
+    used = {}
+    for raw_scale in (0.0, 20.0):
+        with torch.no_grad():
+            for coupling in flow.couplings:
+                coupling.dnn.final_proj.bias.copy_(torch.tensor([0.0, 0.0, raw_scale, raw_scale]))
+        _, terms = JetObjective(dequantize=False)(flow, batch, {})
+        used[raw_scale] = terms["flow_expansion_used"][0]
+    torch.testing.assert_close(used[0.0], torch.zeros(2))
+    torch.testing.assert_close(used[20.0], torch.ones(2))
+
+
+def test_a_flow_without_bound_has_no_share_of_it():
+    flow = Jet((4, 4, 1), depth=2, emb_dim=8, num_heads=2, ps=2, actnorm=True)
+    init_weights(flow, torch.Generator().manual_seed(0))
+    _, terms = JetObjective(dequantize=False)(flow, batch_of(2, (4, 4, 1)), {})
+    assert "flow_expansion_used" not in terms

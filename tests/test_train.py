@@ -42,10 +42,13 @@ def finished(tmp_path_factory, data_dir):
 def test_what_a_run_leaves_behind(finished):
     written = scalars(finished)
     for name in ("train/loss", "train/bits_per_dim", "grad_norm", "param_norm", "learning_rate",
-                 "noise_scale", "examples_per_sec", "data_wait_fraction"):  # fmt: skip
+                 "noise_scale", "examples_per_sec", "data_wait_fraction", "train/effective_components",
+                 "train/distinct_components", "train/flow_expansion_used"):  # fmt: skip
         assert sorted(written[name]) == list(range(1, 13)), name
-    for name in ("val/bits_per_dim", "val_ema/bits_per_dim", "val/bits_per_dim_logdet"):
+    for name in ("val/bits_per_dim", "val_ema/bits_per_dim", "val/bits_per_dim_logdet", "val_ema/distinct_components",
+                 "val/effective_components"):  # fmt: skip
         assert sorted(written[name]) == [6, 12], name
+    assert "train/responsibilities" not in written
     assert written["noise_scale"][1] == 8.0
     assert written["learning_rate"][1] == 0.0  # what gin binds arrives: the experiment begins with a warm-up
     assert checkpoint.steps(finished) == [12]
@@ -242,7 +245,8 @@ def test_an_architecture_that_shows_in_no_shape(finished, data_dir):
         run(finished, data_dir, Jet__scale_factor=4.0)
     assert (finished / config.CONFIG_FILE).read_text() == before
     # What changes no function of the parameters may change, and a default may be spelt out.
-    run(finished, data_dir, train__activation_checkpointing='"everything"', Jet__scale_factor=2.0)
+    free = {"train__activation_checkpointing": '"everything"', "JetFormer__mean_init_std": 0.7}
+    run(finished, data_dir, Jet__scale_factor=2.0, **free)
 
 
 @pytest.mark.slow
@@ -359,6 +363,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
         ({"Data__pp": '"decode | flip_ud"'}, "flip_ud"),
         ({"Data__pp": '"decode(channels=1) | label_as_text | flip_lr"'}, "'flip_lr' is random"),
         ({"JetFormer__image_shape": "(4, 4, 1)"}, r"images have shape \(8, 8, 1\)"),
+        ({"JetFormer__mean_init_std": -0.1}, r"mean_init_std.*-0\.1"),
+        (
+            {"JetFormer__mean_init_std": 0.1, "JetFormer__multivariate": True, "JetFormer__num_mixtures": 1},
+            r"mean_init_std.*0\.1.*multivariate",
+        ),
         ({"Data__pp": "\"decode(channels=1) | keep('image')\""}, "the batch has no 'text'"),
         (
             {

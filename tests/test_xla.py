@@ -101,7 +101,8 @@ def run_process(workdir, gin_bindings):
 def test_losses_are_those_of_the_cpu_loop(digits_on_cpu, tmp_path, data_dir, devices, mesh, pieces):
     run_on_xla(tmp_path, digits(data_dir, f"train.mesh = {mesh}"), devices)
     written = scalars(tmp_path)
-    for name in ("train/loss", "val/bits_per_dim", "val_ema/bits_per_dim"):
+    components = [f"{where}/{kind}_components" for where in ("train", "val") for kind in ("effective", "distinct")]
+    for name in ("train/loss", "val/bits_per_dim", "val_ema/bits_per_dim", *components):
         assert written[name] == pytest.approx(digits_on_cpu[name], rel=1e-5), name
     assert written["grad_norm"] == pytest.approx(digits_on_cpu["grad_norm"], rel=1e-3)
     assert sorted(written["train/loss"]) == list(range(1, 21))

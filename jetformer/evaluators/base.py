@@ -8,7 +8,7 @@ An evaluator is a frozen dataclass in a file of this directory, which gin then k
 
         def __call__(self, context: Context) -> Results:
             def score(model, batch, keys):
-                tokens, _, _ = model.encode_image(to_unit_range(batch["image"].float()))
+                tokens = model.encode_image(to_unit_range(batch["image"].float())).tokens
                 return {"std": tokens.flatten(1).std(1)}
 
             rows = context.per_example(score, context.batches(split=self.split), seed=0)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from jetformer import objectives, prng
 from jetformer.data.dataset import Data
 from jetformer.evaluators.base import Context, Evaluator, Results
+from jetformer.loops.steps import Rows
+from jetformer.models.mixture import count_components
 
 _SEED = 2
 # What an example's key is folded with for its second and later draws of dequantization noise.
@@ -23,6 +25,8 @@ class Likelihood(Evaluator):
 
     The objective's own terms are means over examples. So is its text_bits_per_token, an example's being the mean over
     its tokens; a `TextObjective`'s is a mean over all tokens. Terms that no example has are left out. It also gives
+      effective_components, distinct_components: how many components of the image head's mixture are used, see
+        `mixture.count_components`;
       text_bits_per_token_overall: where texts are tokenized, all texts' bits over all their tokens, ends included;
       text_bits_per_character: the same bits over all their characters; both also of texts that come first
         (text_prefix_…) and second (text_suffix_…), where the objective has both;
@@ -76,7 +80,7 @@ class Likelihood(Evaluator):
         texts = data.has_texts()
 
         def score(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
-            rows = {}
+            rows: dict[str, Tensor] = {}
             first = objective.draw(model, batch, keys, train=False)
             for i in range(self.num_draws):
                 draws = first
@@ -84,6 +88,9 @@ class Likelihood(Evaluator):
                     again = objective.draw(model, batch, prng.fold_in(keys, _DRAW + i), train=False)
                     draws = first | {"dequant": again["dequant"]}
                 _, terms = objective(model, batch, draws, train=False)
+                if "responsibilities" in terms:
+                    value, counts = terms.pop("responsibilities")
+                    rows["responsibilities"] = rows.get("responsibilities", 0) + value * counts[:, None]
                 for name, (value, counts) in terms.items():
                     rows[f"{name}/{i}"] = _by_example(value.where(counts, 0.0))
                     rows[f"{name}/count"] = _by_example(counts)
@@ -101,7 +108,15 @@ class Likelihood(Evaluator):
             if averaged and context.state.ema is None:
                 continue
             batches = context.batches(self.data, self.split)
-            rows = context.per_example(score, batches, seed=_SEED, averaged=averaged)
+            responsibilities: list[np.ndarray] = []  # [K] of each batch: for all examples they would be much
+
+            def keep_rest(rows: Rows, sums: list[np.ndarray] = responsibilities) -> Rows:
+                if "responsibilities" in rows:
+                    sums.append(rows.pop("responsibilities").sum(0, dtype=np.float64))
+                return rows
+
+            rows = context.per_example(score, batches, seed=_SEED, averaged=averaged, to_rows=keep_rest)
+            responsibilities = [total for part in context.runtime.of_all(responsibilities) for total in part]
             names = [key.removesuffix("/count") for key in rows if key.endswith("/count")]
             counts = {name: int(rows[f"{name}/count"].sum()) for name in names}
             draws = {name: np.stack([rows[f"{name}/{i}"] for i in range(self.num_draws)]) for name in names}
@@ -110,6 +125,8 @@ class Likelihood(Evaluator):
                 for name, values in draws.items()
                 if counts[name]
             }
+            if responsibilities and "responsibility_entropy" in into:
+                into |= count_components(sum(responsibilities), into.pop("responsibility_entropy"))
             for name in [name for name in names if f"{name}/tokens" in rows and counts[name]]:
                 bits = np.mean([rows[f"{name}/bits/{i}"].astype(np.float64).sum() for i in range(self.num_draws)])
                 decode, tokens = data.texts().tokenizer.decode, rows[f"{name}/tokens"]

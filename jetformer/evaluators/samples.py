@@ -130,7 +130,7 @@ class Samples(Evaluator):
         def there_and_back(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
             pixels = batch["image"].to(model.image_emb.weight.dtype)
             image = to_unit_range(pixels + prng.uniform(keys, pixels.shape[1:]))
-            tokens, factored, _ = model.encode_image(image)
+            tokens, factored, _, _ = model.encode_image(image)
             back, _ = model.decode_image(tokens, factored)
             coarse, _ = model.decode_image(tokens, torch.zeros_like(factored))
             return {

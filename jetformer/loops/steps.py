@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from jetformer import objectives
+from jetformer.models.mixture import count_components
 from jetformer.runtime import Runtime
 
 # What `per_example` calls: of the model, a batch and its examples' keys int32 [B, 2]; tensors [B, ...] by name.
@@ -42,7 +43,8 @@ class Step:
 
     Attributes:
       number: how many steps are done, this one included.
-      names: what was measured: "loss", "grad_norm" (of the gradients before clipping) and the objective's terms.
+      names: what was measured: "loss", "grad_norm" (of the gradients before clipping) and the objective's terms. The
+        name of a vector stands once for each of its entries.
       values: on the device, float32 `[2, n]`: sums over the batch, and over how many examples they go; for loss and
         norm the figure and 1.
       learning_rate: at this step.
@@ -60,14 +62,21 @@ class Step:
 
 def pack(sums: objectives.Sums) -> tuple[tuple[str, ...], Tensor]:
     """Names and values as in `Step`: one tensor, so that one transfer brings all to the host."""
-    columns = [torch.stack([x.detach().float() for x in pair]) for pair in sums.values()]
-    return tuple(sums), torch.stack(columns, dim=1)
+    names = tuple(name for name, (total, _) in sums.items() for _ in range(total.numel()))
+    columns = [torch.stack([x.detach().float().expand_as(pair[0]).reshape(-1) for x in pair]) for pair in sums.values()]
+    return names, torch.cat(columns, dim=1)
 
 
 def means(names: tuple[str, ...], values: np.ndarray) -> dict[str, float]:
-    """The mean of each name over packed values `[N, 2, n]`; one that counted for no example is 0."""
+    """The mean of each name over packed values `[N, 2, n]`; one that counted for no example is 0. In the place of a
+    mixture's responsibilities and their entropy stands what `count_components` makes of them."""
     totals, counts = values.astype(np.float64).sum(0)
-    return dict(zip(names, (totals / counts.clip(min=1)).tolist(), strict=True))
+    averages = totals / counts.clip(min=1)
+    is_responsibility = np.array([name == "responsibilities" for name in names])
+    found = {name: value for name, value in zip(names, averages.tolist(), strict=True) if name != "responsibilities"}
+    if is_responsibility.any():
+        found |= count_components(averages[is_responsibility], found.pop("responsibility_entropy"))
+    return found
 
 
 def gather(parts: list[Rows], runtime: Runtime) -> Rows:

@@ -347,6 +347,10 @@ class Jet(nn.Module):
       gelu: the ViTs' form of GELU, see `activations.gelu`.
       norm_eps: epsilon of the ViTs' LayerNorms.
 
+    Attributes:
+      max_logdet: the log-determinant in nats that all couplings together approach at their largest scale; None where it
+        is not bounded, with ActNorms or dense layers, or not above 0.
+
     Raises:
       ValueError: if sizes do not divide, or a kind, projection or form is unknown.
     """
@@ -391,6 +395,7 @@ class Jet(nn.Module):
         self.actnorms = nn.ModuleList() if actnorm else None
         self.denses = nn.ModuleList() if invertible_dense else None
         self.squeezes = nn.ModuleList()  # into the second level and those after it
+        max_logdet = 0.0
         for i, kind in enumerate(itertools.islice(itertools.cycle(kinds), depth)):
             if kind not in projections:
                 raise ValueError(f"unknown coupling kind {kind!r}: one of channels, spatial")
@@ -418,6 +423,8 @@ class Jet(nn.Module):
                 norm_eps=norm_eps,
             )
             self.couplings.append(coupling)
+            max_logdet += math.prod(grid) * dim / 2 * math.log(scale_factor)  # each scales half of its dimensions
+        self.max_logdet = max_logdet if max_logdet > 0 and not (actnorm or invertible_dense) else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Image to latent.

@@ -11,6 +11,7 @@ predicts token i + 1.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,21 @@ from jetformer.models.patches import ImageShape
 # Which examples have the text first: a bool tensor [B], or one bool where the whole batch has the same order, which
 # saves building the other one.
 TextFirst = Tensor | bool
+
+
+class Encoded(NamedTuple):
+    """An image as soft tokens.
+
+    tokens: `[B, L, D]`.
+    factored: `[B, L, F]`, the dimensions that are factored out.
+    logdet: `[B]`, log-determinants in nats.
+    flow_logdet: `[B]`, the part of them that is the flow's.
+    """
+
+    tokens: Tensor
+    factored: Tensor
+    logdet: Tensor
+    flow_logdet: Tensor
 
 
 class JetFormer(nn.Module):
@@ -46,6 +62,9 @@ class JetFormer(nn.Module):
       scale_tol: smallest scale of the image head.
       head_dtype: "float32" or "bfloat16", what the image head multiplies in.
       head_block: how many tokens' logits the image head holds at a time in training, on each device.
+      mean_init_std: standard deviation of the normal noise that the biases of the mixture's means start from, in units
+        of the image tokens. At 0, the reference's, the components stay equal and the mixture is one Gaussian.
+      scale_init: standard deviation that the mixture's components start with, likewise.
       num_vocab_repeats: R, embed the text so many times with different embeddings (for class labels, whose text is one
         token long).
       causal_mask_on_prefix: if false, all of a sequence sees all of its prefix.
@@ -74,6 +93,8 @@ class JetFormer(nn.Module):
         scale_tol: float = 1e-6,
         head_dtype: str = "float32",
         head_block: int = 256,
+        mean_init_std: float = 0.0,
+        scale_init: float = 1.0,
         num_vocab_repeats: int = 1,
         causal_mask_on_prefix: bool = True,
         untie_output_vocab: bool = False,
@@ -85,6 +106,9 @@ class JetFormer(nn.Module):
                 raise ValueError(f"{name} {token} is not a token of a vocabulary of {vocab_size}")
         if untie_output_vocab and num_vocab_repeats != 1:
             raise ValueError("untie_output_vocab needs num_vocab_repeats = 1")
+        for name, value, default in (("mean_init_std", mean_init_std, 0.0), ("scale_init", scale_init, 1.0)):
+            if multivariate and value != default:
+                raise ValueError(f"{name} = {value} is of a mixture, the head is multivariate: leave it at {default}")
         if multivariate and num_mixtures != 1:
             raise ValueError(f"a multivariate head has one component, not num_mixtures = {num_mixtures}")
         self.image_shape = tuple(image_shape)
@@ -110,7 +134,9 @@ class JetFormer(nn.Module):
         if multivariate:
             self.image_head = MultivariateHead(width, self.out_dim, scale_tol, head_dtype)
         else:
-            self.image_head = MixtureHead(width, self.out_dim, num_mixtures, scale_tol, head_dtype, head_block)
+            self.image_head = MixtureHead(
+                width, self.out_dim, num_mixtures, scale_tol, head_dtype, head_block, mean_init_std, scale_init
+            )
         self.text_head = nn.Linear(width, vocab_size) if untie_output_vocab else None
         self.final_norm = None if per_modality_final_norm else RMSNorm(width)
         self.text_norm = RMSNorm(width) if per_modality_final_norm else nn.Identity()
@@ -126,14 +152,17 @@ class JetFormer(nn.Module):
 
     # Images to soft tokens and back.
 
-    def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def encode_image(self, image: Tensor) -> Encoded:
         """Image to soft tokens.
 
         Args:
           image: `[B, H, W, C]`, values in [-1, 1].
 
         Returns:
-          Tokens `[B, L, D]`, factored-out dimensions `[B, L, F]`, log-determinants `[B]` in nats.
+          The tokens and the log-determinants.
+
+        Raises:
+          ValueError: if the image has another shape than the model's.
         """
         if image.shape[1:] != self.image_shape:
             raise ValueError(
@@ -141,11 +170,14 @@ class JetFormer(nn.Module):
                 "in the preprocessing, or change JetFormer.image_shape"
             )
         tokens, logdet = self.patches(image)
+        flow_logdet = torch.zeros_like(logdet)
         for step in self._flows():
-            latents, flow_logdet = step(tokens.unflatten(1, self.patches.grid))
-            tokens, logdet = latents.flatten(1, 2), logdet + flow_logdet
+            latents, step_logdet = step(tokens.unflatten(1, self.patches.grid))
+            tokens, logdet = latents.flatten(1, 2), logdet + step_logdet
+            if step is self.flow:
+                flow_logdet = step_logdet
         tokens, factored = tokens.split((self.out_dim, self.factored_dim), dim=-1)
-        return tokens, factored, logdet
+        return Encoded(tokens, factored, logdet, flow_logdet)
 
     def decode_image(self, tokens: Tensor, factored: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens `[B, L, D]` and factored-out dimensions `[B, L, F]` to the image `[B, H, W, C]`, whose values a sample

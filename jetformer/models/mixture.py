@@ -14,15 +14,35 @@ import math
 import sys
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy import special
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from jetformer.models import initializers
 
 _LOG_2PI = math.log(2 * math.pi)
 # Some 5 arrays of so many floats lie in a CPU's caches. (1024 mixtures of 48 dimensions, 512 tokens, 2 cores: 0.07 s,
 # to 0.27 s with everything at once.)
 _CPU_CHUNK = 2**18
+
+
+class TokenScores(NamedTuple):
+    """What an image head says of tokens.
+
+    total: the weighted sum of negative log-likelihoods in nats, the only one with a gradient.
+    nll: `[B, L]`, negative log-likelihoods in nats.
+    responsibilities: `[B, K]`, the components' posterior probabilities, averaged over an example's tokens; None for a
+      head that has one component only.
+    responsibility_entropy: `[B]`, the entropy in nats of a token's responsibilities, averaged likewise.
+    """
+
+    total: Tensor
+    nll: Tensor
+    responsibilities: Tensor | None = None
+    responsibility_entropy: Tensor | None = None
 
 
 def square_plus(x: Tensor) -> Tensor:
@@ -103,7 +123,8 @@ def _score_block(logits: Tensor, x: Tensor, w: Tensor, k: int, raw_min: float, d
       chunk: about how many means to work on at a time.
 
     Returns:
-      The log-likelihoods `[n]`, and the gradients for `x` `[n, D]` or None.
+      The log-likelihoods `[n]`; the responsibilities `[K, n]` and their entropies in nats `[n]`; the gradients for `x`
+      `[n, D]` or None.
     """
     n, d = x.shape
     weights, means, raw_scales = logits.split((k, k * d, k * d))
@@ -130,13 +151,17 @@ def _score_block(logits: Tensor, x: Tensor, w: Tensor, k: int, raw_min: float, d
     log_weights = weights.log_softmax(0)
     joint = torch.cat(components).add_(log_weights).sub_(d * (math.log(2) + 0.5 * _LOG_2PI))
     log_prob = torch.logsumexp(joint, dim=0)
+    # exp is 0 at -1e4, and so is its share of the entropy, which at -inf would be 0 · inf.
+    log_posterior = (joint - log_prob).clamp_(min=-1e4)
+    responsibilities = log_posterior.exp()
+    entropy = log_posterior.mul_(responsibilities).sum(0).neg_()
     if not differentiate:
-        return log_prob, None
-    posterior = (joint - log_prob).exp_().mul_(w)
+        return log_prob, responsibilities, entropy, None
+    posterior = responsibilities * w
     weights.copy_(log_weights.exp_().mul_(w).sub_(posterior))
     raw_scales.mul_(posterior.unsqueeze(1))
     means.mul_(posterior.mul_(0.25).unsqueeze(1))
-    return log_prob, means.sum(0).neg_().t()
+    return log_prob, responsibilities, entropy, means.sum(0).neg_().t()
 
 
 @functools.cache
@@ -159,6 +184,8 @@ class _MixtureNLL(torch.autograd.Function):
         # What a CPU's cache holds; elsewhere all at once.
         chunk = _CPU_CHUNK if target.device.type == "cpu" and not compiled else sys.maxsize
         nll = target.new_empty(target.shape[:2])
+        responsibilities = target.new_zeros(len(target), num_mixtures)
+        responsibility_entropy = target.new_zeros(len(target))
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         # Sums over many blocks are kept in the likelihood's precision, whatever the products are computed in.
         grad_weight = torch.zeros_like(weight, dtype=target.dtype) if needs[1] else None
@@ -173,8 +200,12 @@ class _MixtureNLL(torch.autograd.Function):
             if buffer is None or buffer.shape[1] != len(h):
                 buffer = weight.new_empty(len(weight), len(h))
             logits = torch.addmm(bias[:, None], weight, h.t(), out=buffer).to(target.dtype)
-            log_prob, grad_x = score_block(logits, x, w, num_mixtures, raw_min, any(needs), chunk)
+            log_prob, posterior, entropy, grad_x = score_block(
+                logits, x, w, num_mixtures, raw_min, any(needs), chunk
+            )
             nll[rows] = -log_prob.view(*examples, -1)
+            responsibilities[rows[0]] += posterior.view(num_mixtures, *examples, -1).sum(-1).t()
+            responsibility_entropy[rows[0]] += entropy.view(*examples, -1).sum(-1)
             if not any(needs):
                 continue
             if needs[3]:
@@ -190,12 +221,13 @@ class _MixtureNLL(torch.autograd.Function):
                 grad_weight.add_(logits @ h)
         ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype, target.dtype)
         ctx.grads = (grad_hidden, grad_weight, grad_bias, grad_target)
-        ctx.mark_non_differentiable(nll)
-        return (nll * token_weight).sum(), nll
+        averages = (responsibilities / target.shape[1], responsibility_entropy / target.shape[1])
+        ctx.mark_non_differentiable(nll, *averages)
+        return (nll * token_weight).sum(), nll, *averages
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_sum, _):
+    def backward(ctx, grad_sum, *_):
         pairs = zip(ctx.grads, ctx.dtypes, strict=True)
         grads = (g if g is None else g.mul_(grad_sum).to(dtype) for g, dtype in pairs)
         return *grads, None, None, None, None, None, None
@@ -226,7 +258,7 @@ def mixture_nll(
     block: int,
     num_shards: int | None = None,
     compiled: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> TokenScores:
     """Projects hidden states to mixtures and scores tokens under them, `block` tokens at a time.
 
     Equal to `mixture_from_logits(F.linear(hidden, weight, bias), ...).log_prob(target)`, for one pass over the tokens
@@ -246,13 +278,34 @@ def mixture_nll(
       compiled: whether torch.compile compiles what is between the products.
 
     Returns:
-      The weighted sum of negative log-likelihoods in nats, to differentiate; and they themselves `[B, L]`, which no
-      gradient flows through.
+      The scores. A gradient flows through `total` alone.
     """
     tensors = (hidden, weight, bias, target)
     if not torch.is_grad_enabled():
         tensors = (x.detach() for x in tensors)  # else the forward pass would compute gradients
-    return _MixtureNLL.apply(*tensors, token_weight.detach(), num_mixtures, scale_tol, block, num_shards, compiled)
+    return TokenScores(
+        *_MixtureNLL.apply(*tensors, token_weight.detach(), num_mixtures, scale_tol, block, num_shards, compiled)
+    )
+
+
+def count_components(responsibilities: np.ndarray, entropy: float) -> dict[str, float]:
+    """Counts the components that a mixture uses.
+
+    Args:
+      responsibilities: `[K]`, the components' posterior probabilities, averaged over tokens.
+      entropy: the entropy in nats of a token's responsibilities, averaged over the same tokens.
+
+    Returns:
+      `effective_components`, in 1..K: the exponential of the entropy of the average responsibilities. K components that
+      are used equally often give K.
+      `distinct_components`, in 1..K: the exponential of the mutual information between token and component. K components
+      that are used equally often and do not overlap give K; components that are equal give 1.
+    """
+    average_entropy = special.entr(responsibilities / responsibilities.sum()).sum()
+    return {
+        "effective_components": math.exp(average_entropy),
+        "distinct_components": math.exp(max(average_entropy - entropy, 0.0)),
+    }
 
 
 class MixtureHead(nn.Module):
@@ -265,6 +318,14 @@ class MixtureHead(nn.Module):
       scale_tol: smallest standard deviation.
       dtype: "float32", or "bfloat16" to multiply in it; the likelihood is computed in float32 either way.
       block: how many tokens' logits training holds at a time, on each device.
+      mean_init_std: standard deviation of the normal noise that the biases of the means start from, in the units of the
+        tokens. At 0, as in the reference, all components start equal and get equal gradients: they stay equal to the
+        bit, and the mixture is one Gaussian.
+      scale_init: standard deviation that all components start with, likewise; the reference's is 1. Narrower components
+        overlap less, so that they specialize sooner.
+
+    Raises:
+      ValueError: if `scale_tol`, `dtype`, `mean_init_std` or `scale_init` is out of its range.
     """
 
     def __init__(
@@ -275,20 +336,41 @@ class MixtureHead(nn.Module):
         scale_tol: float = 1e-6,
         dtype: str = "float32",
         block: int = 256,
+        mean_init_std: float = 0.0,
+        scale_init: float = 1.0,
     ):
         super().__init__()
+        if not (math.isfinite(mean_init_std) and mean_init_std >= 0):
+            raise ValueError(f"mean_init_std = {mean_init_std}: give a finite number of 0 or more")
+        if not (math.isfinite(scale_init) and scale_init > 0):
+            raise ValueError(f"scale_init = {scale_init}: give a finite number above 0")
         self.num_mixtures, self.block = num_mixtures, block
+        self.mean_init_std, self.scale_init = mean_init_std, scale_init
         self.num_shards, self.compiled = None, False  # see `mixture_nll`; a loop sets them
         self.scale_tol = _check_scale_tol(scale_tol)
         self.dtype = _head_dtype(dtype)
         self.linear = nn.Linear(width, num_mixtures * (1 + 2 * dim))
 
     def init_weights(self, generator: torch.Generator) -> None:
-        del generator
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+        _, means, raw_scales = self._parts(self.linear.bias)
+        if self.mean_init_std:
+            initializers.normal_(means, self.mean_init_std, generator)
+        nn.init.constant_(raw_scales, self.scale_init - 1 / self.scale_init)  # what square_plus makes it of
 
-    def forward(self, hidden: Tensor, target: Tensor, token_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _parts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows `[P, ...]` as those of log-weights `[K, ...]`, means and raw scales `[K, D, ...]`."""
+        k = self.num_mixtures
+        weights, means, raw_scales = rows.split((k, (len(rows) - k) // 2, (len(rows) - k) // 2))
+        return weights, means.unflatten(0, (k, -1)), raw_scales.unflatten(0, (k, -1))
+
+    def components_equal(self) -> bool:
+        """Returns whether all components have equal parameters, so that no training tells them apart."""
+        parts = (part for p in self.linear.parameters() for part in self._parts(p))
+        return all(bool((part == part[:1]).all()) for part in parts)
+
+    def forward(self, hidden: Tensor, target: Tensor, token_weight: Tensor) -> TokenScores:
         """Scores tokens.
 
         Args:
@@ -297,7 +379,7 @@ class MixtureHead(nn.Module):
           token_weight: `[B, L]`, the factor of each token in the sum.
 
         Returns:
-          The weighted sum of negative log-likelihoods in nats, and they themselves `[B, L]` without gradient.
+          The scores.
         """
         with _without_autocast(hidden.device):
             return mixture_nll(
@@ -390,15 +472,19 @@ class MultivariateHead(nn.Module):
         self.dtype = _head_dtype(dtype)
         self.linear = nn.Linear(width, dim * dim + dim)
 
-    init_weights = MixtureHead.init_weights
+    def init_weights(self, generator: torch.Generator) -> None:
+        del generator
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
     _cast = MixtureHead._cast
     _project = MixtureHead._project
     logits = MixtureHead.logits
 
-    def forward(self, hidden: Tensor, target: Tensor, token_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, target: Tensor, token_weight: Tensor) -> TokenScores:
         """As `MixtureHead.forward`."""
         nll = -self.distribution(self.logits(hidden)).log_prob(target)
-        return (nll * token_weight).sum(), nll.detach()
+        return TokenScores((nll * token_weight).sum(), nll.detach())
 
     def sample(
         self,

@@ -224,7 +224,7 @@ def _log_likelihood(
 ) -> Tensor:
     """`[B]` in nats, of pixel values in [0, 256); `logdet` is of the image's encoding."""
     _, hidden = model(text, latents.tokens, text_first=True, text_mask=text_mask)
-    _, nll = model.image_head(hidden, latents.tokens, torch.ones_like(latents.tokens[..., 0]))
+    nll = model.image_head(hidden, latents.tokens, torch.ones_like(latents.tokens[..., 0])).nll
     nll = nll.sum(1) + objectives.standard_normal_nll(latents.factored)
     return logdet - nll - math.prod(model.image_shape) * math.log(127.5)
 
@@ -240,8 +240,8 @@ def _encode(model: JetFormer, images: Tensor, keys: Tensor) -> tuple[Latents, Te
     """Latents and log-determinants `[B]` in nats."""
     noise = prng.uniform(prng.fold_in(keys, _DEQUANT), images.shape[1:])
     pixels = images.to(model.image_emb.weight.dtype) + noise
-    tokens, factored, logdet = model.encode_image(objectives.to_unit_range(pixels))
-    return Latents(tokens, factored), logdet
+    encoded = model.encode_image(objectives.to_unit_range(pixels))
+    return Latents(encoded.tokens, encoded.factored), encoded.logdet
 
 
 @torch.no_grad()

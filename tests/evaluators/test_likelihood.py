@@ -51,6 +51,28 @@ def test_every_example_counts_once(tmp_path, data_dir, batch_size):
         assert scalars["bits_per_dim"] == pytest.approx(parts, abs=1e-5)
 
 
+def test_components_are_counted_over_all_examples(tmp_path, data_dir):
+    """Whatever the batches, as of all tokens in one."""
+    context = untrained(tmp_path, data_dir, train__eval_batch_size=7)
+    scalars = Likelihood()(context).scalars
+    model = context.state.model
+    batch = next(untrained(tmp_path, data_dir, train__eval_batch_size=40).batches())
+    tensors = {name: torch.tensor(array) for name, array in batch.items()}
+    keys = prng.example_keys(derive_seed(0, 2), tensors["_index"])
+    with torch.no_grad():
+        image = tensors["image"] + context.run.objective.draw(model, tensors, keys, train=False)["dequant"]
+        tokens = model.encode_image(image / 127.5 - 1).tokens
+        _, hidden = model(tensors["text"], tokens, text_first=True, text_mask=tensors.get("text_mask"))
+        mixture = model.image_head.distribution(model.image_head.logits(hidden))
+        components = torch.distributions.Normal(mixture.locs, mixture.scales).log_prob(tokens[..., None, :]).sum(-1)
+    posterior = (mixture.logits.log_softmax(-1) + components).softmax(-1).flatten(0, 1)
+    average = torch.special.entr(posterior.mean(0)).sum()
+    information = average - torch.special.entr(posterior).sum(1).mean()
+    assert scalars["effective_components"] == pytest.approx(average.exp().item(), rel=1e-4)
+    assert scalars["distinct_components"] == pytest.approx(information.exp().item(), rel=1e-4)
+    assert 1.001 < scalars["distinct_components"] < scalars["effective_components"] < 4
+
+
 def test_several_draws(tmp_path, data_dir):
     context = untrained(tmp_path, data_dir, train__ema_decay=0.0, Data__eval_split='"validation[:9]"')
     results = Likelihood(num_draws=3)(context)
@@ -84,7 +106,7 @@ def test_texts(tmp_path, shapes_dir):
             model = context.state.model
             keys = prng.example_keys(derive_seed(0, 2), torch.tensor(batch["_index"]))
             dequant = context.run.objective.draw(model, tensors, keys, train=False)["dequant"]
-            tokens, _, _ = model.encode_image((tensors["image"] + dequant) / 127.5 - 1)
+            tokens = model.encode_image((tensors["image"] + dequant) / 127.5 - 1).tokens
             hidden, _ = model(tensors["text"], tokens, text_first=False, text_mask=tensors["text_mask"])
             nats = -model.text_logits(hidden).log_softmax(-1).gather(2, tensors["text"].long()[..., None]).squeeze(2)
         for i in np.flatnonzero(batch["_mask"]):

@@ -16,7 +16,7 @@ from small_models import L, T, inputs, small_model
 def test_an_image_survives_its_tokens():
     model = small_model()
     image = torch.rand(2, 4, 4, 3, dtype=torch.float64) * 2 - 1
-    tokens, factored, logdet = model.encode_image(image)
+    tokens, factored, logdet, _ = model.encode_image(image)
     assert tokens.shape == (2, L, 8)
     assert factored.shape == (2, L, 4)
     restored, inverse_logdet = model.decode_image(tokens, factored)

@@ -1,5 +1,6 @@
 """The image head: blocked equals plain, gradients are right, samples follow the density."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from jetformer.models.mixture import (
     MultivariateGaussian,
     MultivariateHead,
     _blocks,
+    count_components,
     mixture_from_logits,
     mixture_nll,
     square_plus,
@@ -52,6 +54,13 @@ def plain_nll(hidden, weight, bias, target, num_mixtures, scale_tol):
     return -mixture_from_logits(logits, num_mixtures, scale_tol).log_prob(target)
 
 
+def plain_responsibilities(hidden, weight, bias, target, num_mixtures, scale_tol):
+    """`[B, L, K]`, by Bayes' rule."""
+    mixture = mixture_from_logits(F.linear(hidden, weight, bias), num_mixtures, scale_tol)
+    components = torch.distributions.Normal(mixture.locs, mixture.scales).log_prob(target.unsqueeze(-2)).sum(-1)
+    return (mixture.logits.log_softmax(-1) + components).softmax(-1)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     batch=st.integers(1, 3),
@@ -65,7 +74,7 @@ def plain_nll(hidden, weight, bias, target, num_mixtures, scale_tol):
 )
 def test_blocked_equals_plain(batch, tokens, k, d, block, scale_tol, num_shards, seed):
     inputs, token_weight = head_inputs(tokens, 7, k, d, torch.float64, seed, batch)
-    total, nll = mixture_nll(
+    scores = mixture_nll(
         **inputs,
         token_weight=token_weight,
         num_mixtures=k,
@@ -74,10 +83,13 @@ def test_blocked_equals_plain(batch, tokens, k, d, block, scale_tol, num_shards,
         num_shards=num_shards,
     )
     expected = plain_nll(**inputs, num_mixtures=k, scale_tol=scale_tol)
-    torch.testing.assert_close(nll, expected)
-    torch.testing.assert_close(total, (expected * token_weight).sum())
+    torch.testing.assert_close(scores.nll, expected)
+    torch.testing.assert_close(scores.total, (expected * token_weight).sum())
+    responsibilities = plain_responsibilities(**inputs, num_mixtures=k, scale_tol=scale_tol)
+    torch.testing.assert_close(scores.responsibilities, responsibilities.mean(1))
+    torch.testing.assert_close(scores.responsibility_entropy, torch.special.entr(responsibilities).sum(-1).mean(1))
     # A factor after the sum, as gradient accumulation or a loss weight puts there.
-    gradients = torch.autograd.grad(3 * total, inputs.values())
+    gradients = torch.autograd.grad(3 * scores.total, inputs.values())
     expected = torch.autograd.grad(3 * (expected * token_weight).sum(), inputs.values())
     for actual, value in zip(gradients, expected, strict=True):
         torch.testing.assert_close(actual, value)
@@ -86,7 +98,7 @@ def test_blocked_equals_plain(batch, tokens, k, d, block, scale_tol, num_shards,
 def test_blocked_equals_plain_in_float32():
     inputs, token_weight = head_inputs(64, 32, 16, 12, torch.float32)
     kwargs = {"num_mixtures": 16, "scale_tol": 1e-6}
-    total, nll = mixture_nll(**inputs, token_weight=token_weight, block=24, **kwargs)
+    total, nll, *_ = mixture_nll(**inputs, token_weight=token_weight, block=24, **kwargs)
     expected = plain_nll(**inputs, **kwargs)
     torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
     gradients = torch.autograd.grad(total, inputs.values())
@@ -104,7 +116,7 @@ def test_extreme_scales_in_float32(raw):
         inputs["bias"][8:] = raw
         inputs["weight"][8:] = 0.0
     kwargs = {"num_mixtures": 2, "scale_tol": 1e-6}
-    total, nll = mixture_nll(**inputs, token_weight=token_weight, block=8, **kwargs)
+    total, nll, *_ = mixture_nll(**inputs, token_weight=token_weight, block=8, **kwargs)
     exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     expected = plain_nll(**exact, **kwargs)
     torch.testing.assert_close(nll.double(), expected.detach(), rtol=2e-5, atol=1e-4)
@@ -126,8 +138,9 @@ def test_a_scale_below_the_smallest_has_no_gradient():
     with torch.no_grad():
         inputs["weight"].zero_()
         inputs["bias"].copy_(torch.tensor([0.0, 0.0, -50.0]))
-    total, _ = mixture_nll(**inputs, token_weight=torch.ones(1, 1).double(), num_mixtures=1, scale_tol=0.5, block=1)
-    (gradient,) = torch.autograd.grad(total, inputs["bias"])
+    token_weight = torch.ones(1, 1).double()
+    scores = mixture_nll(**inputs, token_weight=token_weight, num_mixtures=1, scale_tol=0.5, block=1)
+    (gradient,) = torch.autograd.grad(scores.total, inputs["bias"])
     assert gradient[1] != 0
     assert gradient[2] == 0
 
@@ -137,11 +150,10 @@ def test_no_gradient_no_work():
     inputs, token_weight = head_inputs(4, 3, 2, 2, torch.float64)
     kwargs = {"num_mixtures": 2, "scale_tol": 1e-6, "block": 2}
     with torch.no_grad():
-        total, _ = mixture_nll(**inputs, token_weight=token_weight, **kwargs)
-    assert not total.requires_grad
+        scores = mixture_nll(**inputs, token_weight=token_weight, **kwargs)
+    assert not any(score.requires_grad for score in scores)
     inputs["weight"].requires_grad_(False)
-    total, _ = mixture_nll(**inputs, token_weight=token_weight, **kwargs)
-    total.backward()
+    mixture_nll(**inputs, token_weight=token_weight, **kwargs).total.backward()
     assert inputs["weight"].grad is None
     assert inputs["hidden"].grad is not None
 
@@ -153,7 +165,7 @@ def test_bfloat16_head_is_close():
     hidden, target = torch.randn(2, 3, 16), torch.randn(2, 3, 4)
     results = {}
     for dtype, head in heads.items():
-        total, nll = head(hidden, target, torch.full((2, 3), 1 / 6))
+        total, nll, *_ = head(hidden, target, torch.full((2, 3), 1 / 6))
         total.backward()
         assert nll.dtype == torch.float32
         results[dtype] = (total, head.linear.weight.grad)
@@ -186,7 +198,7 @@ def test_head_weighs_tokens(head):
     model = head(8, 2, **kwargs)
     torch.nn.init.normal_(model.linear.weight, generator=torch.Generator().manual_seed(0))
     hidden, target, weight = torch.randn(2, 5, 8), torch.randn(2, 5, 2), torch.rand(2, 5)
-    total, nll = model(hidden, target, weight)
+    total, nll, *_ = model(hidden, target, weight)
     assert nll.shape == (2, 5)
     torch.testing.assert_close(total, (nll * weight).sum())
 
@@ -198,6 +210,70 @@ def test_a_new_head_is_one_broad_gaussian():
     x = torch.randn(2, 3)
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(-1)
     torch.testing.assert_close(mixture.log_prob(x), expected)
+
+
+def test_new_components_differ_by_the_noise_of_their_means_alone():
+    head = MixtureHead(4, 50, 40, mean_init_std=0.3, scale_init=0.4)
+    init_weights(head, torch.Generator().manual_seed(0))
+    mixture = head.distribution(head.logits(torch.randn(2, 4)))
+    assert stats.kstest(mixture.locs[0].flatten().detach().numpy() / 0.3, "norm").pvalue > 1e-3
+    torch.testing.assert_close(mixture.locs[0], mixture.locs[1])  # whatever the hidden state
+    torch.testing.assert_close(mixture.scales, torch.full_like(mixture.scales, 0.4))
+    assert (mixture.logits == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("mean_init_std", value) for value in (-0.1, float("nan"), float("inf"))),
+        *(("scale_init", value) for value in (-0.1, 0.0, float("nan"), float("inf"))),
+    ],
+)
+def test_a_start_that_is_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"{name}.*{value}"):
+        MixtureHead(4, 3, 5, **{name: value})
+
+
+@pytest.mark.parametrize("std", [0.0, 0.1])
+def test_components_are_learned_apart_from_noise_alone(std):
+    """At 0, the reference's start, they stay equal to the bit."""
+    head = MixtureHead(4, 2, 3, mean_init_std=std)
+    init_weights(head, torch.Generator().manual_seed(0))
+    assert head.components_equal() == (std == 0)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(8, 16, 4, generator=generator)
+    # Tokens of three clusters, which no context tells apart.
+    target = torch.randint(-1, 2, (8, 16, 1), generator=generator) * 2.0
+    target = target + 0.1 * torch.randn(8, 16, 2, generator=generator)
+    for _ in range(100):
+        optimizer.zero_grad()
+        scores = head(hidden, target, torch.full((8, 16), 1 / 128))
+        scores.total.backward()
+        optimizer.step()
+    counted = count_components(scores.responsibilities.mean(0).numpy(), scores.responsibility_entropy.mean().item())
+    assert head.components_equal() == (std == 0)
+    assert counted["distinct_components"] == pytest.approx(3 if std else 1, abs=0.2)
+
+
+@settings(max_examples=20, deadline=None)
+@given(k=st.integers(1, 9), apart=st.booleans())
+def test_components_are_counted(k, apart):
+    """Equal components, and such that do not overlap, are all used; only the latter are distinct."""
+    head = head_with_bias(MixtureHead(4, 1, k), torch.zeros(3 * k))
+    with torch.no_grad():
+        if apart:
+            head.linear.bias[k : 2 * k] = 10.0 * torch.arange(k)
+        target = 10.0 * torch.arange(k).repeat(5).view(5, k, 1)
+        scores = head(torch.zeros(5, k, 4), target, torch.ones(5, k))
+    counted = count_components(scores.responsibilities.mean(0).numpy(), scores.responsibility_entropy.mean().item())
+    assert counted["effective_components"] == pytest.approx(k, rel=1e-3)
+    assert counted["distinct_components"] == pytest.approx(k if apart else 1, rel=1e-3)
+
+
+def test_components_that_are_never_used_do_not_count():
+    counted = count_components(np.array([0.5, 0.5, 0.0]), 0.0)
+    assert counted == pytest.approx({"effective_components": 2, "distinct_components": 2})
 
 
 def assert_same_distribution(samples, cdf):
