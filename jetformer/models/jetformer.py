@@ -10,6 +10,7 @@ or `[bos, image, text]`. The first modality is the prefix. The last token is cut
 predicts token i + 1.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -65,6 +66,8 @@ class JetFormer(nn.Module):
       mean_init_std: standard deviation of the normal noise that the biases of the mixture's means start from, in units
         of the image tokens. At 0, the reference's, the components stay equal and the mixture is one Gaussian.
       scale_init: standard deviation that the mixture's components start with, likewise.
+      image_posemb: add a learned embedding of its place in the image to each image token, which rotary embeddings after
+        texts of different lengths do not tell. The reference has none.
       num_vocab_repeats: R, embed the text so many times with different embeddings (for class labels, whose text is one
         token long).
       causal_mask_on_prefix: if false, all of a sequence sees all of its prefix.
@@ -95,6 +98,7 @@ class JetFormer(nn.Module):
         head_block: int = 256,
         mean_init_std: float = 0.0,
         scale_init: float = 1.0,
+        image_posemb: bool = False,
         num_vocab_repeats: int = 1,
         causal_mask_on_prefix: bool = True,
         untie_output_vocab: bool = False,
@@ -131,6 +135,7 @@ class JetFormer(nn.Module):
         width = self.decoder.width
         self.text_emb = nn.Embedding(vocab_size * num_vocab_repeats, width)
         self.image_emb = nn.Linear(self.out_dim, width)
+        self.image_posemb = nn.Parameter(torch.empty(self.num_image_tokens, width)) if image_posemb else None
         if multivariate:
             self.image_head = MultivariateHead(width, self.out_dim, scale_tol, head_dtype)
         else:
@@ -146,6 +151,8 @@ class JetFormer(nn.Module):
         initializers.normal_(self.text_emb.weight, 1.0, generator)
         initializers.lecun_normal_(self.image_emb.weight, generator)
         nn.init.zeros_(self.image_emb.bias)
+        if self.image_posemb is not None:
+            initializers.normal_(self.image_posemb, 1 / math.sqrt(self.decoder.width), generator)
         if self.text_head is not None:
             initializers.normal_(self.text_head.weight, 1.0, generator)
             nn.init.zeros_(self.text_head.bias)
@@ -201,6 +208,19 @@ class JetFormer(nn.Module):
         offsets = torch.arange(self.num_vocab_repeats, device=ids.device) * self.vocab_size
         return self.text_emb((ids[:, None] + offsets[:, None]).flatten(1))
 
+    def embed_image_tokens(self, tokens: Tensor, places: Tensor) -> Tensor:
+        """Embeds image tokens.
+
+        Args:
+          tokens: `[B, N, D]`.
+          places: int64 `[N]`, which tokens of the image they are, in 0..L-1.
+
+        Returns:
+          `[B, N, E]`.
+        """
+        x = self.image_emb(tokens)
+        return x if self.image_posemb is None else x + self.image_posemb.index_select(0, places)
+
     def _special(self, token: int, batch_size: int) -> Tensor:
         """The embedding `[B, 1, E]` of one token."""
         return self.text_emb.weight[token].expand(batch_size, 1, -1)
@@ -231,7 +251,8 @@ class JetFormer(nn.Module):
         """
         batch_size = len(text)
         repeats = self.num_vocab_repeats
-        x_text, x_image = self._embed_ids(text), self.image_emb(image_tokens)
+        places = torch.arange(image_tokens.shape[1], device=image_tokens.device)
+        x_text, x_image = self._embed_ids(text), self.embed_image_tokens(image_tokens, places)
         if isinstance(text_first, bool):
             dropped_text = drop_prefix if text_first else None
             dropped_image = None if text_first else drop_prefix

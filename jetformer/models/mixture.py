@@ -200,9 +200,7 @@ class _MixtureNLL(torch.autograd.Function):
             if buffer is None or buffer.shape[1] != len(h):
                 buffer = weight.new_empty(len(weight), len(h))
             logits = torch.addmm(bias[:, None], weight, h.t(), out=buffer).to(target.dtype)
-            log_prob, posterior, entropy, grad_x = score_block(
-                logits, x, w, num_mixtures, raw_min, any(needs), chunk
-            )
+            log_prob, posterior, entropy, grad_x = score_block(logits, x, w, num_mixtures, raw_min, any(needs), chunk)
             nll[rows] = -log_prob.view(*examples, -1)
             responsibilities[rows[0]] += posterior.view(num_mixtures, *examples, -1).sum(-1).t()
             responsibility_entropy[rows[0]] += entropy.view(*examples, -1).sum(-1)
@@ -298,8 +296,8 @@ def count_components(responsibilities: np.ndarray, entropy: float) -> dict[str, 
     Returns:
       `effective_components`, in 1..K: the exponential of the entropy of the average responsibilities. K components that
       are used equally often give K.
-      `distinct_components`, in 1..K: the exponential of the mutual information between token and component. K components
-      that are used equally often and do not overlap give K; components that are equal give 1.
+      `distinct_components`, in 1..K: the exponential of the mutual information between token and component. K
+      components that are used equally often and do not overlap give K; components that are equal give 1.
     """
     average_entropy = special.entr(responsibilities / responsibilities.sum()).sum()
     return {

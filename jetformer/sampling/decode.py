@@ -44,6 +44,7 @@ class CachedDecoder:
       prefix: what its `embed` returns, with shift=False.
       modality: what is decoded, "image" or "text".
       num_steps: how often `step` will be called.
+      start: which token of the image the first call of `step` is given.
     """
 
     def __init__(
@@ -53,14 +54,16 @@ class CachedDecoder:
         *,
         modality: str,
         num_steps: int,
+        start: int = 0,
     ):
         self.model = model
-        if modality == "image":
-            self._emb, self._norm = model.image_emb, model.image_norm
-        else:
-            self._emb, self._norm = model.text_emb, model.text_norm
         x, mask, positions = prefix
         batch_size, length = positions.shape
+        if modality == "image":
+            self._embed = lambda tokens, slots: model.embed_image_tokens(tokens, slots - (length - start))
+            self._norm = model.image_norm
+        else:
+            self._embed, self._norm = lambda ids, slots: model.text_emb(ids), model.text_norm
         self._slots = torch.arange(length + num_steps, device=x.device)
         if mask is None:
             mask = (self._slots[:length, None] >= self._slots[:length]).expand(batch_size, -1, -1)
@@ -94,7 +97,7 @@ class CachedDecoder:
         next."""
         mask = (self._valid & (self._slots <= self._next_slot))[:, None]
         # As the prefix's: autocast would carry one token in bfloat16 through all layers.
-        x = self._emb(token)[:, None].to(self._prefix.dtype)
+        x = self._embed(token[:, None], self._next_slot).to(self._prefix.dtype)
         hidden = self._run(x, mask, self._next_position[:, None], self._next_slot)[:, -1]
         self._next_position.add_(1)
         self._next_slot.add_(1)
@@ -109,7 +112,8 @@ class CachedDecoder:
         ahead = torch.arange(tokens.shape[1], device=tokens.device)
         slots = self._next_slot + ahead
         mask = self._valid[:, None] & (self._slots <= slots[:, None])
-        return self._run(self._emb(tokens).to(self._prefix.dtype), mask, self._next_position[:, None] + ahead, slots)
+        x = self._embed(tokens, slots).to(self._prefix.dtype)
+        return self._run(x, mask, self._next_position[:, None] + ahead, slots)
 
 
 class Latents(NamedTuple):
@@ -181,7 +185,7 @@ def sample_latents(
             shift=False,
         )
         # The last token is not fed back.
-        decoder = CachedDecoder(model, prefix, modality="image", num_steps=total - start - 1)
+        decoder = CachedDecoder(model, prefix, modality="image", num_steps=total - start - 1, start=start)
         return decoder, pick(decoder.prefill())
 
     def step(token: Tensor) -> Draft:

@@ -43,6 +43,20 @@ def test_each_token_is_predicted_from_what_comes_before(boi_id, text_first, repe
     assert sees_image == (not text_first)
 
 
+def test_image_tokens_know_their_places():
+    """Each place has an embedding of its own, whatever comes before the image."""
+    model = small_model(image_posemb=True)
+    plain, tokens = small_model(), inputs(model)[1][:, :1].expand(-1, L, -1)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    for text_first, first in ((True, 1 + T + 1), (False, 1)):
+        text = inputs(model)[0]
+        (x, *_), (expected, *_) = (m.embed(text, tokens, text_first=text_first, shift=False) for m in (model, plain))
+        image = slice(first, first + L)
+        torch.testing.assert_close(x[:, image] - expected[:, image], model.image_posemb.expand(2, -1, -1))
+        x[:, image], expected[:, image] = 0.0, 0.0
+        torch.testing.assert_close(x, expected)
+
+
 def test_a_mixed_batch_is_its_examples():
     """Both orders in one batch, with padding and a dropped prefix, give each example what it gets alone."""
     model = small_model()

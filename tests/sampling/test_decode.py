@@ -28,7 +28,10 @@ from jetformer.sampling.decode import (
 from jetformer.sampling.guidance import Guidance, draft_token, draw, settle
 from small_models import L, T, inputs, small_model
 
-OPTIONS = [{}, {"num_vocab_repeats": 2}, {"causal_mask_on_prefix": False}, {"per_modality_final_norm": True}]
+OPTIONS = [
+    *({}, {"num_vocab_repeats": 2}, {"causal_mask_on_prefix": False}, {"per_modality_final_norm": True}),
+    {"image_posemb": True},
+]
 PADDED = [[True, True, True], [True, False, False], [True, True, False]]
 # Without begin-of-image token the last place of the text predicts the image, so it has to be filled.
 FULL = [[True] * 3] * 3
@@ -119,7 +122,7 @@ def test_8_bits_survive_dequantization():
 )
 @torch.no_grad()
 def test_cached_equals_uncached_for_any_prompts(lengths, given_tokens, seed):
-    model = small_model().eval()
+    model = small_model(image_posemb=True).eval()
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(0, 10, (len(lengths), 4), generator=generator)
     text_mask = torch.arange(4) < torch.tensor(lengths)[:, None]
@@ -127,13 +130,15 @@ def test_cached_equals_uncached_for_any_prompts(lengths, given_tokens, seed):
     _, expected = model(text, image, text_first=True, text_mask=text_mask)
     start = image[:, :given_tokens]
     prefix = model.embed(text, start, text_first=True, text_mask=text_mask, shift=False)
-    decoder = CachedDecoder(model, prefix, modality="image", num_steps=L - given_tokens - 1)
+    steps = {"num_steps": L - given_tokens - 1, "start": given_tokens}
+    decoder = CachedDecoder(model, prefix, modality="image", **steps)
     hidden = [decoder.prefill(), *(decoder.step(token) for token in image[:, given_tokens:-1].unbind(1))]
     torch.testing.assert_close(torch.stack(hidden, dim=1), expected[:, given_tokens:])
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"boi_id": None}, {"causal_mask_on_prefix": False}, {"untie_output_vocab": True}]
+    "kwargs",
+    [{}, {"boi_id": None}, {"causal_mask_on_prefix": False}, {"untie_output_vocab": True, "image_posemb": True}],
 )
 @torch.no_grad()
 def test_cached_text_equals_uncached(kwargs):
