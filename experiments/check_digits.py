@@ -40,10 +40,13 @@ def main(_):
     load = lambda split: tfds.as_numpy(tfds.load(run.data.name, split=split, batch_size=-1, data_dir=run.data.data_dir))
     real, validation = load(run.data.train_split), load(run.data.eval_split)
     histogram = histogram_bits_per_dim(real["image"], validation["image"])
-    scores = Likelihood()(train.context(run, state, step, "check", workdir, machine))
-    bits = (scores.ema_scalars or scores.scalars)["bits_per_dim"]
+    results = Likelihood()(train.context(run, state, step, "check", workdir, machine))
+    scores = results.ema_scalars or results.scalars
+    bits = scores["bits_per_dim"]
     print(f"step {step}, {len(validation['image'])} validation images, 8-bit pixels")
     print(f"  JetFormer: {bits:.3f} bits per dim")
+    used, distinct = scores["effective_components"], scores["distinct_components"]
+    print(f"  of its {state.model.image_head.num_mixtures} components {used:.1f} are used, {distinct:.1f} distinct")
     print(f"  histogram of levels at each pixel: {histogram:.3f} bits per dim")
 
     flatten = lambda images: images.reshape(len(images), -1) / 255

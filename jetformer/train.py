@@ -306,8 +306,8 @@ class Run:
         heads = [module for module in model.modules() if isinstance(module, MixtureHead)]
         if runtime.process_index == 0 and any(head.num_mixtures > 1 and head.components_equal() for head in heads):
             logging.warning(
-                "All %d components of the image head are equal and will stay so, as one Gaussian: set "
-                "JetFormer.mean_init_std above 0, as 0.3",
+                "All %d components of the image head are equal, and training keeps them so: they are one Gaussian. Set "
+                "JetFormer.mean_init_std above 0",
                 heads[0].num_mixtures,
             )
 
