@@ -25,8 +25,8 @@ from jetformer.models.language_model import LanguageModel
 
 Batch = dict[str, Tensor]
 Draws = dict[str, Tensor]
-# What is measured, by name: values [B, ...], and which of them count, bool [B, ...]. A value may have more dimensions
-# than its counts: what counts is then a vector, as the responsibilities [B, K] of a mixture's components are.
+# What is measured, by name: values [B, ...], and which of them count, bool [B, ...]. Of each example's responsibilities
+# [B, K] all K count, or none; they alone are vectors, and `mixture.count_components` makes figures of them.
 Terms = dict[str, tuple[Tensor, Tensor]]
 # The same summed: sum, a vector or 0-dimensional, and count, 0-dimensional. Sums of parts add up to the sum of the
 # whole.
@@ -115,7 +115,7 @@ def means(sums: Sums) -> dict[str, Tensor]:
 def expansion_used(flow: nn.Module | None, logdet: Tensor, counts: Tensor) -> Terms:
     """The term flow_expansion_used: the log-determinants `[B]` as a share of `flow.max_logdet`; none, where the flow
     has no such bound. N couplings of scale factor 2 can expand a dimension by 2^(N/2) on average; a share near 1 asks
-    for more couplings."""
+    for more couplings, one below 0 is of a flow that contracts."""
     bound = getattr(flow, "max_logdet", None)
     return {} if bound is None else {"flow_expansion_used": (logdet / bound, counts)}
 
@@ -359,8 +359,8 @@ class JetObjective:
         arguments as in `JetFormerObjective.__call__`.
 
         Returns:
-          The loss, and what it consists of by example: bits_per_dim = bits_per_dim_latents - bits_per_dim_logdet; and
-          flow_expansion_used, see `expansion_used`.
+          The loss, and what it consists of by example: bits_per_dim = bits_per_dim_latents - bits_per_dim_logdet; of a
+          bounded flow also flow_expansion_used, see `expansion_used`.
 
         Raises:
           ValueError: if there is a noise curriculum, which Jet's objective does not have, or the batch lacks something.

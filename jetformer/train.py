@@ -305,10 +305,14 @@ class Run:
                 value.copy_(theirs)
         heads = [module for module in model.modules() if isinstance(module, MixtureHead)]
         if runtime.process_index == 0 and any(head.num_mixtures > 1 and head.components_equal() for head in heads):
+            remedy = "set JetFormer.mean_init_std above 0"
+            if self.init_from is not None:
+                remedy = f"they are so in {self.init_from}, whose weights JetFormer.mean_init_std does not change"
             logging.warning(
-                "All %d components of the image head are equal, and training keeps them so: they are one Gaussian. Set "
-                "JetFormer.mean_init_std above 0",
+                "All %d components of the image head are equal, and training does not tell them apart, as one "
+                "Gaussian: %s",
                 heads[0].num_mixtures,
+                remedy,
             )
 
     def _initialize_by_data(self, model: nn.Module) -> None:

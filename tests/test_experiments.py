@@ -20,7 +20,7 @@ PARAMETERS = {
     "coco_captions": 1_117_618_435,
     "coco_captions_750m": 1_729_556_739,
     "coco_captions_1p3b": 2_731_184_387,
-    "shapes": 2_386_626,
+    "shapes": 2_396_866,
     "folder": 2_686_624,
     "tinystories": 62_694_145,
     "imagenet64": 396_212_224,

@@ -59,6 +59,21 @@ def test_components_that_begin_equal_are_warned_of(data_dir, caplog, std):
     assert ("mean_init_std" in caplog.text) == (std == 0)
 
 
+def test_the_mixture_of_another_run_is_kept(data_dir, tmp_path, caplog):
+    """Whatever this run's `mean_init_std`; where its components are equal, its name is in the warning."""
+    run(tmp_path / "equal", data_dir, JetFormer__mean_init_std=0.0, train__total_steps=1, train__evaluators="{}")
+    config.parse(
+        ["experiments/digits.gin"],
+        bindings(data_dir, JetFormer__mean_init_std=0.3, train__init_from=f'"{tmp_path}/equal"'),
+    )
+    caplog.clear()
+    experiment = config.call(train.Run)
+    model = experiment.build_model()
+    experiment.initialize(model, CPU)
+    assert model.image_head.components_equal()
+    assert f"{tmp_path}/equal" in caplog.text.partition("components")[2]
+
+
 # ActNorm
 
 

@@ -90,7 +90,7 @@ class Likelihood(Evaluator):
                 _, terms = objective(model, batch, draws, train=False)
                 if "responsibilities" in terms:
                     value, counts = terms.pop("responsibilities")
-                    rows["responsibilities"] = rows.get("responsibilities", 0) + value * counts[:, None]
+                    rows["responsibilities"] = rows.get("responsibilities", 0) + value.where(counts[:, None], 0.0)
                 for name, (value, counts) in terms.items():
                     rows[f"{name}/{i}"] = _by_example(value.where(counts, 0.0))
                     rows[f"{name}/count"] = _by_example(counts)

@@ -69,13 +69,15 @@ def pack(sums: objectives.Sums) -> tuple[tuple[str, ...], Tensor]:
 
 def means(names: tuple[str, ...], values: np.ndarray) -> dict[str, float]:
     """The mean of each name over packed values `[N, 2, n]`; one that counted for no example is 0. In the place of a
-    mixture's responsibilities and their entropy stands what `count_components` makes of them."""
+    mixture's responsibilities and their entropy stands what `count_components` makes of them, if any counted."""
     totals, counts = values.astype(np.float64).sum(0)
     averages = totals / counts.clip(min=1)
     is_responsibility = np.array([name == "responsibilities" for name in names])
     found = {name: value for name, value in zip(names, averages.tolist(), strict=True) if name != "responsibilities"}
     if is_responsibility.any():
-        found |= count_components(averages[is_responsibility], found.pop("responsibility_entropy"))
+        entropy = found.pop("responsibility_entropy")
+        if counts[is_responsibility].any():
+            found |= count_components(averages[is_responsibility], entropy)
     return found
 
 

@@ -64,10 +64,10 @@ class JetFormer(nn.Module):
       head_dtype: "float32" or "bfloat16", what the image head multiplies in.
       head_block: how many tokens' logits the image head holds at a time in training, on each device.
       mean_init_std: standard deviation of the normal noise that the biases of the mixture's means start from, in units
-        of the image tokens. At 0, the reference's, the components stay equal and the mixture is one Gaussian.
-      scale_init: standard deviation that the mixture's components start with, likewise.
-      image_posemb: add a learned embedding of its place in the image to each image token, which rotary embeddings after
-        texts of different lengths do not tell. The reference has none.
+        of the image tokens. At 0, the reference's, the components stay equal but for rounding, as one Gaussian.
+      scale_init: standard deviation that the mixture's components start with, in the same units.
+      image_posemb: add a learned embedding of an image token's place in the image. Rotary embeddings do not tell the
+        place where the texts before it differ in length. The reference has none.
       num_vocab_repeats: R, embed the text so many times with different embeddings (for class labels, whose text is one
         token long).
       causal_mask_on_prefix: if false, all of a sequence sees all of its prefix.

@@ -25,6 +25,7 @@ class LabelledFlow(nn.Module):
         self.num_labels = num_labels
         self.flow = flow(context_dim=context_dim)
         self.image_shape = self.flow.image_shape
+        self.max_logdet = getattr(self.flow, "max_logdet", None)  # see `Jet`
         self.label_emb = nn.Embedding(num_labels + 1, context_dim)
 
     def init_weights(self, generator: torch.Generator) -> None:

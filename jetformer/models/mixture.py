@@ -35,7 +35,7 @@ class TokenScores(NamedTuple):
     total: the weighted sum of negative log-likelihoods in nats, the only one with a gradient.
     nll: `[B, L]`, negative log-likelihoods in nats.
     responsibilities: `[B, K]`, the components' posterior probabilities, averaged over an example's tokens; None for a
-      head that has one component only.
+      multivariate head.
     responsibility_entropy: `[B]`, the entropy in nats of a token's responsibilities, averaged likewise.
     """
 
@@ -316,11 +316,11 @@ class MixtureHead(nn.Module):
       scale_tol: smallest standard deviation.
       dtype: "float32", or "bfloat16" to multiply in it; the likelihood is computed in float32 either way.
       block: how many tokens' logits training holds at a time, on each device.
-      mean_init_std: standard deviation of the normal noise that the biases of the means start from, in the units of the
-        tokens. At 0, as in the reference, all components start equal and get equal gradients: they stay equal to the
-        bit, and the mixture is one Gaussian.
-      scale_init: standard deviation that all components start with, likewise; the reference's is 1. Narrower components
-        overlap less, so that they specialize sooner.
+      mean_init_std: standard deviation of the normal noise that the biases of the means start from, in the units of
+        the tokens. At 0, as in the reference, all components start equal and get equal gradients: but for rounding they
+        stay equal, and the mixture is one Gaussian.
+      scale_init: standard deviation that all components start with, in the same units, above `scale_tol`. The
+        reference's is 1. Narrower components overlap less, so that they specialize sooner.
 
     Raises:
       ValueError: if `scale_tol`, `dtype`, `mean_init_std` or `scale_init` is out of its range.
@@ -340,8 +340,8 @@ class MixtureHead(nn.Module):
         super().__init__()
         if not (math.isfinite(mean_init_std) and mean_init_std >= 0):
             raise ValueError(f"mean_init_std = {mean_init_std}: give a finite number of 0 or more")
-        if not (math.isfinite(scale_init) and scale_init > 0):
-            raise ValueError(f"scale_init = {scale_init}: give a finite number above 0")
+        if not (math.isfinite(scale_init) and scale_init > scale_tol):  # at scale_tol it would have no gradient
+            raise ValueError(f"scale_init = {scale_init}: give a finite number above scale_tol, {scale_tol}")
         self.num_mixtures, self.block = num_mixtures, block
         self.mean_init_std, self.scale_init = mean_init_std, scale_init
         self.num_shards, self.compiled = None, False  # see `mixture_nll`; a loop sets them
@@ -364,7 +364,7 @@ class MixtureHead(nn.Module):
         return weights, means.unflatten(0, (k, -1)), raw_scales.unflatten(0, (k, -1))
 
     def components_equal(self) -> bool:
-        """Returns whether all components have equal parameters, so that no training tells them apart."""
+        """Returns whether all components have equal parameters, so that training has no reason to tell them apart."""
         parts = (part for p in self.linear.parameters() for part in self._parts(p))
         return all(bool((part == part[:1]).all()) for part in parts)
 

@@ -20,6 +20,10 @@ def model():
     return randomized(LabelledFlow(flow, num_labels=3, context_dim=5))
 
 
+def test_its_expansion_is_bounded_as_its_flows(model):
+    assert model.max_logdet == model.flow.max_logdet > 0
+
+
 def test_it_is_invertible_given_a_label_and_without_one(model):
     x = torch.randn(2, 4, 4, 1, dtype=torch.float64)
     context = model.context(torch.tensor([0, 2]))

@@ -202,6 +202,17 @@ def test_likelihoods_are_those_of_the_objective(text_mask):
     torch.testing.assert_close(-log_likelihoods / (48 * math.log(2)), terms["bits_per_dim"][0])
 
 
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(mode="interp", weight=1.5)])
+@torch.no_grad()
+def test_what_follows_given_tokens_is_what_followed_them(guidance):
+    """A sample begun with its own first tokens ends as it did, which takes the places that it had."""
+    model = small_model(image_posemb=True, num_mixtures=3).eval()
+    text, _ = inputs(model, batch=3)
+    whole = sample_latents(model, text, keys(0, 3), guidance=guidance)
+    begun = sample_latents(model, text, keys(0, 3), guidance=guidance, given=Latents(*(x[:, :2] for x in whole)))
+    torch.testing.assert_close(begun.tokens, whole.tokens)
+
+
 @torch.no_grad()
 def test_completed_images():
     """The given rows stay, nothing depends on the others, and the likelihood is that of the picture."""
