@@ -183,7 +183,7 @@ def test_one_step(finished, tmp_path):
     workdir = copy_of(finished, tmp_path / "run", 2, 4)
     for flags, steps in ((["--once"], [4]), (["--step=2"], [2, 4]), (["--step=2"], [2, 4])):
         process = program(workdir, *flags)
-        _, log = process.communicate(timeout=240)
+        _, log = process.communicate(timeout=600)
         assert process.returncode == 0, log
         assert evaluated(workdir) == steps
     for flags, message in (
@@ -195,7 +195,7 @@ def test_one_step(finished, tmp_path):
         (["--gin_bindings=train.evaluators = {}"], "has no evaluators"),
     ):
         process = program(workdir, *flags)
-        _, log = process.communicate(timeout=240)
+        _, log = process.communicate(timeout=600)
         assert process.returncode == 1, log
         assert message in log.splitlines()[-1]
         assert "Traceback" not in log
@@ -241,7 +241,7 @@ def test_the_exit_code_tells(finished, tmp_path):
         '--gin_bindings=train.evaluators = {"lacking": @lacking/Likelihood(), "val": @Likelihood()}',
         "--gin_bindings=lacking/Likelihood.split = 'nope'",
     )
-    _, log = process.communicate(timeout=240)
+    _, log = process.communicate(timeout=600)
     assert process.returncode == 1
     assert evaluated(workdir) == [8]
     assert log.count("lacking at step 8: data set digits/1.0.0 has no split 'nope'") == 1
@@ -298,7 +298,7 @@ def test_two_jobs_at_once_lose_nothing(finished, tmp_path):
     workdir = copy_of(finished, tmp_path / "run", 2, 4, 6, 8)
     processes = [program(workdir), program(workdir)]
     for process in processes:
-        _, log = process.communicate(timeout=300)
+        _, log = process.communicate(timeout=600)
         assert process.returncode == 0, log
     assert evaluated(workdir) == [2, 4, 6, 8]
     assert len(list((workdir / "eval_val").glob(".*"))) == 0
@@ -383,7 +383,7 @@ def test_several_processes_are_one(finished, tmp_path, processes, batch_size):
     process = start(
         torchrun([*args, *(f"--gin_bindings={binding}" for binding in gin)], processes),
         OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")  # fmt: skip
-    _, log = process.communicate(timeout=300)
+    _, log = process.communicate(timeout=600)
     assert process.returncode == 0, log[-5000:]
     for name in ("val", "samples", "probe"):
         (expected,), (actual,) = results(one, name), results(several, name)
@@ -399,7 +399,7 @@ def test_a_dataset_that_is_lacking_in_several_processes(finished, tmp_path):
             '--gin_bindings=train.evaluators = {"lacking": @lacking/Likelihood(), "val": @Likelihood()}',
             "--gin_bindings=lacking/Likelihood.split = 'nope'"]  # fmt: skip
     process = start(torchrun(args, 2), OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
-    _, log = process.communicate(timeout=300)
+    _, log = process.communicate(timeout=600)
     assert process.returncode == 1
     assert log.count("error: 1 evaluation(s) failed, as said before: lacking at step 8") == 1
     assert log.count("lacking at step 8: data set digits/1.0.0 has no split 'nope'") == 1
@@ -412,7 +412,7 @@ def test_a_run_and_a_job_finish_together(finished, tmp_path, data_dir):
                  "train__evaluators": VAL, "Likelihood__every_steps": None}  # fmt: skip
     gin, chance, workdir = bindings(data_dir, **overrides), random.Random(0), tmp_path / "run"
     # With as many threads as the others: another number adds up in another order.
-    _, log = (whole := start(command(tmp_path / "whole", gin), OMP_NUM_THREADS="1")).communicate(timeout=240)
+    _, log = (whole := start(command(tmp_path / "whole", gin), OMP_NUM_THREADS="1")).communicate(timeout=600)
     assert whole.returncode == 0, log[-3000:]
     starts = {
         "train": lambda: start(command(workdir, gin), OMP_NUM_THREADS="1"),
@@ -445,7 +445,7 @@ def test_a_run_and_a_job_finish_together(finished, tmp_path, data_dir):
             del processes[name]
     assert min(kills.values()) > 0, kills
     assert checkpoint.steps(workdir) == evaluated(workdir) == list(range(4, 41, 4))
-    _, log = (following := program(tmp_path / "whole")).communicate(timeout=240)
+    _, log = (following := program(tmp_path / "whole")).communicate(timeout=600)
     assert following.returncode == 0, log[-3000:]
     strip = lambda line: {name: value for name, value in line.items() if name != "seconds"}
     assert list(map(strip, results(workdir, "val"))) == list(map(strip, results(tmp_path / "whole", "val")))

@@ -35,7 +35,7 @@ def start_several(workdir, gin_bindings, processes=2, **environment):
 
 def run_several(workdir, gin_bindings, processes=2, returncode=0):
     process = start_several(workdir, gin_bindings, processes)
-    _, log = process.communicate(timeout=300)
+    _, log = process.communicate(timeout=900)
     assert process.returncode == returncode, log[-8000:]
     return log
 

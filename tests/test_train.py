@@ -87,7 +87,7 @@ def test_a_killed_run_continues_bit_by_bit(finished, tmp_path, data_dir):
     assert first < 12, "the run was over before it was killed"
 
     process = start(args)
-    _, log = process.communicate(timeout=240)
+    _, log = process.communicate(timeout=600)
     assert process.returncode == 0, log
     assert f"from step {first}." in log
     expected, resumed = scalars(finished), scalars(tmp_path)
@@ -403,7 +403,7 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path, data_dir, overr
 def test_a_mistake_ends_in_one_line(tmp_path, gin_bindings, gin_file, message):
     workdir = tmp_path / "run"
     process = start(command(workdir, gin_bindings, gin_file))
-    output, log = process.communicate(timeout=240)
+    output, log = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "Traceback" not in output + log
     lines = [line for line in log.splitlines() if line.startswith("error: ")]
@@ -433,7 +433,7 @@ def test_a_workdir_at_a_url(finished, tmp_path, data_dir):
 @pytest.mark.slow
 def test_a_workdir_of_an_unknown_kind():
     process = start(command("nope://run", []))
-    _, log = process.communicate(timeout=240)
+    _, log = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "Traceback" not in log
     assert "nope" in log.splitlines()[-1]

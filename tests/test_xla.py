@@ -43,7 +43,7 @@ def start_on_xla(workdir, gin_bindings, devices=1, *more):
 
 def run_on_xla(workdir, gin_bindings, devices=1, *more, returncode=0):
     process = start_on_xla(workdir, gin_bindings, devices, *more)
-    _, log = process.communicate(timeout=400)
+    _, log = process.communicate(timeout=900)
     assert process.returncode == returncode, log[-5000:]
     return log
 
@@ -52,7 +52,7 @@ def run_job(program, workdir, *flags):
     """Runs a program on two devices of XLA, or on the CPU, on what a workdir holds."""
     args = [sys.executable, "-m", f"jetformer.{program}", f"--workdir={workdir}", *flags]
     process = start(args, PJRT_DEVICE="CPU", CPU_NUM_DEVICES="2")
-    _, log = process.communicate(timeout=400)
+    _, log = process.communicate(timeout=900)
     assert process.returncode == 0, log[-5000:]
     return log
 
@@ -84,7 +84,7 @@ def digits(data_dir, *more):
 
 def run_process(workdir, gin_bindings):
     process = start(command(workdir, gin_bindings))
-    _, log = process.communicate(timeout=400)
+    _, log = process.communicate(timeout=900)
     assert process.returncode == 0, log[-5000:]
 
 
@@ -284,7 +284,7 @@ def test_jobs_of_their_own_read_it(sharded, tmp_path, data_dir):
     assert np.abs(found["xla"].pop("picture") - found["cpu"].pop("picture")).max() <= 1
     for name, expected in found["cpu"].items():
         for tag in expected.keys() - {"seconds"}:
-            absolute = 0.0 if name == "val" else 1e-3
+            absolute = 1e-7 if name == "val" else 1e-3  # the share of expansion of a flow that hardly expands is near 0
             assert found["xla"][name][tag] == pytest.approx(expected[tag], rel=1e-5, abs=absolute), tag
     drawn, likelihoods = {}, {}
     for device in ("xla", "cpu"):
@@ -327,7 +327,7 @@ for step in range(1, 11):
 """
     args = [sys.executable, "-c", code, str(tmp_path)]
     process = start(args, PJRT_DEVICE="CPU", CPU_NUM_DEVICES="4")
-    _, log = process.communicate(timeout=400)
+    _, log = process.communicate(timeout=900)
     assert process.returncode == 0, log[-5000:]
 
 
@@ -371,7 +371,7 @@ torch.save(results, sys.argv[2])
     for device in ("cpu", "xla"):
         path = tmp_path / f"{device}.pt"
         process = start([sys.executable, "-c", code, device, str(path)], PJRT_DEVICE="CPU", PYTHONPATH="tests")
-        _, log = process.communicate(timeout=400)
+        _, log = process.communicate(timeout=900)
         assert process.returncode == 0, log[-5000:]
         drawn[device] = torch.load(path)
     for actual, expected in zip(drawn["xla"], drawn["cpu"], strict=True):
