@@ -251,7 +251,7 @@ def measure(run, where: runtime.Runtime, *, steps: int, warmup: int, samples: in
             seed=run.seed,
             grad_clip_norm=run.grad_clip_norm,
             grad_accum_steps=run.grad_accum_steps,
-            ema_decay=run.ema_decay,
+            ema_decay=run.ema_decay_at,
             autocast_dtype=run.autocast,
             on_phase=on_phase,
         )

@@ -9,11 +9,13 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import gin
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from upath import UPath
 
 from jetformer import evaluators, objectives, optim
@@ -101,9 +103,55 @@ def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
             gin.parse_config_file(file)
         gin.parse_config(list(gin_bindings))
         gin.finalize()
+    _check_values()
     known |= set(re.findall(r"%(\w+)", gin.config_str()))
     if unknown := sorted(defined() - known):
         raise ConfigError(f"nothing uses the macro {unknown[0]}; there are {', '.join(sorted(known)) or 'none'}")
+
+
+# An int is a float, but nothing else is turned into what an argument is annotated with.
+_AS_ANNOTATED = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+
+def _literal(value: Any) -> Any:
+    """A bound value with its macros' values, and tuples in the place of lists.
+
+    Raises:
+      LookupError: if it names a function or class, or a macro that has no value.
+    """
+    if isinstance(value, gin.config.ConfigurableReference):
+        if value.selector != "gin.macro":
+            raise LookupError(value.selector)
+        return _literal(gin.config._CONFIG[value.scopes[-1], "gin.macro"]["value"])
+    if isinstance(value, list | tuple):
+        return tuple(map(_literal, value))
+    if isinstance(value, dict):
+        return {_literal(key): _literal(item) for key, item in value.items()}
+    return value
+
+
+def _check_values() -> None:
+    """Checks all bound literals against the annotations of the arguments.
+
+    Raises:
+      ConfigError: for a value of another type or out of range.
+    """
+    for (_, selector), values in gin.config._CONFIG.items():
+        function = gin.config._REGISTRY.get_match(selector).wrapped
+        if not function.__module__.startswith("jetformer."):
+            continue  # a user's own
+        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+        for name in values.keys() & hints.keys():
+            try:
+                value = _literal(values[name])
+            except LookupError:
+                continue  # what it is called with, or that the macro has no value, is said where it is used
+            try:
+                TypeAdapter(hints[name], config=_AS_ANNOTATED).validate_python(value)
+            except ValidationError as error:
+                found = dict.fromkeys(e["msg"].replace("Input should be", "it should be") for e in error.errors())
+                argument = f"{selector.rpartition('.')[2]}.{name}"
+                raise ConfigError(f"{argument} = {value!r}: {', or '.join(found)}") from error
 
 
 def call(function: Callable) -> Any:

@@ -22,6 +22,7 @@ from jetformer import prng
 from jetformer.models.jetformer import JetFormer
 from jetformer.models.labelled import LabelledFlow
 from jetformer.models.language_model import LanguageModel
+from jetformer.ranges import NonNegativeFloat, Probability
 
 Batch = dict[str, Tensor]
 Draws = dict[str, Tensor]
@@ -136,11 +137,11 @@ class JetFormerObjective:
       dequantize: add the dequantization noise.
     """
 
-    text_prefix_prob: float = 0.5
+    text_prefix_prob: Probability = 0.5
     loss_on_prefix: bool = True
-    text_loss_weight: float = 1.0
-    drop_labels_prob: float = 0.0
-    input_noise_std: float = 0.0
+    text_loss_weight: NonNegativeFloat = 1.0
+    drop_labels_prob: Probability = 0.0
+    input_noise_std: NonNegativeFloat = 0.0
     rgb_noise_on_image_prefix: bool = True
     stop_grad_image_prefix: bool = False
     dequantize: bool = True
@@ -323,7 +324,7 @@ class JetObjective:
     """
 
     dequantize: bool = True
-    drop_labels_prob: float = 0.0
+    drop_labels_prob: Probability = 0.0
 
     def draw(self, model: nn.Module, batch: Batch, keys: Tensor, train: bool) -> Draws:
         """The random draws of one step: dequant `[B, H, W, C]`, uniform in [0, 1), and in training drop_labels bool

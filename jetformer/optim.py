@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from jetformer.ranges import BelowOne, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability
+
 
 def to_steps(
     name: str,
@@ -60,25 +62,25 @@ def to_steps(
 
 
 def make_schedule(
-    total_steps: int,
-    batch_size: int,
-    data_size: int,
+    total_steps: PositiveInt,
+    batch_size: PositiveInt,
+    data_size: PositiveInt,
     decay_type: str = "cosine",
-    warmup_steps: int | None = None,
-    warmup_examples: int | None = None,
-    warmup_epochs: float | None = None,
-    warmup_percent: float | None = None,
-    cooldown_steps: int | None = None,
-    cooldown_examples: int | None = None,
-    cooldown_epochs: float | None = None,
-    cooldown_percent: float | None = None,
-    timescale: float = 10_000,
-    timescale_examples: float | None = None,
-    shift: float = 0,
-    power: float = 1,
-    linear_end: float = 0,
-    steps: Sequence[int] = (),
-    mults: Sequence[float] = (),
+    warmup_steps: NonNegativeInt | None = None,
+    warmup_examples: NonNegativeInt | None = None,
+    warmup_epochs: NonNegativeFloat | None = None,
+    warmup_percent: Probability | None = None,
+    cooldown_steps: NonNegativeInt | None = None,
+    cooldown_examples: NonNegativeInt | None = None,
+    cooldown_epochs: NonNegativeFloat | None = None,
+    cooldown_percent: Probability | None = None,
+    timescale: PositiveFloat = 10_000,
+    timescale_examples: PositiveFloat | None = None,
+    shift: NonNegativeFloat = 0,
+    power: PositiveFloat = 1,
+    linear_end: NonNegativeFloat = 0,
+    steps: Sequence[NonNegativeInt] = (),
+    mults: Sequence[NonNegativeFloat] = (),
 ) -> Callable[[int], float]:
     """A learning-rate schedule: `step -> factor`.
 
@@ -145,11 +147,11 @@ def decayed_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def make_optimizer(
     model: nn.Module,
-    lr: float = 1e-3,
-    wd: float = 0.0,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    eps: float = 1e-8,
+    lr: PositiveFloat = 1e-3,
+    wd: NonNegativeFloat = 0.0,
+    b1: BelowOne = 0.9,
+    b2: BelowOne = 0.95,
+    eps: PositiveFloat = 1e-8,
 ) -> torch.optim.AdamW:
     """Adam with weight decay decoupled from the gradient and from the learning rate.
 
@@ -161,12 +163,7 @@ def make_optimizer(
       lr: learning rate at a factor of 1.
       wd: weight decay a step at a factor of 1.
       b1, b2, eps: of Adam.
-
-    Raises:
-      ValueError: for a learning rate that is not positive.
     """
-    if lr <= 0:
-        raise ValueError(f"make_optimizer.lr = {lr}: give a positive learning rate")
     decayed = decayed_parameters(model)
     ids = {id(p) for p in decayed}
     rest = [p for p in model.parameters() if id(p) not in ids]
@@ -206,8 +203,26 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float | Tensor) 
         group["lr"] = factor * group["base_lr"]
 
 
+def warmed_up_decay(step: int, decay: float) -> float:
+    """Returns the decay of a moving average at a step, counted from 0: at most `(1 + step) / (10 + step)`.
+
+    So the average always spans about the last tenth of training at most, and forgets the initial parameters in a few
+    steps. The formula is that of `tf.train.ExponentialMovingAverage`."""
+    return min(decay, (1 + step) / (10 + step))
+
+
 @torch.no_grad()
-def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    """ema ← decay · ema + (1 - decay) · parameter, in place, for every parameter by name."""
+def update_ema(ema: dict[str, Tensor], model: nn.Module, weight: float | Tensor) -> None:
+    """ema ← (1 - weight) · ema + weight · parameter, in place, for every parameter by name.
+
+    Args:
+      ema: parameters by name.
+      model: the model.
+      weight: 1 - decay; a tensor `[]`, where the update is traced.
+    """
     parameters = dict(model.named_parameters())
-    torch._foreach_lerp_(list(ema.values()), [parameters[name] for name in ema], 1 - decay)
+    if isinstance(weight, Tensor):
+        for name, average in ema.items():
+            average.lerp_(parameters[name], weight.to(average.dtype))
+    else:
+        torch._foreach_lerp_(list(ema.values()), [parameters[name] for name in ema], weight)

@@ -34,6 +34,7 @@ from jetformer.models.initializers import init_weights
 from jetformer.models.labelled import LabelledFlow
 from jetformer.models.mixture import MixtureHead
 from jetformer.preemption import Preempted, Preemption
+from jetformer.ranges import BelowOne, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from jetformer.runtime import Runtime, derive_seed, resolve_mesh
 from jetformer.sampling.guidance import Guidance
 from jetformer.storage import write_whole
@@ -76,7 +77,9 @@ class Run:
       seed: of everything random.
       grad_clip_norm: largest global norm of the gradients; None for no clipping.
       grad_accum_steps: into how many parts a batch is cut.
-      ema_decay: of the moving average of the parameters; 0 for none.
+      ema_decay: of the moving average of the parameters, from 0 to below 1; 0 for none.
+      ema_warmup: begin with a smaller decay, see `optim.warmed_up_decay`, so that short runs do not average over their
+        initial parameters.
       noise_scale, noise_min: standard deviation of the RGB noise at the beginning and at the end, in 8-bit pixel
         values.
       log_steps: write training metrics every so many steps: means over the steps since, or since the run was resumed.
@@ -105,23 +108,24 @@ class Run:
     data: Data
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     schedule: Callable[..., Callable[[int], float]]
-    batch_size: int
-    total_steps: int | None = None
-    total_examples: int | None = None
-    total_epochs: float | None = None
+    batch_size: PositiveInt
+    total_steps: PositiveInt | None = None
+    total_examples: PositiveInt | None = None
+    total_epochs: PositiveFloat | None = None
     init_from: str | None = None
-    seed: int = 0
-    grad_clip_norm: float | None = 1.0
-    grad_accum_steps: int = 1
-    ema_decay: float = 0.0
-    noise_scale: float = 0.0
-    noise_min: float = 0.0
-    log_steps: int = 50
+    seed: NonNegativeInt = 0
+    grad_clip_norm: PositiveFloat | None = 1.0
+    grad_accum_steps: PositiveInt = 1
+    ema_decay: BelowOne = 0.0
+    ema_warmup: bool = True
+    noise_scale: NonNegativeFloat = 0.0
+    noise_min: NonNegativeFloat = 0.0
+    log_steps: PositiveInt = 50
     evaluators: Mapping[str, Evaluator] = dataclasses.field(default_factory=dict)
-    eval_batch_size: int | None = None
-    checkpoint_steps: int = 1000
-    keep_last: int = 1
-    keep_every: int | None = None
+    eval_batch_size: PositiveInt | None = None
+    checkpoint_steps: PositiveInt = 1000
+    keep_last: PositiveInt = 1
+    keep_every: PositiveInt | None = None
     wandb_project: str | None = None
     autocast: str | None = None
     matmul_precision: str = "highest"
@@ -144,9 +148,6 @@ class Run:
                     f"train.evaluators: {name!r} cannot be a name: use letters, digits and _.-, and no _ema at "
                     "its end, as figures with the moving average have"
                 )
-        for name in ("batch_size", "eval_batch_size", "grad_accum_steps", "log_steps", "checkpoint_steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"train.{name} = {value}: give 1 or more")
         if self.batch_size % self.grad_accum_steps:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide by grad_accum_steps {self.grad_accum_steps}"
@@ -281,6 +282,10 @@ class Run:
     def build_schedule(self) -> Callable[[int], float]:
         """The learning-rate factor by step."""
         return self.schedule(self.steps(), self.batch_size, self.data.num_train_examples())
+
+    def ema_decay_at(self, step: int) -> float:
+        """The moving average's decay at a step, counted from 0."""
+        return optim.warmed_up_decay(step, self.ema_decay) if self.ema_warmup else self.ema_decay
 
     def batch_size_of_evaluation(self) -> int:
         """Examples a step of evaluation."""
@@ -515,6 +520,15 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
         start_step,
     )
 
+    if run.ema_decay and not run.ema_warmup and (share := run.ema_decay**total_steps) > 0.05:
+        logging.warning(
+            "At the end, step %d, the moving average will hold %.0f%% of the initial parameters: lower train.ema_decay "
+            "= %s, or set train.ema_warmup",
+            total_steps,
+            100 * share,
+            run.ema_decay,
+        )
+
     progress = metrics.create_progress(writer, total_steps)
     meter = _Meter(run, state.model, loop, writer)
     training = loop.train_steps(
@@ -531,7 +545,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
         seed=run.seed,
         grad_clip_norm=run.grad_clip_norm,
         grad_accum_steps=run.grad_accum_steps,
-        ema_decay=run.ema_decay,
+        ema_decay=run.ema_decay_at,
         autocast_dtype=run.autocast,
     )
     done = saved = start_step

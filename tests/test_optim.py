@@ -124,10 +124,18 @@ def test_noise_falls_from_its_scale_to_its_minimum():
     assert values == sorted(values, reverse=True)
 
 
+def test_a_moving_average_that_warms_up_forgets_where_it_began():
+    average, steps = 1.0, 30
+    for step in range(steps):
+        average *= optim.warmed_up_decay(step, 0.998)  # of parameters that are 1 at the start and 0 after each step
+    assert average < 1e-5 < 0.998**steps
+    assert [optim.warmed_up_decay(step, 0.9) for step in (0, 80, 10_000)] == pytest.approx([0.1, 0.9, 0.9])
+
+
 def test_moving_average():
     model = torch.nn.Linear(2, 1)
     ema = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for _ in range(3):
-        optim.update_ema(ema, model, 0.9)
+        optim.update_ema(ema, model, 1 - 0.9)
     for name, p in model.named_parameters():
         torch.testing.assert_close(ema[name], (1 - 0.9**3) * p.detach())

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jetformer.data import pp_string
+from jetformer.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
     from jetformer.data.pipeline import Selection
@@ -69,18 +70,16 @@ class Data(_Texts):
     pp_eval: str | None = None
     train_split: str = "train"
     eval_split: str = "validation"
-    shuffle_buffer_size: int = 4096
+    shuffle_buffer_size: PositiveInt = 4096
     data_dir: str | None = None
-    classes: tuple[int | str, ...] | None = None
-    max_examples: int | None = None
+    classes: tuple[NonNegativeInt | str, ...] | NonNegativeInt | str | None = None
+    max_examples: PositiveInt | None = None
     skip_broken: bool = False
 
     def __post_init__(self):
         if self.classes is not None:
             one = isinstance(self.classes, (str, int))
             object.__setattr__(self, "classes", (self.classes,) if one else tuple(self.classes))
-        if self.max_examples is not None and self.max_examples < 1:
-            raise ValueError(f"Data.max_examples = {self.max_examples}: give 1 or more, or None for all")
 
     def selection(self, split: str | None = None, pp: str | None = None) -> "Selection":
         """What is read of a split (None: of `eval_split`), preprocessed for evaluation unless `pp` says how."""
@@ -184,7 +183,7 @@ class MixtureData(_Texts):
     """
 
     datasets: tuple[Data, ...]
-    weights: tuple[float, ...] | None = None
+    weights: tuple[PositiveFloat, ...] | None = None
     labels: str = "by_name"
 
     # Splits of a mixture: those that each dataset names so. Any other is one of all datasets.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from jetformer.evaluators.base import Context, Evaluator, Results, prepare
 from jetformer.evaluators.samples import sample_images
 from jetformer.models.jetformer import JetFormer
+from jetformer.ranges import PositiveFloat, PositiveInt
 from jetformer.sampling import decode
 from jetformer.sampling.guidance import Guidance
 
@@ -84,12 +85,12 @@ class Attributes(Evaluator):
 
     checker: Checker
     split: str | None = None
-    num_examples: int = 200
+    num_examples: PositiveInt = 200
     guidance: Guidance = Guidance()  # noqa: RUF009 (frozen)
-    temperature_scales: float = 1.0
-    temperature: float = 1.0
-    top_k: int | None = 1
-    batch_size: int | None = None
+    temperature_scales: PositiveFloat = 1.0
+    temperature: PositiveFloat = 1.0
+    top_k: PositiveInt | None = 1
+    batch_size: PositiveInt | None = None
     ema: bool = True
 
     def check(self, context: Context) -> None:

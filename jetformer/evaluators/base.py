@@ -40,6 +40,7 @@ from upath import UPath
 
 from jetformer.data.dataset import Data
 from jetformer.loops import steps
+from jetformer.ranges import PositiveInt
 from jetformer.runtime import Runtime, derive_seed
 from jetformer.sampling.grid import save_png
 from jetformer.storage import write_whole
@@ -59,11 +60,7 @@ class Evaluator:
     every_steps: run it in training every so many steps, and at the end; None: in evaluation jobs only.
     """
 
-    every_steps: int | None = None
-
-    def __post_init__(self):
-        if self.every_steps is not None and self.every_steps < 1:
-            raise ValueError(f"{type(self).__name__}.every_steps = {self.every_steps}: give 1 or more, or None")
+    every_steps: PositiveInt | None = None
 
     def check(self, context: "Context") -> None:
         """Looks whether it can evaluate like this, within seconds; called before anything is trained or evaluated.

@@ -10,6 +10,7 @@ from jetformer.data.dataset import Data
 from jetformer.evaluators.base import Context, Evaluator, Results
 from jetformer.models.jetformer import JetFormer
 from jetformer.objectives import labels_of
+from jetformer.ranges import PositiveInt
 from jetformer.sampling import decode
 
 _SEED = 7
@@ -34,14 +35,13 @@ class Classify(Evaluator):
     """
 
     labels: tuple[str, ...] | None = None
-    num_classes: int | None = None
+    num_classes: PositiveInt | None = None
     data: Data | None = None
     split: str | None = None
     pp: str | None = None
     ema: bool = True
 
     def __post_init__(self):
-        super().__post_init__()
         if (self.labels is None) == (self.num_classes is None):
             raise ValueError("Classify: give labels (texts) or num_classes")
         if self.num_classes is not None and self.num_classes < 2:

@@ -24,6 +24,7 @@ from upath import UPath
 
 from jetformer.data import files
 from jetformer.evaluators.base import Context, prepare
+from jetformer.ranges import PositiveInt
 from jetformer.storage import write_whole
 
 # Of images uint8 [B, H, W, C]: "features" float32 [B, F], and "logits" float32 [B, K] of classes.
@@ -161,18 +162,13 @@ class ClassifierFeatures:
       path: file to keep it in; None: beside the dataset.
     """
 
-    hidden_dim: int = 64
-    max_epochs: int = 200
+    hidden_dim: PositiveInt = 64
+    max_epochs: PositiveInt = 200
     pp: str | None = None
     path: str | None = None
 
     distance: ClassVar[str] = "frechet_distance"
     knows_labels: ClassVar[bool] = True
-
-    def __post_init__(self):
-        for name in ("hidden_dim", "max_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ClassifierFeatures.{name} = {getattr(self, name)}: give 1 or more")
 
     @property
     def num_features(self) -> int:

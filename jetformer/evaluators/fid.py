@@ -25,6 +25,7 @@ from jetformer.evaluators.features import (
 from jetformer.evaluators.samples import sampling_function
 from jetformer.loops.steps import Rows
 from jetformer.models.jetformer import JetFormer
+from jetformer.ranges import PositiveFloat, PositiveInt
 from jetformer.sampling import grid
 from jetformer.sampling.guidance import Guidance
 
@@ -80,31 +81,25 @@ class Fid(Evaluator):
       keep_images: also write the images, as `<workdir>/eval_<name>/images/<step>/<number>.png`.
     """
 
-    num_images: int = 50_000
+    num_images: PositiveInt = 50_000
     data: Data | None = None
     split: str | None = None
     statistics: str | None = None
     save_statistics: str | None = None
     metrics: tuple[str, ...] | None = None
     features: Extractor = InceptionFeatures()  # noqa: RUF009 (frozen)
-    batch_size: int | None = None
+    batch_size: PositiveInt | None = None
     guidance: Guidance = Guidance()  # noqa: RUF009 (frozen)
-    temperature_scales: float = 1.0
-    temperature_probs: float = 1.0
+    temperature_scales: PositiveFloat = 1.0
+    temperature_probs: PositiveFloat = 1.0
     keep_images: bool = False
     ema: bool = True
 
     def __post_init__(self):
-        super().__post_init__()
         if inspect.isclass(self.features):
             raise ValueError(f"Fid.features is a class: write @{self.features.__name__}(), with parentheses")
         if self.num_images < _LEAST_IMAGES:
             raise ValueError(f"Fid.num_images = {self.num_images}: give {_LEAST_IMAGES} or more")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"Fid.batch_size = {self.batch_size}: give 1 or more")
-        for name in ("temperature_scales", "temperature_probs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Fid.{name} = {getattr(self, name)}: give more than 0")
         if self.metrics is not None and (isinstance(self.metrics, str) or not self.metrics):
             raise ValueError(f"Fid.metrics = {self.metrics!r}: give a tuple of names, as ('fid', 'kid')")
         if self.statistics is not None and self.save_statistics is not None:

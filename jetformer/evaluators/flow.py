@@ -11,6 +11,7 @@ from jetformer.evaluators.base import Context, Evaluator, Results
 from jetformer.models.jet import Jet
 from jetformer.models.labelled import LabelledFlow
 from jetformer.objectives import to_unit_range
+from jetformer.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from jetformer.runtime import derive_seed
 from jetformer.sampling import grid
 from jetformer.sampling.decode import to_uint8
@@ -43,20 +44,16 @@ class FlowSamples(Evaluator):
       batch_size: how many images at a time, over all processes; None: that of evaluation.
     """
 
-    temperatures: tuple[float, ...] = (0.5, 0.7, 0.85, 1.0)
-    num_images: int = 8
-    num_classes: int = 10
-    num_interpolations: int = 4
-    num_round_trips: int = 8
-    batch_size: int | None = None
+    temperatures: tuple[NonNegativeFloat, ...] = (0.5, 0.7, 0.85, 1.0)
+    num_images: PositiveInt = 8
+    num_classes: PositiveInt = 10
+    num_interpolations: NonNegativeInt = 4
+    num_round_trips: NonNegativeInt = 8
+    batch_size: PositiveInt | None = None
 
     def __post_init__(self):
-        super().__post_init__()
         if not self.temperatures or min(self.temperatures) < 0:
             raise ValueError(f"FlowSamples.temperatures = {self.temperatures!r}: give a tuple of numbers, 0 or more")
-        for name in ("num_images", "num_classes", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"FlowSamples.{name} = {value}: give 1 or more")
         if self.num_interpolations and self.num_images < 2:
             raise ValueError("FlowSamples.num_interpolations: between two images num_images has to be 2 or more")
 

@@ -11,6 +11,7 @@ from jetformer.data.dataset import Data
 from jetformer.evaluators.base import Context, Evaluator, Results
 from jetformer.loops.steps import Rows
 from jetformer.models.mixture import count_components
+from jetformer.ranges import PositiveInt, Probability
 
 _SEED = 2
 # What an example's key is folded with for its second and later draws of dequantization noise.
@@ -45,13 +46,8 @@ class Likelihood(Evaluator):
 
     data: Data | None = None
     split: str | None = None
-    num_draws: int = 1
-    text_prefix_prob: float | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.num_draws < 1:
-            raise ValueError(f"Likelihood.num_draws = {self.num_draws}: give 1 or more")
+    num_draws: PositiveInt = 1
+    text_prefix_prob: Probability | None = None
 
     def _objective(self, context: Context):
         objective = context.run.objective

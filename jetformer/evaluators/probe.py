@@ -12,6 +12,7 @@ from jetformer.evaluators.base import Context, Evaluator, Results
 from jetformer.loops import steps
 from jetformer.models.jetformer import JetFormer
 from jetformer.objectives import labels_of
+from jetformer.ranges import NonNegativeInt, PositiveInt
 from jetformer.sampling import decode
 
 _SEED = 8
@@ -41,16 +42,15 @@ class Probe(Evaluator):
       ema: with the moving average of the parameters, if there is one.
     """
 
-    shots: tuple[int | None, ...] = (1, 5, 10, None)
+    shots: tuple[PositiveInt | None, ...] = (1, 5, 10, None)
     data: Data | None = None
     train_split: str | None = None
     split: str | None = None
     pp: str | None = None
-    seed: int = 0
+    seed: NonNegativeInt = 0
     ema: bool = True
 
     def __post_init__(self):
-        super().__post_init__()
         if (
             not isinstance(self.shots, tuple | list)
             or not self.shots

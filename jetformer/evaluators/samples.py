@@ -10,6 +10,7 @@ from jetformer import prng
 from jetformer.evaluators.base import Context, Evaluator, Results
 from jetformer.models.jetformer import JetFormer
 from jetformer.objectives import to_unit_range
+from jetformer.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from jetformer.sampling import decode, grid
 from jetformer.sampling.guidance import Guidance
 
@@ -41,33 +42,24 @@ class Samples(Evaluator):
       ema: with the moving average of the parameters, if there is one.
     """
 
-    num_classes: int | None = None
+    num_classes: PositiveInt | None = None
     prompts: tuple[str, ...] | None = None
-    num_images: int = 8
-    batch_size: int | None = None
+    num_images: PositiveInt = 8
+    batch_size: PositiveInt | None = None
     guidance: Guidance = Guidance()  # noqa: RUF009 (frozen)
-    guidance_weights: tuple[float, ...] | None = None
-    temperature_scales: float = 1.0
-    temperature_probs: float = 1.0
-    num_round_trips: int = 8
+    guidance_weights: tuple[NonNegativeFloat, ...] | None = None
+    temperature_scales: PositiveFloat = 1.0
+    temperature_probs: PositiveFloat = 1.0
+    num_round_trips: NonNegativeInt = 8
     ema: bool = True
 
     def __post_init__(self):
-        super().__post_init__()
         if (self.num_classes is None) == (self.prompts is None):
             raise ValueError("Samples: give num_classes or prompts")
         if isinstance(self.prompts, str) or self.prompts == ():
             raise ValueError(f"Samples.prompts = {self.prompts!r}: give a tuple of prompts, as ('a cat', 'a dog')")
-        for name in ("num_classes", "num_images", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"Samples.{name} = {value}: give 1 or more")
         if self.guidance_weights == ():
             raise ValueError("Samples.guidance_weights = (): give some weights, or None")
-        if self.num_round_trips < 0:
-            raise ValueError(f"Samples.num_round_trips = {self.num_round_trips}: give 0 or more")
-        for name in ("temperature_scales", "temperature_probs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Samples.{name} = {getattr(self, name)}: give more than 0")
         self.guidances()
 
     def guidances(self) -> list[Guidance]:

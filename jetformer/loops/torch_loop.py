@@ -296,7 +296,7 @@ def train_steps(
     seed: int,
     grad_clip_norm: float | None,
     grad_accum_steps: int,
-    ema_decay: float,
+    ema_decay: Callable[[int], float],
     autocast_dtype: str | None,
     on_phase: Callable[[str], None] = lambda name: None,
 ) -> Iterator[steps.Step]:
@@ -315,7 +315,7 @@ def train_steps(
       noise_curriculum: RGB noise by step.
       grad_clip_norm: largest global norm of the gradients; None for no clipping.
       grad_accum_steps: into how many parts a batch is cut; their gradients add up to the batch's.
-      ema_decay: of `ema`.
+      ema_decay: of `ema`, by step.
       autocast_dtype: see `autocast`.
       on_phase: called with what of a step was just done: "data", "forward", "backward" (both for each part of a
         batch), "optimizer".
@@ -368,7 +368,7 @@ def train_steps(
         grad_norm = _whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm))
         optimizer.step()
         if ema is not None:
-            optim.update_ema(ema, model, ema_decay)
+            optim.update_ema(ema, model, 1 - ema_decay(step))
         on_phase("optimizer")
         # All processes have the same norm: each adds its share of it. Loss and terms are theirs to add up.
         share = torch.full_like(loss, 1 / runtime.process_count)

@@ -277,7 +277,7 @@ def train_steps(
     seed: int,
     grad_clip_norm: float | None,
     grad_accum_steps: int,
-    ema_decay: float,
+    ema_decay: Callable[[int], float],
     autocast_dtype: str | None,
     on_phase: Callable[[str], None] = lambda name: None,
 ) -> Iterator[steps.Step]:
@@ -301,11 +301,13 @@ def train_steps(
                 "_keys": prng.example_keys(derive_seed(seed, step), examples),
                 "_learning_rate_factor": torch.tensor(schedule(step), dtype=torch.float32),
                 "_noise_scale": torch.tensor(noise_curriculum(step), dtype=torch.float32),
+                "_ema_weight": torch.tensor(1 - ema_decay(step), dtype=torch.float32),
             }
 
     def train_step(batch: dict[str, Tensor]) -> Tensor:
         nonlocal names
-        keys, factor, noise_scale = (batch.pop(f"_{k}") for k in ("keys", "learning_rate_factor", "noise_scale"))
+        numbers = ("keys", "learning_rate_factor", "noise_scale", "ema_weight")
+        keys, factor, noise_scale, ema_weight = (batch.pop(f"_{name}") for name in numbers)
         draws = objective.draw(model, batch, keys, train=True)
         normalizers = objective.normalizers(batch, draws, train=True)
 
@@ -324,7 +326,7 @@ def train_steps(
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
         if ema is not None:
-            optim.update_ema(ema, model, ema_decay)
+            optim.update_ema(ema, model, ema_weight)
         # What is left of this step must not be found by the next one, whose graph would be another.
         optimizer.zero_grad(set_to_none=True)
         one = torch.ones_like(loss)

@@ -19,6 +19,7 @@ from jetformer.models import initializers
 from jetformer.models.activations import gelu
 from jetformer.models.attention import attend
 from jetformer.models.remat import rematerialize
+from jetformer.ranges import BelowOne, PositiveInt
 
 RMS_NORM_EPS = 1e-6
 
@@ -173,13 +174,13 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        width: int,
-        depth: int,
-        mlp_dim: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dropout: float = 0.0,
+        width: PositiveInt,
+        depth: PositiveInt,
+        mlp_dim: PositiveInt,
+        num_heads: PositiveInt,
+        num_kv_heads: PositiveInt,
+        head_dim: PositiveInt,
+        dropout: BelowOne = 0.0,
         gelu: str = "tanh",
         activated: str = "gate",
     ):

@@ -29,6 +29,7 @@ from jetformer.models.invertible import ActNorm, make_dense
 from jetformer.models.patches import ImageShape, Patchify
 from jetformer.models.remat import rematerialize
 from jetformer.models.vit import LAYER_NORM_EPS, CrossAttention, Encoder
+from jetformer.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class _Gather(torch.autograd.Function):
@@ -360,24 +361,24 @@ class Jet(nn.Module):
     def __init__(
         self,
         input_shape: ImageShape,
-        depth: int = 2,
-        block_depth: int = 1,
-        emb_dim: int = 256,
-        num_heads: int = 4,
-        scale_factor: float = 2.0,
-        ps: int = 4,
+        depth: NonNegativeInt = 2,
+        block_depth: PositiveInt = 1,
+        emb_dim: PositiveInt = 256,
+        num_heads: PositiveInt = 4,
+        scale_factor: PositiveFloat = 2.0,
+        ps: PositiveInt = 4,
         kinds: Sequence[str] = ("channels", "channels", "spatial"),
         channels_coupling_projs: Sequence[str] = ("random",),
         spatial_coupling_projs: Sequence[str] = ("checkerboard", "checkerboard-inv"),
-        context_dim: int | None = None,
+        context_dim: PositiveInt | None = None,
         gelu: str = "tanh",
-        norm_eps: float = LAYER_NORM_EPS,
+        norm_eps: PositiveFloat = LAYER_NORM_EPS,
         predictor: str = "vit",
         masking: bool = False,
         scale_form: str = "sigmoid",
         actnorm: bool = False,
         invertible_dense: str | None = None,
-        num_levels: int = 1,
+        num_levels: PositiveInt = 1,
     ):
         super().__init__()
         if num_levels < 1 or num_levels > max(depth, 1):

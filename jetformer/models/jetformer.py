@@ -22,6 +22,7 @@ from jetformer.models import initializers
 from jetformer.models.decoder import Decoder, RMSNorm
 from jetformer.models.mixture import MixtureHead, MultivariateHead
 from jetformer.models.patches import ImageShape
+from jetformer.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 # Which examples have the text first: a bool tensor [B], or one bool where the whole batch has the same order, which
 # saves building the other one.
@@ -83,23 +84,23 @@ class JetFormer(nn.Module):
         image_shape: ImageShape,
         patches: Callable[[ImageShape], nn.Module],
         decoder: Callable[[], Decoder],
-        vocab_size: int,
-        bos_id: int,
-        boi_id: int | None,
-        nolabel_id: int,
+        vocab_size: PositiveInt,
+        bos_id: NonNegativeInt,
+        boi_id: NonNegativeInt | None,
+        nolabel_id: NonNegativeInt,
         flow: Callable[[ImageShape], nn.Module] | None = None,
         before_flow: Callable[[ImageShape], nn.Module] | None = None,
         after_flow: Callable[[ImageShape], nn.Module] | None = None,
-        out_dim: int | None = None,
-        num_mixtures: int = 4,
+        out_dim: PositiveInt | None = None,
+        num_mixtures: PositiveInt = 4,
         multivariate: bool = False,
-        scale_tol: float = 1e-6,
+        scale_tol: PositiveFloat = 1e-6,
         head_dtype: str = "float32",
-        head_block: int = 256,
-        mean_init_std: float = 0.0,
-        scale_init: float = 1.0,
+        head_block: PositiveInt = 256,
+        mean_init_std: NonNegativeFloat = 0.0,
+        scale_init: PositiveFloat = 1.0,
         image_posemb: bool = False,
-        num_vocab_repeats: int = 1,
+        num_vocab_repeats: PositiveInt = 1,
         causal_mask_on_prefix: bool = True,
         untie_output_vocab: bool = False,
         per_modality_final_norm: bool = False,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from jetformer.models import initializers
+from jetformer.ranges import PositiveInt
 
 
 class LabelledFlow(nn.Module):
@@ -20,7 +21,7 @@ class LabelledFlow(nn.Module):
       context_dim: size of their embeddings.
     """
 
-    def __init__(self, flow: Callable[..., nn.Module], num_labels: int, context_dim: int = 64):
+    def __init__(self, flow: Callable[..., nn.Module], num_labels: PositiveInt, context_dim: PositiveInt = 64):
         super().__init__()
         self.num_labels = num_labels
         self.flow = flow(context_dim=context_dim)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from jetformer.models import initializers
 from jetformer.models.decoder import Decoder, RMSNorm
 from jetformer.models.jetformer import JetFormer
+from jetformer.ranges import NonNegativeInt, PositiveInt
 
 
 class LanguageModel(nn.Module):
@@ -28,7 +29,7 @@ class LanguageModel(nn.Module):
       ValueError: if `bos_id` is not in the vocabulary.
     """
 
-    def __init__(self, decoder: Callable[[], Decoder], vocab_size: int, bos_id: int):
+    def __init__(self, decoder: Callable[[], Decoder], vocab_size: PositiveInt, bos_id: NonNegativeInt):
         super().__init__()
         if not 0 <= bos_id < vocab_size:
             raise ValueError(f"bos_id {bos_id} is not a token of a vocabulary of {vocab_size}")

@@ -9,9 +9,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from jetformer.ranges import PositiveInt
 from jetformer.storage import find
 
-ImageShape = tuple[int, int, int]
+ImageShape = tuple[PositiveInt, PositiveInt, PositiveInt]
 
 # A patch's rows p, columns q and channels c, by the name of their order.
 _PATCH_ORDERS = {"hwc": "p q c", "chw": "c p q"}
@@ -30,7 +31,7 @@ class Patchify(nn.Module):
       ValueError: if the image's sides do not divide by the patch size, or the order is unknown.
     """
 
-    def __init__(self, image_shape: ImageShape, patch_size: int, order: str = "hwc"):
+    def __init__(self, image_shape: ImageShape, patch_size: PositiveInt, order: str = "hwc"):
         super().__init__()
         height, width, channels = image_shape
         if order not in _PATCH_ORDERS:
@@ -80,11 +81,11 @@ class PatchPCA(nn.Module):
     def __init__(
         self,
         image_shape: ImageShape,
-        patch_size: int,
+        patch_size: PositiveInt,
         path: str | None = None,
         whiten: bool = True,
-        depth_to_seq: int = 1,
-        num_components: int | None = None,
+        depth_to_seq: PositiveInt = 1,
+        num_components: PositiveInt | None = None,
     ):
         super().__init__()
         self.patchify = Patchify(image_shape, patch_size)

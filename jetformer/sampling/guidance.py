@@ -17,6 +17,7 @@ from torch import Tensor
 
 from jetformer import prng
 from jetformer.models.mixture import MixtureHead, MultivariateHead
+from jetformer.ranges import NonNegativeFloat
 
 # Of the reference's rejection sampling: how many proposals it makes, how far from the mean it looks for the target's
 # maximum, and by what its proposals are wider than the wider Gaussian.
@@ -40,7 +41,7 @@ class Guidance:
     """
 
     mode: str = "none"
-    weight: float = 0.0
+    weight: NonNegativeFloat = 0.0
     schedule: str = "constant"
 
     def __post_init__(self):
