@@ -163,6 +163,12 @@ def verify(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
     return record
 
 
+def parts(workdir: str | os.PathLike, step: int) -> set[str]:
+    """Returns the top-level names of what a checkpoint holds, as "model" and "ema"."""
+    fs, root = _open(workdir)
+    return {name.partition(".")[0] for name in _saved(fs, root, step)}
+
+
 def check_compatible(workdir: str | os.PathLike, step: int, state: Mapping[str, Any]) -> None:
     """Verifies a checkpoint, and that it has the names, shapes and dtypes of `state`.
 

@@ -113,21 +113,26 @@ def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
 _AS_ANNOTATED = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
-def _literal(value: Any) -> Any:
-    """A bound value with its macros' values, and tuples in the place of lists.
-
-    Raises:
-      LookupError: if it names a function or class, or a macro that has no value.
-    """
-    if isinstance(value, gin.config.ConfigurableReference):
-        if value.selector != "gin.macro":
-            raise LookupError(value.selector)
-        return _literal(gin.config._CONFIG[value.scopes[-1], "gin.macro"]["value"])
+def _without_macros(value: Any) -> Any:
+    """Returns a bound value with its macros' values, and tuples in the place of lists."""
+    if isinstance(value, gin.config.ConfigurableReference) and value.selector == "gin.macro":
+        bound = gin.config._CONFIG.get((value.scopes[-1], "gin.macro"))
+        return _without_macros(bound["value"]) if bound else value  # gin says so where it is used
     if isinstance(value, list | tuple):
-        return tuple(map(_literal, value))
+        return tuple(map(_without_macros, value))
     if isinstance(value, dict):
-        return {_literal(key): _literal(item) for key, item in value.items()}
+        return {_without_macros(key): _without_macros(item) for key, item in value.items()}
     return value
+
+
+def bindings() -> dict[str, str]:
+    """Returns all bound values as text, by `Name.argument` or `scope/Name.argument`, with macros replaced."""
+    found = {}
+    for (scope, selector), values in gin.config._CONFIG.items():
+        if selector != "gin.macro":
+            name = f"{scope}/{selector.rpartition('.')[2]}".removeprefix("/")
+            found |= {f"{name}.{argument}": repr(_without_macros(value)) for argument, value in values.items()}
+    return dict(sorted(found.items()))
 
 
 def _check_values() -> None:
@@ -142,10 +147,9 @@ def _check_values() -> None:
             continue  # a user's own
         hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
         for name in values.keys() & hints.keys():
-            try:
-                value = _literal(values[name])
-            except LookupError:
-                continue  # what it is called with, or that the macro has no value, is said where it is used
+            value = _without_macros(values[name])
+            if any(gin.config.iterate_references(value)):
+                continue  # who is given what a reference stands for checks it
             try:
                 TypeAdapter(hints[name], config=_AS_ANNOTATED).validate_python(value)
             except ValidationError as error:

@@ -12,6 +12,7 @@ from jetformer import program, runtime
 
 flags.adopt_module_key_flags(program)
 flags.DEFINE_string("workdir", None, "Where the run is written to and resumed from.", required=True)
+flags.DEFINE_boolean("allow_changes", False, "Resume also with another seed or batch size than the run's so far.")
 FLAGS = flags.FLAGS
 
 
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> None:
 
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
         run = config.call(train.Run)
-        train.train(run, UPath(FLAGS.workdir), machine)
+        train.train(run, UPath(FLAGS.workdir), machine, FLAGS.allow_changes)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from clu.metric_writers import MetricWriter
 
 RUN_FILE = "run.json"  # in the workdir: what it runs on, and its parameters
+CONFIGS_DIRECTORY = "configs"  # in the workdir: the configuration of each start, by the step that it began from
 TOKENIZER_FILE = "tokenizer.model"  # in the workdir, where the experiment reads texts
 
 # What draws of different purposes are seeded with, beside the run's seed.
@@ -438,16 +439,34 @@ def restore(workdir: UPath, state: State, runtime: Runtime, step: int | None = N
     if step is None and (step := checkpoint.latest(workdir)) is None:
         return 0
     _check_architecture(str(workdir), checkpoint.verify(workdir, step)["info"], "use another --workdir")
-    checkpoint.restore(workdir, step, state.tensors(), loop_of(runtime).load_planner())
+    tensors = state.tensors()
+    starts_average = state.ema is not None and "ema" not in checkpoint.parts(workdir, step)
+    if starts_average:
+        del tensors["ema"]
+    checkpoint.restore(workdir, step, tensors, loop_of(runtime).load_planner())
+    if starts_average:
+        logging.warning("The moving average begins at step %d: the checkpoint has none", step)
+        with torch.no_grad():
+            for name, parameter in state.model.named_parameters():
+                state.ema[name].copy_(parameter)
     return step
 
 
-def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
+def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = False) -> None:
     """Trains, from the newest complete checkpoint in `workdir` if there is one.
 
     Everything a user can get wrong is looked at before the first step and before anything is written. Once there is
     something to lose, in a run that is resumed or goes on, an evaluator that fails is said in one line and training
     goes on to its end.
+
+    Where a run is resumed, every binding that differs from the last start's is logged. A run that is complete changes
+    no file, but for evaluations that it lacks.
+
+    Args:
+      run: the experiment.
+      workdir: where the run is written to and resumed from.
+      runtime: the devices and processes.
+      allow_changes: resume also with another seed or batch size than the run's so far.
 
     Raises:
       ValueError: for a configuration, a dataset or a workdir that cannot be used; at the end, if evaluations failed.
@@ -470,8 +489,15 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
         noise_min=run.noise_min,
     )
     loop.set_up(run.mesh, _compilation_cache(run, workdir), run.matmul_precision)
-    resumes = runtime.of_first(checkpoint.latest(workdir) is not None)
-    initialize = (lambda model: None) if resumes else functools.partial(run.initialize, runtime=runtime)
+    in_training = {name: e for name, e in run.evaluators.items() if e.every_steps is not None}
+    latest = runtime.of_first(checkpoint.latest(workdir))
+    complete = latest == total_steps
+    if latest is not None:
+        _check_changes(run, workdir, latest, allow_changes or complete)
+    if complete and runtime.of_first(all(latest in evaluated_steps(workdir, name) for name in in_training)):
+        logging.info("The run in %s is already complete at step %d: nothing to do", workdir, latest)
+        return
+    initialize = (lambda model: None) if latest is not None else functools.partial(run.initialize, runtime=runtime)
     state = run.build_state(runtime, initialize=initialize)
     start_step = restore(workdir, state, runtime)
     runtime.agree_on("the step to go on from", start_step)
@@ -487,7 +513,6 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     batches = run.data.train_batches(batch_size=run.batch_size, seed=run.seed, start_step=start_step, **processes)
     first_batch, batches = peek(batches, "the training split")
     run.check_batch(first_batch)
-    in_training = {name: e for name, e in run.evaluators.items() if e.every_steps is not None}
     evaluations = Evaluations(runtime)
     check = evaluations.check if start_step == 0 else evaluations.try_check
     for name in in_training:
@@ -497,9 +522,13 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
     )
 
     def begin() -> None:
+        if complete:  # what it was trained with stays written down
+            return
         workdir.mkdir(parents=True, exist_ok=True)
-        facts = _facts(run, state.model, runtime) | {"start_steps": [*_start_steps(workdir), start_step]}
+        start_steps = [*_saved_facts(workdir).get("start_steps", []), start_step]
+        facts = _facts(run, state.model, runtime) | {"start_steps": start_steps}
         write_whole(workdir / RUN_FILE, json.dumps(facts, indent=1))
+        _keep_config(workdir, start_step)
         config.save(workdir)  # after it, for a job that follows: a run that is to last longer has not ended
         if run.data.has_texts():  # a workdir is all that sampling needs, wherever it is copied to
             (workdir / TOKENIZER_FILE).write_bytes(run.data.texts().tokenizer.serialized())
@@ -601,19 +630,51 @@ def train(run: Run, workdir: UPath, runtime: Runtime) -> None:
         raise ValueError(f"the run is complete, but {evaluations.summary()}")
 
 
-def _start_steps(workdir: UPath) -> list[int]:
-    """The steps from which the run in a workdir has gone on each time that it was started.
+def _saved_facts(workdir: UPath) -> dict[str, Any]:
+    """What the last start of the run in a workdir has written down, see `_facts`; nothing, if it has not been started.
 
     Raises:
-      ValueError: if the file that says so is damaged.
+      ValueError: if the file is damaged.
     """
     file = workdir / RUN_FILE
     if not file.exists():
-        return []
+        return {}
     try:
-        return json.loads(file.read_text()).get("start_steps", [])
+        return json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): delete it") from error
+
+
+def _check_changes(run: Run, workdir: UPath, step: int, allowed: bool) -> None:
+    """Logs what is bound otherwise than at the last start of a run, which is at `step`.
+
+    Raises:
+      ValueError: if another seed or batch size is not `allowed`: from `step` on other batches would follow.
+    """
+    saved = _saved_facts(workdir)
+    for name in ("seed", "batch_size"):
+        before, now = saved.get(name), getattr(run, name)
+        if not allowed and before not in (None, now):
+            raise ValueError(
+                f"train.{name} = {now}, but the run in {workdir} has come to step {step} with {before}: bind {before}, "
+                "use another --workdir, or resume with --allow_changes"
+            )
+    now = config.bindings()
+    before = saved.get("bindings", now)
+    for name in sorted(before.keys() | now.keys()):
+        theirs, ours = before.get(name, "not bound"), now.get(name, "not bound")
+        if theirs != ours:
+            logging.warning("Other than at the last start: %s = %s, was %s", name, ours, theirs)
+
+
+def _keep_config(workdir: UPath, start_step: int) -> None:
+    """Keeps the configuration of the steps from `start_step` on beside those of the steps before."""
+    directory = workdir / CONFIGS_DIRECTORY
+    directory.mkdir(exist_ok=True)
+    for file in directory.glob("*.gin"):
+        if int(file.stem) > start_step:  # of steps that come again
+            file.unlink()
+    write_whole(directory / f"{start_step:09d}.gin", gin.config_str())
 
 
 def _facts(run: Run, model: nn.Module, runtime: Runtime) -> dict[str, Any]:
@@ -628,6 +689,8 @@ def _facts(run: Run, model: nn.Module, runtime: Runtime) -> dict[str, Any]:
         "versions": versions,
         "total_steps": run.steps(),
         "batch_size": run.batch_size,
+        "seed": run.seed,
+        "bindings": config.bindings(),
         "train_examples": run.data.num_train_examples(),
         "parameters": [
             {"name": name, "shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch."), "size": p.numel()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -23,7 +24,7 @@ def checkpoint_tensors(workdir, step):
     state = config.call(train.Run).build_state(Runtime(torch.device("cpu")))
     tensors = state.tensors()
     checkpoint.restore(workdir, step, tensors)
-    return {f"{part}/{name}": value for part in ("model", "ema") for name, value in tensors[part].items()} | {
+    return {f"{part}/{name}": value for part in ("model", "ema") for name, value in tensors.get(part, {}).items()} | {
         f"optimizer/{name}/{key}": value
         for name, values in tensors["optimizer"].items()
         for key, value in values.items()
@@ -232,21 +233,69 @@ def test_what_gin_binds_arrives(finished, tmp_path, data_dir):
 def test_another_architecture_in_the_workdir(finished, data_dir):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match="another architecture") as error:
-        run(finished, data_dir, Decoder__mlp_dim=64)
+        run(finished, data_dir, train__total_steps=13, Decoder__mlp_dim=64)
     assert "\n" not in str(error.value)
     assert "mlp" in str(error.value)
     assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
 
 
 @pytest.mark.slow
-def test_an_architecture_that_shows_in_no_shape(finished, data_dir):
-    before = (finished / config.CONFIG_FILE).read_text()
+def test_an_architecture_that_shows_in_no_shape(finished, tmp_path, data_dir):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    before = (workdir / config.CONFIG_FILE).read_text()
     with pytest.raises(ValueError, match=r"its Jet\.scale_factor is 2\.0, this one's 4\.0"):
-        run(finished, data_dir, Jet__scale_factor=4.0)
-    assert (finished / config.CONFIG_FILE).read_text() == before
+        run(workdir, data_dir, train__total_steps=13, Jet__scale_factor=4.0)
+    assert (workdir / config.CONFIG_FILE).read_text() == before
     # What changes no function of the parameters may change, and a default may be spelt out.
     free = {"train__activation_checkpointing": '"everything"', "JetFormer__mean_init_std": 0.7}
-    run(finished, data_dir, Jet__scale_factor=2.0, **free)
+    run(workdir, data_dir, train__total_steps=13, Jet__scale_factor=2.0, **free)
+    assert checkpoint.latest(workdir) == 13
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_as_it_is(finished, data_dir, caplog):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    caplog.set_level("INFO")
+    run(finished, data_dir, make_optimizer__lr=0.1, train__seed=3)
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    assert "complete at step 12" in caplog.text
+    assert "make_optimizer.lr = 0.1, was 0.002" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_run_resumed_with_other_settings(tmp_path, data_dir, caplog):
+    quick = {"train__evaluators": "{}", "train__ema_decay": 0.0, "train__keep_last": 9}
+    run(tmp_path, data_dir, train__total_steps=2, **quick)
+    first = (tmp_path / config.CONFIG_FILE).read_text()
+    trained = checkpoint_tensors(tmp_path, 2)
+    for change, message in (({"train__seed": 1}, r"train\.seed = 1.* step 2 with 0"),
+                            ({"train__batch_size": 8}, r"train\.batch_size = 8.* step 2 with 16")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path, data_dir, train__total_steps=4, **quick, **change)
+    assert (tmp_path / config.CONFIG_FILE).read_text() == first
+    # A moving average may begin later: as the parameters are then.
+    changes = quick | {"train__ema_decay": 0.999, "train__ema_warmup": False, "make_optimizer__lr": 1e-3}
+    config.parse(["experiments/digits.gin"], bindings(data_dir, train__total_steps=4, train__seed=1, **changes))
+    train.train(config.call(train.Run), UPath(tmp_path), Runtime(torch.device("cpu")), allow_changes=True)
+    assert "make_optimizer.lr = 0.001, was 0.002" in caplog.text
+    assert "train.seed = 1, was not bound" in caplog.text
+    configs = {file.name: file.read_text() for file in (tmp_path / "configs").iterdir()}
+    assert configs == {"000000000.gin": first, "000000002.gin": (tmp_path / config.CONFIG_FILE).read_text()}
+    averaged = checkpoint_tensors(tmp_path, 4)
+    for name in ("text_emb.weight", "image_emb.weight"):
+        moved = (averaged[f"model/{name}"] - trained[f"model/{name}"]).abs().max()
+        assert (averaged[f"ema/{name}"] - trained[f"model/{name}"]).abs().max() < 0.01 * moved
+
+
+@pytest.mark.slow
+def test_a_short_run_whose_average_is_of_its_start(data_dir, tmp_path, caplog):
+    overrides = {"train__total_steps": 1, "train__evaluators": "{}", "train__ema_decay": 0.9}
+    run(tmp_path / "warmed_up", data_dir, **overrides)
+    assert "ema_warmup" not in caplog.text
+    run(tmp_path / "not", data_dir, train__ema_warmup=False, **overrides)
+    assert "ema_warmup" in caplog.text
+    assert "90%" in caplog.text
 
 
 @pytest.mark.slow
@@ -255,8 +304,8 @@ def test_what_says_where_the_run_began_is_damaged(tmp_path, data_dir):
     with pytest.raises(ValueError, match=r"run\.json is damaged \(.*\): delete it"):
         run(tmp_path, data_dir)
     (tmp_path / "run.json").unlink()
-    for _ in range(2):
-        run(tmp_path, data_dir, train__total_steps=1, train__evaluators="{}")
+    for total_steps in (1, 2):
+        run(tmp_path, data_dir, train__total_steps=total_steps, train__evaluators="{}")
     assert json.loads((tmp_path / "run.json").read_text())["start_steps"] == [0, 1]
 
 
