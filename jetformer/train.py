@@ -269,15 +269,16 @@ class Run:
                     raise ValueError(
                         f"there is a label {label} in the data, but LabelledFlow.num_labels is {model.num_labels}"
                     )
-        vocab_size = getattr(model, "vocab_size", None)  # a flow alone reads no text
-        if vocab_size is None or "text" not in batch:
+        if not hasattr(model, "first_special") or "text" not in batch:  # a flow alone reads no text
             return
-        for token in (batch["text"].min(), batch["text"].max()):
-            if not 0 <= token < vocab_size:
+        text, name = batch["text"], type(model).__name__
+        first_special = model.first_special(text.shape[1])
+        for token in (text.min(), text.max()):
+            if not 0 <= token < first_special:
                 raise ValueError(
-                    f"the data have a text token or label {token}, but {type(model).__name__}.vocab_size is "
-                    f"{vocab_size}: the vocabulary has to be larger than the number of classes, or than the "
-                    "tokenizer's, with room for the model's special tokens"
+                    f"the data have a text token or label {token}, but {name}'s special tokens begin at "
+                    f"{first_special}: {name}.bos_id and the others have to be the number of classes, or of the "
+                    f"tokenizer's tokens, or more, and {name}.vocab_size more than all of them"
                 )
 
     def build_schedule(self) -> Callable[[int], float]:

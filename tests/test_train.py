@@ -421,12 +421,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
         (
             {
                 "JetFormer__vocab_size": 8,
-                "JetFormer__bos_id": 0,
-                "JetFormer__boi_id": 0,
-                "JetFormer__nolabel_id": 0,
+                "JetFormer__bos_id": 5,
+                "JetFormer__boi_id": 6,
+                "JetFormer__nolabel_id": 7,
                 "train__evaluators": '{"val": @Likelihood()}',
             },
-            "label 9, but JetFormer.vocab_size is 8",
+            "label 9, but JetFormer's special tokens begin at 5",
         ),
     ],
 )

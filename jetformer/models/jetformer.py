@@ -118,6 +118,8 @@ class JetFormer(nn.Module):
             raise ValueError(f"a multivariate head has one component, not num_mixtures = {num_mixtures}")
         self.image_shape = tuple(image_shape)
         self.vocab_size, self.num_vocab_repeats = vocab_size, num_vocab_repeats
+        if len({bos_id, boi_id, nolabel_id}) < 3:
+            raise ValueError(f"bos_id {bos_id}, boi_id {boi_id} and nolabel_id {nolabel_id} have to be different tokens")
         self.bos_id, self.boi_id, self.nolabel_id = bos_id, boi_id, nolabel_id
         self.causal_mask_on_prefix = causal_mask_on_prefix
 
@@ -221,6 +223,18 @@ class JetFormer(nn.Module):
         """
         x = self.image_emb(tokens)
         return x if self.image_posemb is None else x + self.image_posemb.index_select(0, places)
+
+    def first_special(self, text_length: int) -> int:
+        """Returns the lowest of the special tokens: those below it are for classes, or for a tokenizer.
+
+        Args:
+          text_length: T, tokens of a text. One of several may end in `boi_id`, which then is no special token; a label,
+            of one, may not.
+        """
+        special = [self.bos_id, self.nolabel_id]
+        if text_length == 1 and self.boi_id is not None:
+            special.append(self.boi_id)
+        return min(special)
 
     def _special(self, token: int, batch_size: int) -> Tensor:
         """The embedding `[B, 1, E]` of one token."""

@@ -45,6 +45,11 @@ class LanguageModel(nn.Module):
         initializers.lecun_normal_(self.text_head.weight, generator)
         nn.init.zeros_(self.text_head.bias)
 
+    def first_special(self, text_length: int) -> int:
+        """Returns the lowest special token, as `JetFormer.first_special`."""
+        del text_length
+        return self.bos_id
+
     def embed(self, text: Tensor, text_mask: Tensor | None = None, *, shift: bool = True):
         """Embeds `[bos, text]`, S tokens.
 

@@ -18,11 +18,7 @@ def check_tokens(text: Tensor, model: JetFormer) -> None:
     Raises:
       ValueError: if not.
     """
-    special = [model.bos_id, model.nolabel_id]
-    # The end of a text may also be the begin-of-image token; a class may not.
-    if text.shape[1] == 1 and model.boi_id is not None:
-        special.append(model.boi_id)
-    first_special = min(special)
+    first_special = model.first_special(text.shape[1])
     if not 0 <= text.min() <= text.max() < first_special:
         wrong = next(t for t in text.flatten().tolist() if not 0 <= t < first_special)
         raise ValueError(f"there is no class or token {wrong}: the model has those from 0 to {first_special - 1}")
