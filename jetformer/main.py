@@ -2,7 +2,8 @@
 
     python -m jetformer.main --gin_file=experiments/digits.gin --workdir=/tmp/digits
 
-The same command resumes a run that was interrupted. On SIGTERM it saves, and exits with code 75.
+The same command resumes a run that was interrupted. On SIGTERM and SIGHUP
+it saves, and exits with code 75; on Ctrl-C it saves, and exits with code 130. A second Ctrl-C ends it at once.
 """
 
 from absl import app, flags, logging

@@ -37,15 +37,17 @@ def one_line_errors() -> Iterator[None]:
     --verbosity=1 shows where it came from.
     """
     # Training, which has something to save, takes it over while it lasts (`preemption.Preemption`).
-    signal.signal(signal.SIGTERM, _stop)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, _stop)
     try:
         yield
     except KeyboardInterrupt:
         _say("interrupted: start the same command again to go on")
-        sys.exit(130)
-    except preemption.Preempted:
-        _say("stopped: start the same command again to go on")
-        sys.exit(preemption.EXIT_CODE)
+        sys.exit(preemption.INTERRUPTED_EXIT_CODE)
+    except preemption.Preempted as stopped:
+        _say(f"stopped by {stopped.signal.name}: start the same command again to go on")
+        sys.exit(stopped.exit_code)
     except (ValueError, OSError, ImportError, FloatingPointError, runtime.OutOfStep) as error:
         logging.debug("", exc_info=True)
         _say(f"error: {' '.join(str(error).split())}")
@@ -73,8 +75,8 @@ def _say(message: str) -> None:
 
 
 def _stop(signum: int, frame) -> None:
-    del signum, frame
-    raise preemption.Preempted
+    del frame
+    raise preemption.Preempted(signum)
 
 
 def no_arguments(argv: list[str]) -> None:

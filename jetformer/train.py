@@ -472,7 +472,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
     Raises:
       ValueError: for a configuration, a dataset or a workdir that cannot be used; at the end, if evaluations failed.
       NonFiniteLoss: if the loss stops being finite; the last checkpoint is from before.
-      Preempted: on SIGTERM, after saving.
+      Preempted: on SIGTERM, SIGINT or SIGHUP, after saving.
     """
     from jetformer import metrics  # this and the data bring TensorFlow
     from jetformer.data.pipeline import peek
@@ -615,10 +615,10 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
                     save()
                 evaluate_due(done)
                 progress(done)
-        except Preempted:
+        except Preempted as stopped:
             if saved < done:
                 save()
-            logging.info("Stopped on SIGTERM after step %d, which is saved.", done)
+            logging.info("Stopped on %s after step %d, which is saved.", stopped.signal.name, done)
             raise
         finally:  # a run that stops halfway keeps what it has written
             try:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch.distributed as dist
@@ -10,14 +12,52 @@ import torch.multiprocessing as mp
 from jetformer.preemption import Preempted, Preemption
 
 
-def test_one_process_stops_at_once():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)])
+def test_one_process_stops_at_once(signum, exit_code):
+    before = signal.getsignal(signum)
     with Preemption() as preemption:
         preemption.check()
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signum)
+        with pytest.raises(Preempted) as stopped:
+            preemption.check()
+    assert stopped.value.exit_code == exit_code
+    assert signal.getsignal(signum) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Preemption() as preemption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            preemption.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_other_signals_while_it_saves():
+    with Preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Preempted):
             preemption.check()
-    assert signal.getsignal(signal.SIGTERM) == before
+        os.kill(os.getpid(), signal.SIGTERM)  # while it saves: nothing more
+
+
+def test_a_second_interrupt_ends_the_process():
+    code = """
+import os, signal
+from jetformer.preemption import Preemption
+with Preemption():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still here", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("not any more")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 130
+    assert ended.stdout == "still here\n"
+    assert len(ended.stderr.splitlines()) == 1
 
 
 def _steps_until_preempted(rank, rendezvous, told_after, results):

@@ -103,7 +103,8 @@ def test_a_killed_run_continues_bit_by_bit(finished, tmp_path, data_dir):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_asks_for_a_restart(tmp_path, data_dir):
+@pytest.mark.parametrize(("signum", "returncode"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_run_that_is_stopped_saves(tmp_path, data_dir, signum, returncode):
     overrides = {"train__total_steps": 100_000, "train__checkpoint_steps": 2, "Likelihood__every_steps": 7}
     process = start(command(tmp_path, bindings(data_dir, **overrides)))
     deadline = time.monotonic() + 120
@@ -111,12 +112,12 @@ def test_sigterm_saves_and_asks_for_a_restart(tmp_path, data_dir):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signum)
     _, log = process.communicate(timeout=60)
-    assert process.returncode == 75, log
+    assert process.returncode == returncode, log
     assert "Traceback" not in log
     step = checkpoint.latest(tmp_path)
-    assert f"Stopped on SIGTERM after step {step}, which is saved." in log
+    assert f"{signum.name} after step {step}, which is saved" in log
     written = scalars(tmp_path)["train/loss"]
     assert max(written) == step
     run(tmp_path, data_dir, train__total_steps=step + 2)
