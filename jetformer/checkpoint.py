@@ -8,13 +8,16 @@
   is no checkpoint: whatever kills a run, what it leaves is whole or does not count. (A marker, not
   a renamed directory: object stores cannot rename one atomically.) Deleting starts with it.
 - `COMPLETE` holds the size of every file, so a checkpoint that a disk or a copy has cut short is
-  told from a whole one.
+  told from a whole one, and its XXH3 checksum, so a flipped bit is found. (Older checkpoints have
+  no checksums.)
+- Nothing is unpickled but DCP's own metadata and what `torch.load(weights_only=True)` loads.
 - A workdir is a local directory or any URL that fsspec opens (gs://…).
 """
 
 import copy
 import json
 import os
+import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -25,15 +28,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import xxhash
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.metadata import StorageMeta
 
-__all__ = ["Checkpointer", "age", "check_compatible", "latest", "load_weights", "restore", "steps", "verify"]
+__all__ = [
+    *("Checkpointer", "age", "check_compatible", "latest", "load_weights", "parts", "restore", "steps", "verify"),
+    "verify_checksums",
+]
 
 MARKER = "COMPLETE"
+_CHUNK = 1 << 24  # bytes
 
 
 class Checkpointer:
@@ -163,6 +172,29 @@ def verify(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
     return record
 
 
+def verify_checksums(workdir: str | os.PathLike, step: int, index: int = 0, count: int = 1) -> None:
+    """Reads the files of a checkpoint, or every `count`-th from `index` on, and compares their checksums with those
+    that were computed when it was written.
+
+    Raises:
+      ValueError: if one differs.
+    """
+    record = verify(workdir, step)
+    fs, root = _open(workdir)
+    directory = _directory(root, step)
+    for file, expected in sorted(record.get("checksums", {}).items())[index::count]:
+        with fs.open(f"{directory}/{file}", "rb") as stream:
+            checksum = xxhash.xxh3_64()
+            while chunk := stream.read(_CHUNK):
+                checksum.update(chunk)
+        if checksum.hexdigest() != expected:
+            raise ValueError(
+                f"the checkpoint of step {step} is damaged: {_name(fs, directory)}/{file} is not as it was written "
+                f"(XXH3 {checksum.hexdigest()}, not {expected}): delete the checkpoint to resume from an older one, or "
+                "load it as it is with --noverify"
+            )
+
+
 def parts(workdir: str | os.PathLike, step: int) -> set[str]:
     """Returns the top-level names of what a checkpoint holds, as "model" and "ema"."""
     fs, root = _open(workdir)
@@ -204,6 +236,7 @@ def restore(
     check_compatible(workdir, step, state)
     fs, root = _open(workdir)
     _quiet()
+    planner = planner or _LoadPlanner()
     with _reading(fs, root, step), _plain_errors():
         # no_dist: reading needs no agreement between processes, and without collectives a process
         # that fails says so at once instead of leaving the others to wait for it.
@@ -234,7 +267,8 @@ def load_weights(workdir: str | os.PathLike, step: int, tensors: Mapping[str, to
     state = {part: {name: tensors[name] for name in theirs if theirs[name] == part} for part in set(theirs.values())}
     _quiet()
     with _reading(fs, root, step), _plain_errors():
-        dcp.load(state, storage_reader=_reader(fs, _directory(root, step)), no_dist=True)
+        reader = _reader(fs, _directory(root, step))
+        dcp.load(state, storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
 
 
 # Where things are. All but DCP's own reading and writing goes through fsspec.
@@ -272,9 +306,42 @@ def _sizes(fs: AbstractFileSystem, directory: str) -> dict[str, int]:
     return {path.removeprefix(f"{directory}/"): file["size"] for path, file in files.items()}
 
 
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    """Loads values that are no tensors (DCP's own unpickles them) only if they are plain."""
+
+    def load_bytes(self, read_item, value):
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles DCP's metadata, and nothing else: a pickle from elsewhere could run any program."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        where = (module, name)
+        harmless = where in (("torch", "Size"), ("torch.serialization", "_get_layout"))
+        harmless |= module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        harmless |= where == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+        harmless |= module == "torch.distributed.checkpoint.metadata" and "." not in name
+        harmless |= module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath")
+        if not harmless:
+            raise pickle.UnpicklingError(f"its metadata name {module}.{name}, which no checkpoint has: not unpickled")
+        return super().find_class(module, name)
+
+
 def _reader(fs: AbstractFileSystem, directory: str) -> dcp.FileSystemReader:
-    reader = dcp.FileSystemReader if isinstance(fs, LocalFileSystem) else FsspecReader
-    return reader(_name(fs, directory))
+    """DCP's reader for this storage, which does not unpickle what could run code."""
+
+    class Reader(dcp.FileSystemReader if isinstance(fs, LocalFileSystem) else FsspecReader):
+        def read_metadata(self, *args, **kwargs):
+            with fs.open(f"{directory}/.metadata", "rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+            metadata.storage_meta = metadata.storage_meta or StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            return metadata
+
+    return Reader(_name(fs, directory))
 
 
 def _saved(fs: AbstractFileSystem, root: str, step: int) -> dict[str, Any]:
@@ -315,6 +382,25 @@ def _writer(fs: AbstractFileSystem, directory: str, finish: Callable, snapshot: 
         def stage(self, state_dict):
             return snapshot(state_dict)
 
+        def write_data(self, plan, planner):
+            checksums = {}
+            plain = self.fs.create_stream
+
+            @contextmanager
+            def create_stream(path, mode):
+                with plain(path, mode) as stream:
+                    yield (checked := _Checksum(stream))
+                checksums[os.path.basename(path)] = checked.hash.hexdigest()
+
+            self.fs.create_stream = create_stream
+            try:
+                results = super().write_data(plan, planner).wait()
+            finally:
+                self.fs.create_stream = plain
+            written = torch.futures.Future()
+            written.set_result(_Written(results, checksums))
+            return written
+
         def prepare_global_plan(self, plans):
             # What an interrupted save left. The directory stays: the others have just seen it.
             for file in fs.find(directory):
@@ -328,6 +414,29 @@ def _writer(fs: AbstractFileSystem, directory: str, finish: Callable, snapshot: 
     # An object on a store is durable once closed; DCP would sync all disks of this machine instead.
     # What it writes is on the CPU already: there is nothing to copy ahead.
     return Writer(_name(fs, directory), sync_files=local, per_thread_copy_ahead=0)
+
+
+class _Checksum:
+    """A stream that is written to, with the hash of what was written."""
+
+    def __init__(self, stream):
+        self._stream = stream
+        self.hash = xxhash.xxh3_64()
+
+    def write(self, data) -> int:
+        self.hash.update(data)
+        return self._stream.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+class _Written(list):
+    """What DCP knows of what a process has written, with the files' checksums: it comes to process 0 with it."""
+
+    def __init__(self, results: list, checksums: dict[str, str]):
+        super().__init__(results)
+        self.checksums = checksums
 
 
 def _snapshot(value: Any) -> Any:
@@ -353,9 +462,12 @@ def _commit(fs: AbstractFileSystem, directory: str, record: dict[str, Any], resu
                 f"process 0 does not see all of {_name(fs, directory)}/{written.relative_path}, "
                 "which is written; use a --workdir on storage that all processes share"
             )
+    checksums = {".metadata": xxhash.xxh3_64_hexdigest(fs.cat_file(f"{directory}/.metadata"))}
+    for written in results:
+        checksums |= written.checksums
     marker = f"{directory}/{MARKER}"
     with fs.open(f"{marker}.tmp", "wb") as stream:
-        stream.write(json.dumps({**record, "sizes": sizes}, indent=2).encode())
+        stream.write(json.dumps({**record, "sizes": sizes, "checksums": checksums}, indent=2).encode())
         if isinstance(fs, LocalFileSystem):
             # Older checkpoints go next, and must not go before this one would survive a power cut.
             stream.flush()

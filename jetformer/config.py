@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import gin
+from gin import config_parser
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from upath import UPath
 
@@ -107,6 +108,36 @@ def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
     known |= set(re.findall(r"%(\w+)", gin.config_str()))
     if unknown := sorted(defined() - known):
         raise ConfigError(f"nothing uses the macro {unknown[0]}; there are {', '.join(sorted(known)) or 'none'}")
+
+
+class _Names(config_parser.ParserDelegate):
+    """Reads references as their names: nothing is looked up, let alone called."""
+
+    def configurable_reference(self, scoped_configurable_name, evaluate):
+        return scoped_configurable_name
+
+    def macro(self, macro_name):
+        return macro_name
+
+
+def check_runs_nothing(text: str, trust_imports: Sequence[str]) -> None:
+    """Checks that a configuration from elsewhere binds values, and imports only the modules that are trusted.
+
+    With imports, among them gin's dynamic registration, a configuration can call any function of any module.
+
+    Raises:
+      ConfigError: if it imports another module or includes a file.
+    """
+    with gin_errors():
+        statements = list(config_parser.ConfigParser(text, _Names()))
+    for statement in statements:
+        if isinstance(statement, config_parser.ImportStatement) and statement.module not in trust_imports:
+            raise ConfigError(
+                f"the saved configuration imports {statement.module}, which can run anything: if you trust where it is "
+                f"from, pass --trust_imports={statement.module}"
+            )
+        if isinstance(statement, config_parser.IncludeStatement):
+            raise ConfigError(f"the saved configuration includes {statement.filename}, which no run saves: remove that")
 
 
 # An int is a float, but nothing else is turned into what an argument is annotated with.

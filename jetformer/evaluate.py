@@ -55,6 +55,8 @@ class Job:
       gin_files, gin_bindings: on top of the run's configuration.
       machine: where to evaluate.
       names: which evaluators; None: all.
+      trust_imports: modules that the run's configuration may import.
+      verify: compare the checksums of checkpoints.
 
     Attributes:
       evaluations: what runs the evaluators, and knows which have failed.
@@ -70,12 +72,14 @@ class Job:
         gin_bindings: Sequence[str],
         machine: runtime.Runtime,
         names: Sequence[str] | None = None,
+        trust_imports: Sequence[str] = (),
+        verify: bool = True,
     ):
         from jetformer.evaluators.running import Evaluations
 
         self.evaluations = Evaluations(machine)
         self._workdir, self._overrides, self._machine = workdir, (gin_files, gin_bindings), machine
-        self._chosen = names
+        self._chosen, self._trust_imports, self._verify = names, trust_imports, verify
         self._saved: tuple[str, str] | None = None  # what the run has written of itself, and what it says
         self._run, self._last_step = None, 0
         self._loaded = None  # what the run has written of itself, and the run and its state on the devices
@@ -130,7 +134,7 @@ class Job:
         saved = self._read_saved()
         if saved == self._saved:
             return False
-        run = train.configured(saved[0], *self._overrides)
+        run = train.configured(saved[0], *self._overrides, self._trust_imports)
         if not run.evaluators:
             raise ValueError(
                 f"{self._workdir} has no evaluators: bind some, as --gin_bindings='train.evaluators = "
@@ -302,10 +306,10 @@ class Job:
 
         if self._loaded is None or self._loaded[0] != self._saved:
             self._loaded = None  # its memory goes first
-            run, state, _ = train.load_state(self._run, self._workdir, self._machine, step)
+            run, state, _ = train.load_state(self._run, self._workdir, self._machine, step, self._verify)
             self._loaded = self._saved, run, state
         else:
-            train.restore(self._workdir, self._loaded[2], self._machine, step)
+            train.restore(self._workdir, self._loaded[2], self._machine, step, self._verify)
         return self._loaded[1:]
 
 
@@ -353,7 +357,11 @@ def main(argv: list[str]) -> None:
         workdir, once = UPath(FLAGS.workdir), FLAGS.once or FLAGS.step is not None
         if not once:
             wait_for_run(workdir, FLAGS.wait_seconds, FLAGS.poll_seconds)
-        with contextlib.closing(Job(workdir, FLAGS.gin_file, FLAGS.gin_bindings, machine, FLAGS.evaluators)) as job:
+        job = Job(
+            *(workdir, FLAGS.gin_file, FLAGS.gin_bindings, machine, FLAGS.evaluators),
+            *(FLAGS.trust_imports, FLAGS.verify),
+        )
+        with contextlib.closing(job):
             if not once:
                 job.follow(FLAGS.poll_seconds, FLAGS.every, FLAGS.newest, FLAGS.timeout_seconds)
             while once:

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
 
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
         run = config.call(train.Run)
-        train.train(run, UPath(FLAGS.workdir), machine, FLAGS.allow_changes)
+        train.train(run, UPath(FLAGS.workdir), machine, FLAGS.allow_changes, FLAGS.verify)
 
 
 if __name__ == "__main__":

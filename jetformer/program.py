@@ -24,6 +24,12 @@ flags.DEFINE_enum(
     ["auto", "cpu", "cuda", "xla"],
     "What to run on; xla is all TPUs, or what PJRT_DEVICE says; auto is a TPU or a GPU where there is one.",
 )
+flags.DEFINE_list(
+    "trust_imports",
+    [],
+    "Modules that a configuration of a workdir, a directory or the Hub may import, which runs them.",
+)
+flags.DEFINE_boolean("verify", True, "Compare the checksums of a checkpoint's files before it is loaded.")
 
 _STORE_TIMEOUT = datetime.timedelta(seconds=5)
 

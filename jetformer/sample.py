@@ -473,7 +473,9 @@ def main(argv: list[str]) -> None:
         workdir, step = source()
         if "://" in FLAGS.out:
             raise ValueError(f"--out={FLAGS.out}: give a local directory")
-        run, state, step = train.load(workdir, FLAGS.gin_file, FLAGS.gin_bindings, machine, step)
+        run, state, step = train.load(
+            workdir, FLAGS.gin_file, FLAGS.gin_bindings, machine, step, FLAGS.trust_imports, FLAGS.verify
+        )
         sample_all(run, state, step, workdir, machine, pathlib.Path(FLAGS.out))
 
 

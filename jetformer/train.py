@@ -428,11 +428,12 @@ def _check_architecture(what: str, info: Mapping[str, Any], remedy: str) -> None
             )
 
 
-def restore(workdir: UPath, state: State, runtime: Runtime, step: int | None = None) -> int:
+def restore(workdir: UPath, state: State, runtime: Runtime, step: int | None = None, verify: bool = True) -> int:
     """Restores a complete checkpoint of the workdir into `state`: that of `step`, or the newest; returns its step, 0 if
     there is none.
 
-    The checkpoint may come from other devices, and from more or fewer of them.
+    The checkpoint may come from other devices, and from more or fewer of them. Its files' checksums are compared first
+    (`verify`), each process those of its share of the files.
 
     Raises:
       ValueError: if the checkpoint is damaged or of another architecture.
@@ -440,6 +441,8 @@ def restore(workdir: UPath, state: State, runtime: Runtime, step: int | None = N
     if step is None and (step := checkpoint.latest(workdir)) is None:
         return 0
     _check_architecture(str(workdir), checkpoint.verify(workdir, step)["info"], "use another --workdir")
+    if verify:
+        checkpoint.verify_checksums(workdir, step, runtime.process_index, runtime.process_count)
     tensors = state.tensors()
     starts_average = state.ema is not None and "ema" not in checkpoint.parts(workdir, step)
     if starts_average:
@@ -453,7 +456,7 @@ def restore(workdir: UPath, state: State, runtime: Runtime, step: int | None = N
     return step
 
 
-def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = False) -> None:
+def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = False, verify: bool = True) -> None:
     """Trains, from the newest complete checkpoint in `workdir` if there is one.
 
     Everything a user can get wrong is looked at before the first step and before anything is written. Once there is
@@ -468,6 +471,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
       workdir: where the run is written to and resumed from.
       runtime: the devices and processes.
       allow_changes: resume also with another seed or batch size than the run's so far.
+      verify: compare the checksums of the checkpoint that the run resumes from.
 
     Raises:
       ValueError: for a configuration, a dataset or a workdir that cannot be used; at the end, if evaluations failed.
@@ -500,7 +504,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
         return
     initialize = (lambda model: None) if latest is not None else functools.partial(run.initialize, runtime=runtime)
     state = run.build_state(runtime, initialize=initialize)
-    start_step = restore(workdir, state, runtime)
+    start_step = restore(workdir, state, runtime, verify=verify)
     runtime.agree_on("the step to go on from", start_step)
     if start_step > total_steps:
         raise ValueError(
@@ -742,12 +746,18 @@ def saved_config(workdir: UPath) -> str:
     return file.read_text()
 
 
-def configured(saved: str, gin_files: Sequence[str], gin_bindings: Sequence[str]) -> Run:
+def configured(
+    saved: str, gin_files: Sequence[str], gin_bindings: Sequence[str], trust_imports: Sequence[str] = ()
+) -> Run:
     """The experiment of a configuration that a run has saved, with files and bindings on top.
+
+    The saved one may be from somebody else: it may import no modules but those of `trust_imports`. What comes on top is
+    the user's own, and may.
 
     Raises:
       ValueError: if it, or what comes on top, cannot be used.
     """
+    config.check_runs_nothing(saved, trust_imports)
     with tempfile.NamedTemporaryFile("w", suffix=".gin") as copy:  # gin reads local files
         copy.write(saved)
         copy.flush()
@@ -756,18 +766,27 @@ def configured(saved: str, gin_files: Sequence[str], gin_bindings: Sequence[str]
 
 
 def load(
-    workdir: UPath, gin_files: Sequence[str], gin_bindings: Sequence[str], runtime: Runtime, step: int | None = None
+    workdir: UPath,
+    gin_files: Sequence[str],
+    gin_bindings: Sequence[str],
+    runtime: Runtime,
+    step: int | None = None,
+    trust_imports: Sequence[str] = (),
+    verify: bool = True,
 ) -> tuple[Run, State, int]:
     """The experiment that a workdir holds, as it was saved there, with files and bindings on top; its state at a
-    complete checkpoint (that of `step`, or the newest); and the step of that.
+    complete checkpoint (that of `step`, or the newest); and the step of that. See `configured` and `restore`.
 
     Raises:
       ValueError: if there is none, or it does not fit.
     """
-    return load_state(configured(saved_config(workdir), gin_files, gin_bindings), workdir, runtime, step)
+    run = configured(saved_config(workdir), gin_files, gin_bindings, trust_imports)
+    return load_state(run, workdir, runtime, step, verify)
 
 
-def load_state(run: Run, workdir: UPath, runtime: Runtime, step: int | None = None) -> tuple[Run, State, int]:
+def load_state(
+    run: Run, workdir: UPath, runtime: Runtime, step: int | None = None, verify: bool = True
+) -> tuple[Run, State, int]:
     """As `load`, of an experiment that has been read: laid out over the devices of this job, whatever the run's mesh
     is, and without an optimizer.
 
@@ -782,7 +801,7 @@ def load_state(run: Run, workdir: UPath, runtime: Runtime, step: int | None = No
         raise ValueError(f"{workdir} has no complete checkpoint of step {step}, but of {', '.join(map(str, steps))}")
     loop_of(runtime).set_up(run.mesh, _compilation_cache(run, workdir), run.matmul_precision)
     state = run.build_state(runtime, to_train=False)
-    return run, state, restore(workdir, state, runtime, step)
+    return run, state, restore(workdir, state, runtime, step, verify)
 
 
 def _checked(run: Run, model: nn.Module, batches: Iterator[dict[str, np.ndarray]]):

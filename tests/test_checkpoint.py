@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pickle
 import signal
 import threading
 import time
@@ -180,6 +181,70 @@ def test_a_truncated_file_is_named(workdir, file):
         assert f"delete {checkpoint._name(fs, root)}/000000002" in message
         assert "resumes from step 1" in message
     checkpoint.verify(workdir, 1)
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata"])
+def test_a_flipped_bit_is_found(workdir, file):
+    save(workdir, 2)
+    checkpoint.verify_checksums(workdir, 2)
+    fs, root = checkpoint._open(workdir)
+    path = f"{root}/000000002/{file}"
+    content = bytearray(fs.cat_file(path))
+    content[len(content) // 2] ^= 16
+    fs.pipe_file(path, bytes(content))
+    with pytest.raises(ValueError, match="XXH3") as error:
+        checkpoint.verify_checksums(workdir, 2)
+    assert file in one_line(error)
+    # Shared out, one process of two finds it.
+    found = 0
+    for index in range(2):
+        try:
+            checkpoint.verify_checksums(workdir, 2, index, 2)
+        except ValueError:
+            found += 1
+    assert found == 1
+
+
+def test_a_checkpoint_of_before_checksums(workdir):
+    save(workdir, 2)
+    fs, root = checkpoint._open(workdir)
+    marker = f"{root}/000000002/COMPLETE"
+    record = json.loads(fs.cat_file(marker))
+    del record["checksums"]
+    fs.pipe_file(marker, json.dumps(record).encode())
+    checkpoint.verify_checksums(workdir, 2)
+    assert checkpoint.restore(workdir, 2, {"w": torch.zeros(4)})["w"].tolist() == [2.0] * 4
+
+
+class Malicious:
+    """What runs a program when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_is_run_that_a_checkpoint_holds(tmp_path):
+    save(tmp_path, 1)
+    metadata = tmp_path / "checkpoints" / "000000001" / ".metadata"
+    size = metadata.stat().st_size
+    metadata.write_bytes(pickle.dumps(Malicious(tmp_path / "ran")).ljust(size, b"\0"))
+    with pytest.raises(ValueError, match="mkdir") as error:
+        checkpoint.restore(tmp_path, 1, {"w": torch.zeros(4)})
+    one_line(error)
+    # A value that is no tensor.
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(2, {"w": Malicious(tmp_path / "ran")})
+    checkpointer.wait()
+    with pytest.raises(ValueError, match="damaged") as error:
+        checkpoint.restore(tmp_path, 2, {"w": "plain"})
+    one_line(error)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata"])
@@ -491,4 +556,4 @@ def test_files_that_process_0_does_not_see_are_no_checkpoint(tmp_path, monkeypat
 def test_the_marker_is_plain_json(tmp_path):
     save(tmp_path, 1)
     record = json.loads((tmp_path / "checkpoints/000000001/COMPLETE").read_text())
-    assert sorted(record) == ["info", "sizes", "step", "torch"]
+    assert sorted(record) == ["checksums", "info", "sizes", "step", "torch"]

@@ -87,3 +87,28 @@ def has_bare_number(hint) -> bool:
         return True
     is_range_or_function = typing.get_origin(hint) in (typing.Annotated, collections.abc.Callable)
     return not is_range_or_function and any(has_bare_number(part) for part in typing.get_args(hint))
+
+
+SAVED = "train.batch_size = 4\nDecoder.depth = 2\ntrain.evaluators = {'val': @Likelihood()}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("import os", "os"),
+        ("import os.path", "os.path"),
+        ("from __gin__ import dynamic_registration", "__gin__.dynamic_registration"),
+        ("from mycode import models", "mycode.models"),
+        ("include 'more.gin'", "more.gin"),
+    ],
+)
+def test_a_configuration_from_elsewhere_imports_nothing(line, named):
+    config.check_runs_nothing(SAVED, [])
+    with pytest.raises(config.ConfigError, match=named):
+        config.check_runs_nothing(f"{line}\n{SAVED}", ["mycode"])
+
+
+def test_a_module_that_is_trusted():
+    config.check_runs_nothing(f"import mycode\n{SAVED}", ["mycode"])
+    with pytest.raises(config.ConfigError, match="--trust_imports=mycode"):
+        config.check_runs_nothing(f"import mycode\n{SAVED}", [])

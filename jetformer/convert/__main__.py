@@ -123,6 +123,7 @@ def parse(weights) -> None:
     gin_files = list(FLAGS.gin_file)
     with tempfile.NamedTemporaryFile("w", suffix=".gin") as own:  # gin reads local files
         if weights.gin is not None:
+            config.check_runs_nothing(weights.gin, FLAGS.trust_imports)
             own.write(weights.gin)
             own.flush()
             gin_files.insert(0, own.name)
@@ -212,7 +213,9 @@ def to_safetensors(machine: runtime.Runtime) -> None:
     workdir = UPath(FLAGS.workdir)
     if FLAGS.out is not None and UPath(FLAGS.out).exists() and any(UPath(FLAGS.out).iterdir()):
         raise ValueError(f"--out={FLAGS.out} is not empty: give another directory")
-    run, state, step = train.load(workdir, FLAGS.gin_file, FLAGS.gin_bindings, machine, FLAGS.step)
+    run, state, step = train.load(
+        workdir, FLAGS.gin_file, FLAGS.gin_bindings, machine, FLAGS.step, FLAGS.trust_imports, FLAGS.verify
+    )
     tensors = {name: {k: v.detach() for k, v in part.items()} for name, part in state.tensors().items()}
     names = (config.CONFIG_FILE, train.TOKENIZER_FILE)
     files = {name: (workdir / name).read_bytes() for name in names if (workdir / name).exists()}
