@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 from upath import UPath
 
 from golden_files import DIRECTORY, Golden
@@ -242,6 +243,8 @@ def test_a_run_to_the_hub_and_back(tmp_path, shapes_dir):
         files = {"README.md", "config.gin", "model.safetensors", "ema.safetensors", "tokenizer.model"}
         for directory in (tmp_path / "shared", repository):
             assert {path.name for path in directory.iterdir()} == files
+        # As the umask has it.
+        assert len({(tmp_path / "shared" / file).stat().st_mode for file in files}) == 1
         code, log = convert(
             "--from=safetensors", "--hf_repo=people/run", f"--out={tmp_path}/again", environment=environment
         )
@@ -265,6 +268,12 @@ def test_refusals(tmp_path, jet_file, jetformer):
     """One line, and exit code 1; nothing is written, and nothing is unpickled."""
     marker = tmp_path / "marker"
     torch.save({"model": Malicious(marker)}, tmp_path / "x.pt")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    save_file({"w": torch.zeros(1)}, foreign / "model.safetensors", metadata={"step": "1"})
+    (foreign / "config.gin").write_text(
+        f"from __gin__ import dynamic_registration\nimport os\ntrain.data = @os.mkdir()\nos.mkdir.path = '{marker}'\n"
+    )
     out = f"--out={tmp_path}/out"
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     big_vision = ["--from=big_vision", "--gin_file=experiments/jet_digits.gin", out]
@@ -276,6 +285,7 @@ def test_refusals(tmp_path, jet_file, jetformer):
         (["--from=jet_pytorch", f"--path={tmp_path}/x.pt", out], "x.pt is not loaded: it holds more than tensors"),
         ([*big_vision, f"--path={DIRECTORY}/jet_mixed.npz"], "has shape [12, 12], and Jet needs [4, 4]"),
         (["--from=jet_pytorch", f"--path={jet_file}", f"--out={jetformer}"], "holds a run already"),
+        (["--from=safetensors", f"--path={foreign}", out], "imports __gin__.dynamic_registration"),
         (
             ["--from=jet_pytorch", f"--path={jet_file}", out, *bound(*JET_BINDINGS, *PATCHES)],
             "error: --from=jet_pytorch gives a Jet, and train.model is a Patchify",

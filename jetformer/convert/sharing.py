@@ -48,12 +48,13 @@ def write(
       files: what else belongs to it, by name.
       card: the model card.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     directory.mkdir(parents=True, exist_ok=True)
     for name, file in (("model", MODEL_FILE), ("ema", EMA_FILE)):
         if name in tensors:
-            save_file(dict(tensors[name]), str(directory / file), metadata={"format": "pt", "step": str(step)})
+            content = save(dict(tensors[name]), metadata={"format": "pt", "step": str(step)})
+            (directory / file).write_bytes(content)  # save_file would make a file that only its owner can read
     for name, content in files.items():
         (directory / name).write_bytes(content)
     (directory / CARD_FILE).write_text(card, encoding="utf-8")

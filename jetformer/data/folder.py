@@ -84,6 +84,18 @@ class Folder:
             digest.update(self._arrays[key].tobytes())
         return digest.hexdigest()[:16]
 
+    def state(self) -> str:
+        """Returns what changes when the size or modification time of a file does; "" for a folder that is not local."""
+        if "://" in self.root:
+            return ""
+        digest = hashlib.sha256()
+        for directory in self.directories():
+            with os.scandir(os.path.join(self.root, directory)) as entries:
+                for entry in sorted(entries, key=lambda e: e.name):
+                    stat = entry.stat()
+                    digest.update(os.fsencode(f"{entry.name}/{stat.st_size}/{stat.st_mtime_ns}/"))
+        return digest.hexdigest()[:16]
+
     def directories(self) -> list[str]:
         """`split/class` of all directories."""
         return self._arrays["directories"].tolist()

@@ -710,7 +710,7 @@ def _without_broken(data: _Opened, shards: list[Shard], labels: list[int] | None
 
     All are preprocessed once to find out; it is written down beside the data, and read from there afterwards. So which
     examples there are is known before the first batch, and skipping them changes nothing about what a batch is a
-    function of.
+    function of. If a file of a folder changes, all are looked at again.
 
     Raises:
       ValueError: they are more than half of them, so that it is the preprocessing that is wrong.
@@ -719,7 +719,7 @@ def _without_broken(data: _Opened, shards: list[Shard], labels: list[int] | None
     # Ops that work on any image change nothing, and would look at training and evaluation data separately.
     ops = [op for op in pp_string.calls(selection.pp) if pp_string.name_of(op) not in ("flip_lr", "value_range")]
     pp = " | ".join(ast.unparse(op) for op in ops)
-    checked = [source.full_name, selection.split, pp, labels, selection.max_examples]
+    checked = [source.full_name, source.state(), selection.split, pp, labels, selection.max_examples]
     name = f"skipped-{hashlib.sha256(json.dumps(checked).encode()).hexdigest()[:16]}.json"
     path = source.beside(name)
     if path is None:

@@ -121,6 +121,10 @@ class Source:
     label_key: str | None
     class_names: tuple[str, ...] | None
 
+    def state(self) -> str:
+        """Returns what changes when an example's bytes do, where `full_name` does not tell."""
+        return ""
+
     def shards(self, split: str) -> list[Shard]:
         """The shards that make up a split.
 
@@ -355,6 +359,9 @@ class FolderSource(Source):
         self._labels = tf.constant(self.folder.labels_of_directories())
         self._names = tf.constant(self.folder.names())
         self._files = {split: [tf.constant(a) for a in self.folder.files(split)] for split in self.splits}
+
+    def state(self):
+        return self.folder.state()
 
     def shards(self, split):
         return [dataclasses.replace(s, filename=os.path.basename(s.filename)) for s in super().shards(split)]

@@ -239,6 +239,12 @@ def test_a_broken_image_stops_a_run_with_its_name(data, tmp_path):
         next(one.train_batches(batch_size=20, seed=0))
     (root / "train/a/007.png").write_bytes(trees.image(7, (15, 12)))
     assert dataclasses.replace(one, skip_broken=True).num_train_examples() == 19
+    # Mended in its place, and others broken.
+    (root / "train/a/007.png").write_bytes(trees.image(7, (14, 12)))
+    assert dataclasses.replace(one, skip_broken=True).num_train_examples() == 20
+    for name in ("003.png", "011.png"):
+        (root / "train/a" / name).write_bytes(b"not an image")
+    assert dataclasses.replace(one, skip_broken=True).num_train_examples() == 18
 
 
 def test_preprocessing_that_fits_no_image(data):
