@@ -200,7 +200,7 @@ def call(function: Callable) -> Any:
 
 
 # What of a model's arguments may change between two parts of a run: it changes no function of the parameters.
-_NOT_ARCHITECTURE = ("dropout", "head_block", "head_dtype", "mean_init_std", "path", "scale_init")
+_NOT_ARCHITECTURE = ("dropout", "head_block", "head_dtype", "kmeans_init", "mean_init_std", "path", "scale_init")
 
 
 _MODELS = (

@@ -295,7 +295,7 @@ class Run:
 
     def initialize(self, model: nn.Module, runtime: Runtime) -> None:
         """Gives a new model on the CPU the weights that it begins training with, where these are not all random: those
-        of `init_from`, or what ActNorms are by the first batch.
+        of `init_from`, or what ActNorms and an image head with kmeans_init are by the first batch.
 
         Of the batch process 0 takes up to 256 examples and tells the others what it finds.
 
@@ -312,9 +312,9 @@ class Run:
                 value.copy_(theirs)
         heads = [module for module in model.modules() if isinstance(module, MixtureHead)]
         if runtime.process_index == 0 and any(head.num_mixtures > 1 and head.components_equal() for head in heads):
-            remedy = "set JetFormer.mean_init_std above 0"
+            remedy = "set JetFormer.kmeans_init, or JetFormer.mean_init_std above 0"
             if self.init_from is not None:
-                remedy = f"they are so in {self.init_from}, whose weights JetFormer.mean_init_std does not change"
+                remedy = f"they are so in {self.init_from}, whose weights JetFormer.kmeans_init does not change"
             logging.warning(
                 "All %d components of the image head are equal, and training does not tell them apart, as one "
                 "Gaussian: %s",

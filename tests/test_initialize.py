@@ -51,21 +51,39 @@ def finished(tmp_path_factory, data_dir):
 # The mixture
 
 
+EQUAL = {"JetFormer__kmeans_init": False, "JetFormer__scale_init": 1.0}
+
+
 @pytest.mark.parametrize("std", [0.0, 0.3])
 def test_components_that_begin_equal_are_warned_of(data_dir, caplog, std):
-    config.parse(["experiments/digits.gin"], bindings(data_dir, JetFormer__mean_init_std=std))
+    config.parse(["experiments/digits.gin"], bindings(data_dir, **EQUAL, JetFormer__mean_init_std=std))
     experiment = config.call(train.Run)
     experiment.initialize(experiment.build_model(), CPU)
     assert ("mean_init_std" in caplog.text) == (std == 0)
 
 
+def test_components_that_begin_at_clusters(data_dir):
+    """Of the first batch's tokens: as likely as none other, under the mixture of any hidden state."""
+    config.parse(["experiments/digits.gin"], bindings(data_dir, JetFormer__num_mixtures=8, train__batch_size=64))
+    experiment = config.call(train.Run)
+    models = [experiment.build_model() for _ in range(3)]
+    for model in models[:2]:
+        experiment.initialize(model, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models[:2]), strict=True))
+    head, equal = models[0].image_head, models[2].image_head
+    assert not head.components_equal()
+    assert equal.components_equal()
+    images = torch.tensor(next(experiment.data.train_batches(batch_size=256, seed=1))["image"])
+    tokens = models[0].encode_image(images / 127.5 - 1).tokens
+    hidden = torch.zeros(*tokens.shape[:2], models[0].decoder.width)
+    nlls = [h(hidden, tokens, torch.ones(tokens.shape[:2])).nll.mean().item() for h in (head, equal)]
+    assert nlls[0] < nlls[1] - 1
+
+
 def test_the_mixture_of_another_run_is_kept(data_dir, tmp_path, caplog):
-    """Whatever this run's `mean_init_std`; where its components are equal, its name is in the warning."""
-    run(tmp_path / "equal", data_dir, JetFormer__mean_init_std=0.0, train__total_steps=1, train__evaluators="{}")
-    config.parse(
-        ["experiments/digits.gin"],
-        bindings(data_dir, JetFormer__mean_init_std=0.3, train__init_from=f'"{tmp_path}/equal"'),
-    )
+    """However this run's would start; where its components are equal, its name is in the warning."""
+    run(tmp_path / "equal", data_dir, **EQUAL, train__total_steps=1, train__evaluators="{}")
+    config.parse(["experiments/digits.gin"], bindings(data_dir, train__init_from=f'"{tmp_path}/equal"'))
     caplog.clear()
     experiment = config.call(train.Run)
     model = experiment.build_model()

@@ -42,6 +42,10 @@ class ActNorm(nn.Module):
         nn.init.zeros_(self.bias)
         nn.init.zeros_(self.log_scale)
 
+    def parameters_from_data(self) -> list[nn.Parameter]:
+        """What `initializing` sets."""
+        return [self.bias, self.log_scale]
+
     def _initialize(self, x: Tensor) -> None:
         std, mean = torch.std_mean(x, dim=(0, 1), correction=0)
         self.bias.copy_(-mean)
@@ -68,14 +72,19 @@ def needs_data(model: nn.Module) -> bool:
 
 def parameters_from_data(model: nn.Module) -> list[nn.Parameter]:
     """What of a model is initialized from data."""
-    return [p for module in model.modules() if isinstance(module, ActNorm) for p in module.parameters()]
+    return [p for part in _parts_from_data(model) for p in part.parameters_from_data()]
+
+
+def _parts_from_data(model: nn.Module) -> list[nn.Module]:
+    """The modules that set themselves by what passes through them while their `initializing` is true."""
+    return [module for module in model.modules() if hasattr(module, "parameters_from_data")]
 
 
 @contextlib.contextmanager
 def initializing(model: nn.Module) -> Iterator[None]:
-    """While the context lasts, every ActNorm of a model sets itself by what passes forward through it, so one forward
-    pass of a batch initializes all of them, each after those before it."""
-    parts = [module for module in model.modules() if isinstance(module, ActNorm)]
+    """While the context lasts, the parts of a model that are initialized from data set themselves by what passes
+    forward through them, so one forward pass of a batch initializes all of them, each after those before it."""
+    parts = _parts_from_data(model)
     for part in parts:
         part.initializing = True
     try:

@@ -67,6 +67,8 @@ class JetFormer(nn.Module):
       mean_init_std: standard deviation of the normal noise that the biases of the mixture's means start from, in units
         of the image tokens. At 0, the reference's, the components stay equal but for rounding, as one Gaussian.
       scale_init: standard deviation that the mixture's components start with, in the same units.
+      kmeans_init: start the components at the clusters of the first batch's tokens instead; `scale_init` is in units of
+        the clusters' standard deviations then. Training sets them, see `MixtureHead.start_at_clusters`.
       image_posemb: add a learned embedding of an image token's place in the image. Rotary embeddings do not tell the
         place where the texts before it differ in length. The reference has none.
       num_vocab_repeats: R, embed the text so many times with different embeddings (for class labels, whose text is one
@@ -99,6 +101,7 @@ class JetFormer(nn.Module):
         head_block: PositiveInt = 256,
         mean_init_std: NonNegativeFloat = 0.0,
         scale_init: PositiveFloat = 1.0,
+        kmeans_init: bool = False,
         image_posemb: bool = False,
         num_vocab_repeats: PositiveInt = 1,
         causal_mask_on_prefix: bool = True,
@@ -111,7 +114,8 @@ class JetFormer(nn.Module):
                 raise ValueError(f"{name} {token} is not a token of a vocabulary of {vocab_size}")
         if untie_output_vocab and num_vocab_repeats != 1:
             raise ValueError("untie_output_vocab needs num_vocab_repeats = 1")
-        for name, value, default in (("mean_init_std", mean_init_std, 0.0), ("scale_init", scale_init, 1.0)):
+        of_mixture = {"mean_init_std": (mean_init_std, 0.0), "scale_init": (scale_init, 1.0)}
+        for name, (value, default) in (of_mixture | {"kmeans_init": (kmeans_init, False)}).items():
             if multivariate and value != default:
                 raise ValueError(f"{name} = {value} is of a mixture, the head is multivariate: leave it at {default}")
         if multivariate and num_mixtures != 1:
@@ -145,7 +149,8 @@ class JetFormer(nn.Module):
             self.image_head = MultivariateHead(width, self.out_dim, scale_tol, head_dtype)
         else:
             self.image_head = MixtureHead(
-                width, self.out_dim, num_mixtures, scale_tol, head_dtype, head_block, mean_init_std, scale_init
+                *(width, self.out_dim, num_mixtures, scale_tol, head_dtype, head_block),
+                *(mean_init_std, scale_init, kmeans_init),
             )
         self.text_head = nn.Linear(width, vocab_size) if untie_output_vocab else None
         self.final_norm = None if per_modality_final_norm else RMSNorm(width)

@@ -234,6 +234,29 @@ def test_a_start_that_is_out_of_range(name, value):
         MixtureHead(4, 3, 5, **{name: value})
 
 
+def test_components_start_at_clusters():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[0.0, 5.0], [-4.0, 0.0], [3.0, -3.0]])
+    stds, counts = torch.tensor([0.3, 0.4, 0.5]), [100, 200, 300]
+    clusters = [c + s * torch.randn(n, 2, generator=generator) for c, s, n in zip(centres, stds, counts, strict=True)]
+    head = MixtureHead(4, 2, 3, scale_init=2.0, kmeans_init=True)
+    init_weights(head, generator)
+    head.start_at_clusters(torch.cat(clusters)[torch.randperm(600, generator=generator)])
+    mixture = head.distribution(head.logits(torch.randn(4, generator=generator)))
+    order = mixture.logits.argsort()
+    torch.testing.assert_close(mixture.logits.softmax(-1)[order], torch.tensor(counts) / 600)
+    torch.testing.assert_close(mixture.locs[order], torch.stack([x.mean(0) for x in clusters]))
+    expected = torch.stack([2 * x.std(0, correction=0) for x in clusters])
+    torch.testing.assert_close(mixture.scales[order], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"2 tokens .* 3 components"):
+        head.start_at_clusters(torch.randn(2, 2))
+
+
+def test_noise_and_clusters_do_not_go_together():
+    with pytest.raises(ValueError, match=r"mean_init_std = 0\.1.*kmeans_init"):
+        MixtureHead(4, 2, 3, mean_init_std=0.1, kmeans_init=True)
+
+
 def components_learned(std, steps):
     """What a head says of tokens of three clusters, which no context tells apart, after so many steps on them; and the
     largest difference between two components' parameters."""
