@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 from absl import logging
 from clu import metric_writers, parameter_overview, periodic_actions
 from PIL import Image
+from tensorboard.compat.proto import event_pb2
+from tensorboard.summary.writer import event_file_writer
 from torch import nn
 from upath import UPath
 
@@ -37,6 +40,8 @@ class Metrics:
       process_index: which process this is.
       wandb_project: the W&B project that process 0 mirrors everything to; None for none.
       training_workdir: of the run that an evaluation job follows; None for the run itself.
+      start_step: the step that the run starts or resumes from: TensorBoard leaves out what was written of later ones.
+        None for an evaluation job.
     """
 
     def __init__(
@@ -45,11 +50,18 @@ class Metrics:
         process_index: int,
         wandb_project: str | None = None,
         training_workdir: UPath | None = None,
+        start_step: int | None = None,
     ):
         self._workdir = workdir
         self._spool = None if isinstance(workdir, os.PathLike) else tempfile.TemporaryDirectory()
+        directory = os.fspath(workdir) if self._spool is None else self._spool.name
+        if start_step is not None and process_index == 0:
+            resumed = event_file_writer.EventFileWriter(directory)
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            resumed.add_event(event_pb2.Event(wall_time=time.time(), step=start_step + 1, session_log=start))
+            resumed.close()
         self.writer = metric_writers.create_default_writer(
-            os.fspath(workdir) if self._spool is None else self._spool.name,
+            directory,
             just_logging=process_index > 0,
             asynchronous=True,
         )

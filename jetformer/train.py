@@ -1,6 +1,7 @@
 """What one run is: a `Run` describes it, gin fills it in, and `train` carries it out."""
 
 import dataclasses
+import datetime
 import functools
 import importlib.metadata
 import inspect
@@ -8,6 +9,7 @@ import json
 import os
 import platform
 import re
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ from contextlib import closing, contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import filelock
 import gin
 import numpy as np
 import torch
@@ -42,6 +45,7 @@ from jetformer.storage import write_whole
 if TYPE_CHECKING:
     from clu.metric_writers import MetricWriter
 
+LOCK_FILE = "lock"  # in a workdir that is a local directory, locked while a run trains there
 RUN_FILE = "run.json"  # in the workdir: what it runs on, and its parameters
 CONFIGS_DIRECTORY = "configs"  # in the workdir: the configuration of each start, by the step that it began from
 TOKENIZER_FILE = "tokenizer.model"  # in the workdir, where the experiment reads texts
@@ -526,10 +530,14 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
         workdir, keep_last=run.keep_last, keep_every=run.keep_every, **loop.checkpointing()
     )
 
+    lock = filelock.FileLock(workdir / LOCK_FILE, timeout=0) if isinstance(workdir, os.PathLike) else None
+
     def begin() -> None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if lock is not None:
+            _acquire(lock, workdir)
         if complete:  # what it was trained with stays written down
             return
-        workdir.mkdir(parents=True, exist_ok=True)
         start_steps = [*_saved_facts(workdir).get("start_steps", []), start_step]
         facts = _facts(run, state.model, runtime) | {"start_steps": start_steps}
         write_whole(workdir / RUN_FILE, json.dumps(facts, indent=1))
@@ -541,7 +549,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
         forget(workdir, start_step)
 
     runtime.first_does(begin)
-    written = metrics.Metrics(workdir, runtime.process_index, run.wandb_project)
+    written = metrics.Metrics(workdir, runtime.process_index, run.wandb_project, start_step=start_step)
     writer = written.writer
     writer.write_texts(start_step, {"config": _markdown(gin.operative_config_str())})
     metrics.log_parameters(state.model)
@@ -630,6 +638,8 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
             finally:
                 meter.close()
                 written.close()
+                if lock is not None:
+                    lock.release()
     if evaluations.failures:
         runtime.of_all(None)  # have written all: where one process ends with an error, its launcher stops the others
         raise ValueError(f"the run is complete, but {evaluations.summary()}")
@@ -648,6 +658,22 @@ def _saved_facts(workdir: UPath) -> dict[str, Any]:
         return json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): delete it") from error
+
+
+def _acquire(lock: filelock.FileLock, workdir: UPath) -> None:
+    """Locks a workdir for as long as this process runs; the operating system unlocks it whatever ends the process.
+
+    Raises:
+      ValueError: if another process has it.
+    """
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        owner = _saved_facts(workdir).get("owner", {})
+        raise ValueError(
+            f"another process trains in {workdir}: {owner.get('pid')} on {owner.get('host')}, since "
+            f"{owner.get('since')}: wait for it, end it, or use another --workdir"
+        ) from error
 
 
 def _check_changes(run: Run, workdir: UPath, step: int, allowed: bool) -> None:
@@ -695,6 +721,11 @@ def _facts(run: Run, model: nn.Module, runtime: Runtime) -> dict[str, Any]:
         "total_steps": run.steps(),
         "batch_size": run.batch_size,
         "seed": run.seed,
+        "owner": {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        },
         "bindings": config.bindings(),
         "train_examples": run.data.num_train_examples(),
         "parameters": [

@@ -13,6 +13,8 @@ from contextlib import closing
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 from upath import UPath
 
 from jetformer import metrics
@@ -113,6 +115,25 @@ def test_events(tmp_path):
     written.close()
     assert scalars(tmp_path)["train/loss"][30] == 1.5
     assert [file.name for file in tmp_path.iterdir() if not file.name.startswith("events.")] == []
+
+
+def test_a_resumed_run_takes_the_place_of_later_steps(tmp_path):
+    """As TensorBoard reads it: a curve goes back to where the run resumed from, and is there once."""
+    for start_step, value in ((0, 1.0), (20, 2.0)):
+        written = metrics.Metrics(UPath(tmp_path), process_index=0, start_step=start_step)
+        for step in range(start_step + 10, start_step + 31, 10):
+            written.writer.write_scalars(step, {"train/loss": value})
+        if start_step == 0:
+            written.writer.write_scalars(20, {"val/bits_per_dim": 5.0})
+        written.close()
+        for file in list(tmp_path.glob("events.out.tfevents.*")):  # as if the second came an hour later
+            _, _, _, seconds, *rest = file.name.split(".")
+            file.rename(file.with_name(".".join(("events.out.tfevents", str(int(seconds) - 3600), *rest))))
+    accumulator = EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    curve = [(e.step, make_ndarray(e.tensor_proto).item()) for e in accumulator.Tensors("train/loss")]
+    assert curve == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0), (50, 2.0)]
+    assert [e.step for e in accumulator.Tensors("val/bits_per_dim")] == [20]
 
 
 def test_events_at_a_url(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 
+import filelock
 import pytest
 import torch
 from PIL import Image
@@ -262,6 +263,19 @@ def test_a_finished_run_is_left_as_it_is(finished, data_dir, caplog):
     assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
     assert "complete at step 12" in caplog.text
     assert "make_optimizer.lr = 0.1, was 0.002" in caplog.text
+
+
+@pytest.mark.slow
+def test_two_runs_on_one_workdir(tmp_path, data_dir):
+    quick = {"train__evaluators": "{}", "train__total_steps": 1}
+    run(tmp_path, data_dir, **quick)
+    refused = pytest.raises(ValueError, match=f"another process trains in {tmp_path}: {os.getpid()} on ")
+    with filelock.FileLock(tmp_path / "lock"), refused as error:
+        run(tmp_path, data_dir, **quick | {"train__total_steps": 2})
+    assert "\n" not in str(error.value)
+    assert checkpoint.latest(tmp_path) == 1
+    run(tmp_path, data_dir, **quick | {"train__total_steps": 2})
+    assert checkpoint.latest(tmp_path) == 2
 
 
 @pytest.mark.slow
