@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jetformer import prng
-from jetformer.models.jetformer import JetFormer
+from jetformer.models.jetformer import Encoded, JetFormer
 from jetformer.models.labelled import LabelledFlow
 from jetformer.models.language_model import LanguageModel
 from jetformer.ranges import NonNegativeFloat, Probability
@@ -204,6 +204,23 @@ class JetFormerObjective:
             return text_first, dropped, ~dropped, torch.ones_like(text_first)
         return text_first, dropped, ~text_first, text_first
 
+    def encode(
+        self, model: JetFormer, batch: Batch, draws: Draws, *, noise_scale: Tensor | float = 0.0, train: bool = True
+    ) -> Encoded:
+        """Encodes a batch's images, in training with the curriculum's noise; arguments as in `__call__`."""
+        text_first, _, _, _ = self._roles(batch, draws, train)
+        # RGB noise as if it had been added to the 8-bit image, then dequantization.
+        dtype = model.image_emb.weight.dtype
+        pixels = batch["image"].to(dtype)
+        if train:
+            noise = noise_scale * draws["rgb_noise"].to(dtype)
+            if not self.rgb_noise_on_image_prefix:
+                noise = noise * text_first.view(-1, 1, 1, 1)
+            pixels = torch.round(pixels + noise)
+        if self.dequantize:
+            pixels = pixels + draws["dequant"]
+        return model.encode_image(to_unit_range(pixels))
+
     def __call__(
         self,
         model: JetFormer,
@@ -241,17 +258,8 @@ class JetFormerObjective:
         normalizers = normalizers or self.normalizers(batch, draws, train)
         normalizers = {name: count.clamp(min=1) for name, count in normalizers.items()}
 
-        # RGB noise as if it had been added to the 8-bit image, then dequantization.
-        dtype = model.image_emb.weight.dtype
-        pixels = batch["image"].to(dtype)
-        if train:
-            noise = noise_scale * draws["rgb_noise"].to(dtype)
-            if not self.rgb_noise_on_image_prefix:
-                noise = noise * text_first.view(-1, 1, 1, 1)
-            pixels = torch.round(pixels + noise)
-        if self.dequantize:
-            pixels = pixels + draws["dequant"]
-        tokens, factored, logdet, flow_logdet = model.encode_image(to_unit_range(pixels))
+        encoded = self.encode(model, batch, draws, noise_scale=noise_scale, train=train)
+        tokens, factored, logdet, flow_logdet = encoded
         factored_nll = standard_normal_nll(factored)
 
         if train and self.input_noise_std:

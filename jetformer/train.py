@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import inspect
 import json
+import math
 import os
 import platform
 import re
@@ -34,8 +35,9 @@ from jetformer.evaluators.running import Evaluations
 from jetformer.loops import steps
 from jetformer.models import invertible, remat
 from jetformer.models.initializers import init_weights
+from jetformer.models.jetformer import JetFormer
 from jetformer.models.labelled import LabelledFlow
-from jetformer.models.mixture import MixtureHead
+from jetformer.models.mixture import CLUSTERED_TOKENS, MixtureHead
 from jetformer.preemption import Preempted, Preemption
 from jetformer.ranges import BelowOne, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from jetformer.runtime import Runtime, derive_seed, resolve_mesh
@@ -301,7 +303,7 @@ class Run:
         """Gives a new model on the CPU the weights that it begins training with, where these are not all random: those
         of `init_from`, or what ActNorms and an image head with kmeans_init are by the first batch.
 
-        Of the batch process 0 takes up to 256 examples and tells the others what it finds.
+        Of the batch process 0 takes as many examples as suffice and tells the others what it finds.
 
         Raises:
           ValueError: if there are no such weights, or they are another model's.
@@ -327,12 +329,19 @@ class Run:
             )
 
     def _initialize_by_data(self, model: nn.Module) -> None:
+        of_jetformer = isinstance(model, JetFormer)
+        count = math.ceil(CLUSTERED_TOKENS / model.num_image_tokens) if of_jetformer else _INIT_EXAMPLES
         with closing(self.data.train_batches(batch_size=self.batch_size, seed=self.seed)) as batches:
-            batch = {name: torch.tensor(array[:_INIT_EXAMPLES]) for name, array in next(batches).items()}
+            batch = {name: torch.tensor(array[:count]) for name, array in next(batches).items()}
         examples = torch.arange(objectives.batch_size(batch), dtype=torch.int32)
         draws = self.objective.draw(model, batch, prng.example_keys(derive_seed(self.seed, 0), examples), train=True)
         with invertible.initializing(model):
-            self.objective(model, batch, draws, noise_scale=self.noise_scale)
+            if not of_jetformer:
+                self.objective(model, batch, draws, noise_scale=self.noise_scale)
+                return
+            encoded = self.objective.encode(model, batch, draws, noise_scale=self.noise_scale)
+            if isinstance(model.image_head, MixtureHead) and model.image_head.kmeans_init:
+                model.image_head.start_at_clusters(encoded.tokens.flatten(0, 1))
 
     def build_state(
         self, runtime: Runtime, to_train: bool = True, initialize: Callable[[nn.Module], None] = lambda model: None

@@ -72,19 +72,15 @@ def needs_data(model: nn.Module) -> bool:
 
 def parameters_from_data(model: nn.Module) -> list[nn.Parameter]:
     """What of a model is initialized from data."""
-    return [p for part in _parts_from_data(model) for p in part.parameters_from_data()]
-
-
-def _parts_from_data(model: nn.Module) -> list[nn.Module]:
-    """The modules that set themselves by what passes through them while their `initializing` is true."""
-    return [module for module in model.modules() if hasattr(module, "parameters_from_data")]
+    parts = [module for module in model.modules() if hasattr(module, "parameters_from_data")]
+    return [p for part in parts for p in part.parameters_from_data()]
 
 
 @contextlib.contextmanager
 def initializing(model: nn.Module) -> Iterator[None]:
-    """While the context lasts, the parts of a model that are initialized from data set themselves by what passes
-    forward through them, so one forward pass of a batch initializes all of them, each after those before it."""
-    parts = _parts_from_data(model)
+    """While the context lasts, every ActNorm of a model sets itself by what passes forward through it, so one forward
+    pass of a batch initializes all of them, each after those before it."""
+    parts = [module for module in model.modules() if isinstance(module, ActNorm)]
     for part in parts:
         part.initializing = True
     try:

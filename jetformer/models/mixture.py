@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from jetformer.models import initializers
 
-_CLUSTERED_TOKENS = 20_000  # suffice for k-means, which takes seconds of them
+CLUSTERED_TOKENS = 20_000  # suffice for k-means, which takes seconds of them
 _LOG_2PI = math.log(2 * math.pi)
 # Some 5 arrays of so many floats lie in a CPU's caches. (1024 mixtures of 48 dimensions, 512 tokens, 2 cores: 0.07 s,
 # to 0.27 s with everything at once.)
@@ -326,9 +326,6 @@ class MixtureHead(nn.Module):
       kmeans_init: start the components where the tokens of the first batch are, see `start_at_clusters`; `scale_init`
         is in units of the clusters' standard deviations then.
 
-    Attributes:
-      initializing: see `invertible.initializing`.
-
     Raises:
       ValueError: if `scale_tol`, `dtype`, `mean_init_std` or `scale_init` is out of its range, or `mean_init_std` is
         set with `kmeans_init`.
@@ -355,7 +352,6 @@ class MixtureHead(nn.Module):
             raise ValueError(f"scale_init = {scale_init}: give a finite number above scale_tol, {scale_tol}")
         self.num_mixtures, self.block = num_mixtures, block
         self.mean_init_std, self.scale_init, self.kmeans_init = mean_init_std, scale_init, kmeans_init
-        self.initializing = False
         self.num_shards, self.compiled = None, False  # see `mixture_nll`; a loop sets them
         self.scale_tol = _check_scale_tol(scale_tol)
         self.dtype = _head_dtype(dtype)
@@ -387,7 +383,7 @@ class MixtureHead(nn.Module):
         k = self.num_mixtures
         if len(tokens) < k:
             raise ValueError(f"kmeans_init: {len(tokens)} tokens of the first batch are too few for {k} components")
-        tokens = tokens.double()[:: max(len(tokens) // _CLUSTERED_TOKENS, 1)]
+        tokens = tokens.double()[:: max(len(tokens) // CLUSTERED_TOKENS, 1)]
         cluster = torch.from_numpy(KMeans(k, n_init=1, random_state=0).fit_predict(tokens.numpy())).long()
         counts = torch.bincount(cluster, minlength=k).clamp(min=1).double()
         average = lambda x: x.new_zeros(k, x.shape[1]).index_add_(0, cluster, x) / counts[:, None]
@@ -420,8 +416,6 @@ class MixtureHead(nn.Module):
         Returns:
           The scores.
         """
-        if self.initializing and self.kmeans_init:
-            self.start_at_clusters(target.flatten(0, 1))
         with _without_autocast(hidden.device):
             return mixture_nll(
                 self._cast(hidden, target),
