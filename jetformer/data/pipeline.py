@@ -322,7 +322,7 @@ def _batches(
 
 def _at_fault(examples: Iterator[tuple["_Opened", tf.Tensor, Callable[[], dict]]]) -> str | None:
     """Which of the examples of a batch is not like the others, and why; None where that cannot be found."""
-    remedy = "mend it or take it out, or set Data.skip_broken = True, which leaves such examples out"
+    remedy = "change Data.pp, mend the example, or set Data.skip_broken = True, which leaves such examples out"
     shapes: dict[str, list[str]] = collections.defaultdict(list)
     try:
         for data, record, run in examples:
@@ -352,7 +352,9 @@ def _reason(error: BaseException) -> str:
     """What TensorFlow says of an example, without where in a graph it was."""
     message = getattr(error, "message", None) or str(error)
     message = re.sub(r"\{\{function_node.*?\}\}|\[Op:\w+\]|name: ?$", "", message)
-    return " ".join(message.split())[:200]
+    if asserted := re.search(r"assertion failed: \[(.*?)\]", message):  # by an op of ours
+        message = asserted[1]
+    return " ".join(message.partition("Condition x >= y")[0].split())[:200]
 
 
 _unfinished = weakref.WeakSet()

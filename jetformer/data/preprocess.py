@@ -223,10 +223,17 @@ def central_crop(crop_size=None):
     def apply(image):
         side = tf.reduce_min(tf.shape(image)[:2])
         h, w = (side, side) if crop_size is None else _height_width(crop_size)
+        if crop_size is not None:
+            _check_crop(f"central_crop({crop_size})", image, h, w)
         top_left = (tf.shape(image)[:2] - (h, w)) // 2
         return tf.image.crop_to_bounding_box(image, top_left[0], top_left[1], h, w)
 
     return apply
+
+
+def _check_crop(op: str, image: tf.Tensor, h: int, w: int) -> None:
+    message = f"{op} is larger than the image: put resize_small({max(h, w)}) before it"
+    tf.debugging.assert_greater_equal(tf.shape(image)[:2], (h, w), message)
 
 
 @register_keyed
@@ -235,6 +242,7 @@ def random_crop(crop_size):
     h, w = _height_width(crop_size)
 
     def apply(image, seed):
+        _check_crop(f"random_crop({crop_size})", image, h, w)
         cropped = tf.image.stateless_random_crop(image, (h, w, tf.shape(image)[2]), seed)
         cropped.set_shape([h, w, image.shape[2]])
         return cropped

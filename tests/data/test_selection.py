@@ -250,6 +250,13 @@ def test_a_broken_image_stops_a_run_with_its_name(data, tmp_path):
 def test_preprocessing_that_fits_no_image(data):
     with pytest.raises(ValueError, match=r"60 of 60 examples .* cannot be preprocessed, which are too many") as error:
         dataclasses.replace(data, pp="decode|central_crop(99)|keep('image')").prepare()
+    for op in ("central_crop(99)", "random_crop(99)"):
+        larger = dataclasses.replace(data, pp=f"decode|{op}|keep('image')", skip_broken=False)
+        with pytest.raises(
+            ValueError, match=r"\(\w+_crop\(99\) is larger than the image: .*resize_small\(99\)"
+        ) as error:
+            take(larger, 1)
+        assert "change Data.pp" in str(error.value)
     assert "\n" not in str(error.value)
 
 
