@@ -329,10 +329,14 @@ class Run:
             )
 
     def _initialize_by_data(self, model: nn.Module) -> None:
+        from jetformer.data.pipeline import peek  # it brings TensorFlow
+
         of_jetformer = isinstance(model, JetFormer)
         count = math.ceil(CLUSTERED_TOKENS / model.num_image_tokens) if of_jetformer else _INIT_EXAMPLES
         with closing(self.data.train_batches(batch_size=self.batch_size, seed=self.seed)) as batches:
-            batch = {name: torch.tensor(array[:count]) for name, array in next(batches).items()}
+            first_batch, _ = peek(batches, "the training split")
+        self.check_batch(first_batch)
+        batch = {name: torch.tensor(array[:count]) for name, array in first_batch.items()}
         examples = torch.arange(objectives.batch_size(batch), dtype=torch.int32)
         draws = self.objective.draw(model, batch, prng.example_keys(derive_seed(self.seed, 0), examples), train=True)
         with invertible.initializing(model):
@@ -513,6 +517,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
     if latest is not None:
         _check_changes(run, workdir, latest, allow_changes or complete)
     if complete and runtime.of_first(all(latest in evaluated_steps(workdir, name) for name in in_training)):
+        runtime.first_does(lambda: checkpoint.verify(workdir, latest))
         logging.info("The run in %s is already complete at step %d: nothing to do", workdir, latest)
         return
     initialize = (lambda model: None) if latest is not None else functools.partial(run.initialize, runtime=runtime)
