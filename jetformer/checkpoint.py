@@ -33,7 +33,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 __all__ = [
@@ -310,22 +310,30 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
     """Loads values that are no tensors (DCP's own unpickles them) only if they are plain."""
 
     def load_bytes(self, read_item, value):
-        torch.load(value, weights_only=True)
-        value.seek(0)
-        super().load_bytes(read_item, value)
+        path = self.mappings[read_item.dest_index.fqn]
+        set_element(self.original_state_dict, path, torch.load(value, weights_only=True))
+
+
+# What the metadata of a checkpoint consist of, besides plain values and dtypes.
+_IN_METADATA = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+        *("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    ),
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),
+}
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     """Unpickles DCP's metadata, and nothing else: a pickle from elsewhere could run any program."""
 
     def find_class(self, module: str, name: str) -> Any:
-        where = (module, name)
-        harmless = where in (("torch", "Size"), ("torch.serialization", "_get_layout"))
-        harmless |= module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        harmless |= where == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-        harmless |= module == "torch.distributed.checkpoint.metadata" and "." not in name
-        harmless |= module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath")
-        if not harmless:
+        of_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not of_dtype and name not in _IN_METADATA.get(module, ()):
             raise pickle.UnpicklingError(f"its metadata name {module}.{name}, which no checkpoint has: not unpickled")
         return super().find_class(module, name)
 

@@ -6,6 +6,7 @@ Models, objectives and the rest know nothing of gin; they are made configurable 
 import dataclasses
 import importlib
 import inspect
+import io
 import pathlib
 import pkgutil
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 import gin
 from gin import config_parser
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, InstanceOf, TypeAdapter, ValidationError
 from upath import UPath
 
 from jetformer import evaluators, objectives, optim
@@ -128,6 +129,7 @@ def check_runs_nothing(text: str, trust_imports: Sequence[str]) -> None:
     Raises:
       ConfigError: if it imports another module or includes a file.
     """
+    text = io.StringIO(text, newline=None).read()  # with the line ends that gin will see in a file
     with gin_errors():
         statements = list(config_parser.ConfigParser(text, _Names()))
     for statement in statements:
@@ -174,15 +176,18 @@ def _check_values() -> None:
     """
     for (_, selector), values in gin.config._CONFIG.items():
         function = gin.config._REGISTRY.get_match(selector).wrapped
-        if not function.__module__.startswith("jetformer."):
+        if not (getattr(function, "__module__", None) or "").startswith("jetformer."):
             continue  # a user's own
         hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
         for name in values.keys() & hints.keys():
             value = _without_macros(values[name])
             if any(gin.config.iterate_references(value)):
                 continue  # who is given what a reference stands for checks it
+            hint, how = hints[name], _AS_ANNOTATED
+            if dataclasses.is_dataclass(hint):
+                hint, how = InstanceOf[hint], None
             try:
-                TypeAdapter(hints[name], config=_AS_ANNOTATED).validate_python(value)
+                TypeAdapter(hint, config=how).validate_python(value)
             except ValidationError as error:
                 found = dict.fromkeys(e["msg"].replace("Input should be", "it should be") for e in error.errors())
                 argument = f"{selector.rpartition('.')[2]}.{name}"

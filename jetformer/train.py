@@ -1,7 +1,9 @@
 """What one run is: a `Run` describes it, gin fills it in, and `train` carries it out."""
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import functools
 import importlib.metadata
 import inspect
@@ -19,7 +21,6 @@ from contextlib import closing, contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import filelock
 import gin
 import numpy as np
 import torch
@@ -278,6 +279,11 @@ class Run:
         if not hasattr(model, "first_special") or "text" not in batch:  # a flow alone reads no text
             return
         text, name = batch["text"], type(model).__name__
+        if isinstance(model, JetFormer) and len({model.bos_id, model.boi_id, model.nolabel_id}) < 3:
+            raise ValueError(
+                f"JetFormer.bos_id = {model.bos_id}, boi_id = {model.boi_id} and nolabel_id = {model.nolabel_id}: give "
+                "different tokens"
+            )
         first_special = model.first_special(text.shape[1])
         for token in (text.min(), text.max()):
             if not 0 <= token < first_special:
@@ -461,15 +467,14 @@ def restore(workdir: UPath, state: State, runtime: Runtime, step: int | None = N
     if verify:
         checkpoint.verify_checksums(workdir, step, runtime.process_index, runtime.process_count)
     tensors = state.tensors()
-    starts_average = state.ema is not None and "ema" not in checkpoint.parts(workdir, step)
-    if starts_average:
-        del tensors["ema"]
-    checkpoint.restore(workdir, step, tensors, loop_of(runtime).load_planner())
+    to_train = state.optimizer is not None
+    starts_average = to_train and state.ema is not None and "ema" not in checkpoint.parts(workdir, step)
     if starts_average:
         logging.warning("The moving average begins at step %d: the checkpoint has none", step)
-        with torch.no_grad():
-            for name, parameter in state.model.named_parameters():
-                state.ema[name].copy_(parameter)
+        del tensors["ema"]
+        parameters = {"model": tensors["model"] | state.ema}
+        checkpoint.restore(workdir, step, parameters, loop_of(runtime).load_planner())
+    checkpoint.restore(workdir, step, tensors, loop_of(runtime).load_planner())
     return step
 
 
@@ -544,12 +549,14 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
         workdir, keep_last=run.keep_last, keep_every=run.keep_every, **loop.checkpointing()
     )
 
-    lock = filelock.FileLock(workdir / LOCK_FILE, timeout=0) if isinstance(workdir, os.PathLike) else None
+    lock = contextlib.ExitStack()
 
     def begin() -> None:
         workdir.mkdir(parents=True, exist_ok=True)
-        if lock is not None:
-            _acquire(lock, workdir)
+        if isinstance(workdir, os.PathLike):
+            lock.enter_context(_locked(workdir))
+            if checkpoint.latest(workdir) != latest:
+                raise ValueError(f"another process has trained in {workdir} in the meantime: start again")
         if complete:  # what it was trained with stays written down
             return
         start_steps = [*_saved_facts(workdir).get("start_steps", []), start_step]
@@ -652,8 +659,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
             finally:
                 meter.close()
                 written.close()
-                if lock is not None:
-                    lock.release()
+                lock.close()
     if evaluations.failures:
         runtime.of_all(None)  # have written all: where one process ends with an error, its launcher stops the others
         raise ValueError(f"the run is complete, but {evaluations.summary()}")
@@ -674,20 +680,25 @@ def _saved_facts(workdir: UPath) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged ({error}): delete it") from error
 
 
-def _acquire(lock: filelock.FileLock, workdir: UPath) -> None:
-    """Locks a workdir for as long as this process runs; the operating system unlocks it whatever ends the process.
+@contextmanager
+def _locked(workdir: UPath) -> Iterator[None]:
+    """Locks a workdir while the context lasts; whatever ends the process, the operating system unlocks it then.
 
     Raises:
-      ValueError: if another process has it.
+      ValueError: if another process has locked it.
     """
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        owner = _saved_facts(workdir).get("owner", {})
-        raise ValueError(
-            f"another process trains in {workdir}: {owner.get('pid')} on {owner.get('host')}, since "
-            f"{owner.get('since')}: wait for it, end it, or use another --workdir"
-        ) from error
+    with (workdir / LOCK_FILE).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = _saved_facts(workdir).get("owner", {})
+            raise ValueError(
+                f"another process trains in {workdir}: {owner.get('pid')} on {owner.get('host')}, since "
+                f"{owner.get('since')}: wait for it, end it, or use another --workdir"
+            ) from error
+        except OSError as error:  # not every network's file system can
+            logging.warning("%s is not locked (%s): see to it that nothing else trains there", workdir, error)
+        yield
 
 
 def _check_changes(run: Run, workdir: UPath, step: int, allowed: bool) -> None:
@@ -705,6 +716,10 @@ def _check_changes(run: Run, workdir: UPath, step: int, allowed: bool) -> None:
                 "use another --workdir, or resume with --allow_changes"
             )
     now = config.bindings()
+    if "bindings" not in saved and run.ema_decay and run.ema_warmup:
+        logging.warning(
+            "The run is of a version without train.ema_warmup: bind it to False for a moving average as before"
+        )
     before = saved.get("bindings", now)
     for name in sorted(before.keys() | now.keys()):
         theirs, ours = before.get(name, "not bound"), now.get(name, "not bound")

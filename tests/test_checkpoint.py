@@ -233,10 +233,15 @@ def test_nothing_is_run_that_a_checkpoint_holds(tmp_path):
     save(tmp_path, 1)
     metadata = tmp_path / "checkpoints" / "000000001" / ".metadata"
     size = metadata.stat().st_size
-    metadata.write_bytes(pickle.dumps(Malicious(tmp_path / "ran")).ljust(size, b"\0"))
-    with pytest.raises(ValueError, match="mkdir") as error:
-        checkpoint.restore(tmp_path, 1, {"w": torch.zeros(4)})
-    one_line(error)
+    ours = "torch.distributed.checkpoint.metadata"  # which has more in it than its own classes
+    for pickled, named in (
+        (pickle.dumps(Malicious(tmp_path / "ran")), "mkdir"),
+        *((f"c{ours}\n{name}\n.".encode(), name) for name in ("dataclass", "field", "os", "torch")),
+    ):
+        metadata.write_bytes(pickled.ljust(size, b"\0"))
+        with pytest.raises(ValueError, match=named) as error:
+            checkpoint.restore(tmp_path, 1, {"w": torch.zeros(4)})
+        assert "not unpickled" in one_line(error)
     # A value that is no tensor.
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(2, {"w": Malicious(tmp_path / "ran")})

@@ -27,7 +27,10 @@ from jetformer import config, train  # noqa: F401 (train is bound in all experim
         "Samples.num_images = True",
         "make_optimizer.lr = 0",
         "make_schedule.steps = (1, 2.5)",
+        "Samples.guidance = None",
+        'Fid.features = "inception"',
         "train.batch_size = 16.0",
+        'train.data = "mnist"',
         "train.ema_decay = 2.0",
         "train.grad_clip_norm = 0",
         'train.mesh = {"data": "all"}',
@@ -100,6 +103,7 @@ SAVED = "train.batch_size = 4\nDecoder.depth = 2\ntrain.evaluators = {'val': @Li
         ("from __gin__ import dynamic_registration", "__gin__.dynamic_registration"),
         ("from mycode import models", "mycode.models"),
         ("include 'more.gin'", "more.gin"),
+        ("# a comment\rimport os", "os"),
     ],
 )
 def test_a_configuration_from_elsewhere_imports_nothing(line, named):

@@ -1,12 +1,12 @@
 """The training program: resumed equals uninterrupted, parts equal the whole, mistakes end in one line."""
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import time
 
-import filelock
 import pytest
 import torch
 from PIL import Image
@@ -270,7 +270,8 @@ def test_two_runs_on_one_workdir(tmp_path, data_dir):
     quick = {"train__evaluators": "{}", "train__total_steps": 1}
     run(tmp_path, data_dir, **quick)
     refused = pytest.raises(ValueError, match=f"another process trains in {tmp_path}: {os.getpid()} on ")
-    with filelock.FileLock(tmp_path / "lock"), refused as error:
+    with (tmp_path / "lock").open("a") as lock, refused as error:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         run(tmp_path, data_dir, **quick | {"train__total_steps": 2})
     assert "\n" not in str(error.value)
     assert checkpoint.latest(tmp_path) == 1

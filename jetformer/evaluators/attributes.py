@@ -1,7 +1,7 @@
 """What of the attributes that captions name is right: in images made from captions, in captions made from images."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ _IMAGES_SEED, _CAPTIONS_SEED = 5, 6
 Score = dict[str, tuple[int, int]]
 
 
+@runtime_checkable
 class Checker(Protocol):
     """Reads attributes back, of the examples of a dataset. `ShapesChecker` is one.
 

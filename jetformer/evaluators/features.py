@@ -15,7 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from types import ModuleType
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ _NO_WEIGHTS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeE
 _NO_ARRAYS = (ValueError, EOFError, KeyError, zipfile.BadZipFile)
 
 
+@runtime_checkable
 class Extractor(Protocol):
     """Attributes:
     num_features: F.

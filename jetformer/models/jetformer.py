@@ -122,10 +122,6 @@ class JetFormer(nn.Module):
             raise ValueError(f"a multivariate head has one component, not num_mixtures = {num_mixtures}")
         self.image_shape = tuple(image_shape)
         self.vocab_size, self.num_vocab_repeats = vocab_size, num_vocab_repeats
-        if len({bos_id, boi_id, nolabel_id}) < 3:
-            raise ValueError(
-                f"bos_id {bos_id}, boi_id {boi_id} and nolabel_id {nolabel_id} have to be different tokens"
-            )
         self.bos_id, self.boi_id, self.nolabel_id = bos_id, boi_id, nolabel_id
         self.causal_mask_on_prefix = causal_mask_on_prefix
 

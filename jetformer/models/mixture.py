@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from jetformer.models import initializers
 
 CLUSTERED_TOKENS = 20_000  # suffice for k-means, which takes seconds of them
+_LEAST_SCALE = 1e-3  # that k-means starts with
 _LOG_2PI = math.log(2 * math.pi)
 # Some 5 arrays of so many floats lie in a CPU's caches. (1024 mixtures of 48 dimensions, 512 tokens, 2 cores: 0.07 s,
 # to 0.27 s with everything at once.)
@@ -372,7 +373,8 @@ class MixtureHead(nn.Module):
     @torch.no_grad()
     def start_at_clusters(self, tokens: Tensor) -> None:
         """Sets the biases to the clusters that k-means finds: weights to how many tokens they have, means to their
-        centres, scales to `scale_init` times their standard deviations (at least 5% of those of all tokens).
+        centres, scales to `scale_init` times their standard deviations (at least 5%
+        of those of all tokens, and about 0.001).
 
         Args:
           tokens: `[N, D]`.
@@ -389,7 +391,8 @@ class MixtureHead(nn.Module):
         average = lambda x: x.new_zeros(k, x.shape[1]).index_add_(0, cluster, x) / counts[:, None]
         centres = average(tokens)
         stds = average((tokens - centres[cluster]) ** 2).sqrt()
-        scales = self.scale_init * torch.maximum(stds, 0.05 * tokens.std(0))
+        scales = self.scale_init * torch.maximum(stds, 0.05 * tokens.std(0, correction=0))
+        scales = scales.clamp(min=_LEAST_SCALE + self.scale_tol)  # of dimensions that hardly vary
         values = (counts / counts.mean()).log(), centres, scales - 1 / scales  # scales: what square_plus makes them of
         for rows, value in zip(self._parts(self.linear.bias), values, strict=True):
             rows.copy_(value)
