@@ -270,7 +270,6 @@ def test_preprocessing_that_fits_no_image(data):
         ({"classes": ("2:2",)}, "no classes '2:2'"),
         ({"classes": ()}, "Data.classes is empty"),
         ({"classes": (1, "0:2")}, "class 'bee', number 1, is chosen twice"),
-        ({"max_examples": 0}, "Data.max_examples = 0: give 1 or more"),
     ],
 )
 def test_what_cannot_be_chosen(data, changes, says):

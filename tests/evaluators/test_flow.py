@@ -97,7 +97,6 @@ def test_it_is_of_flows_alone(tmp_path, data_dir):
     [
         ({"temperatures": ()}, "temperatures"),
         ({"temperatures": (1.0, -0.1)}, "temperatures"),
-        ({"num_images": 0}, "num_images = 0"),
         ({"num_images": 1}, "num_images has to be 2 or more"),
     ],
 )
