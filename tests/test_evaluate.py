@@ -599,7 +599,7 @@ def test_a_damaged_checkpoint_that_comes_again(finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate.time, "sleep", sleep)
     (failure,) = follow(workdir)
-    assert failure.startswith("the checkpoint of step 4: the checkpoint of step 4 cannot be read")
+    assert failure.startswith("the checkpoint of step 4: the checkpoint of step 4 is damaged")
     assert evaluated(workdir) == [4, 8]
 
 
@@ -607,7 +607,7 @@ def test_sigterm_while_a_checkpoint_is_read_is_no_damage(finished, tmp_path, mon
     workdir = copy_of(finished, tmp_path / "run", 4, 8)
 
     def load(*args, **kwargs):
-        raise Preempted
+        raise Preempted(signal.SIGTERM)
 
     monkeypatch.setattr(checkpoint.dcp, "load", load)
     with pytest.raises(Preempted):
