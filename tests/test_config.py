@@ -7,7 +7,7 @@ import typing
 import gin
 import pytest
 
-from jetformer import config, train  # noqa: F401 (train is bound in all experiments)
+from jetformer import config, train
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,9 @@ def test_every_number_has_a_range():
     """So that a new argument is thought about. What is any number is listed."""
     free = {"train.mesh"}  # -1 stands for the rest of the devices
     bare = set()
-    for name, function in gin.config._REGISTRY.items():
-        function = function.wrapped
+    functions = {name: configurable.wrapped for name, configurable in gin.config._REGISTRY.items()}
+    assert train.Run in functions.values()
+    for name, function in functions.items():
         if not function.__module__.startswith("jetformer."):
             continue
         hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)

@@ -114,8 +114,11 @@ class JetFormer(nn.Module):
                 raise ValueError(f"{name} {token} is not a token of a vocabulary of {vocab_size}")
         if untie_output_vocab and num_vocab_repeats != 1:
             raise ValueError("untie_output_vocab needs num_vocab_repeats = 1")
-        of_mixture = {"mean_init_std": (mean_init_std, 0.0), "scale_init": (scale_init, 1.0)}
-        for name, (value, default) in (of_mixture | {"kmeans_init": (kmeans_init, False)}).items():
+        for name, value, default in (
+            ("mean_init_std", mean_init_std, 0.0),
+            ("scale_init", scale_init, 1.0),
+            ("kmeans_init", kmeans_init, False),
+        ):
             if multivariate and value != default:
                 raise ValueError(f"{name} = {value} is of a mixture, the head is multivariate: leave it at {default}")
         if multivariate and num_mixtures != 1:

@@ -373,8 +373,8 @@ class MixtureHead(nn.Module):
     @torch.no_grad()
     def start_at_clusters(self, tokens: Tensor) -> None:
         """Sets the biases to the clusters that k-means finds: weights to how many tokens they have, means to their
-        centres, scales to `scale_init` times their standard deviations (at least 5%
-        of those of all tokens, and about 0.001).
+        centres, scales to `scale_init` times their standard deviations (at least 5% of those of all tokens, and about
+        0.001).
 
         Args:
           tokens: `[N, D]`.
