@@ -7,10 +7,13 @@ and the weight decay is not multiplied by the learning rate.
 import bisect
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from jetformer.models.decoder import DecoderBlock
+from jetformer.models.vit import EncoderBlock
 from jetformer.ranges import BelowOne, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Probability
 
 
@@ -145,6 +148,88 @@ def decayed_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
 
 
+def block_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Returns what `Muon` updates: the matrices of the linear layers within transformer blocks, the decoder's and the
+    flow's. Not heads, embeddings or a coupling's projections."""
+    blocks = [m for m in model.modules() if isinstance(m, DecoderBlock | EncoderBlock)]
+    return [m.weight for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Returns matrices with the same singular vectors and singular values near 1 (0.7 to 1.2).
+
+    Five steps of a quintic Newton-Schulz iteration, with the coefficients of Jordan et al.,
+    https://kellerjordan.github.io/posts/muon/. They are matrix products, on CUDA in bfloat16.
+
+    Args:
+      matrices: `[N, rows, columns]`.
+    """
+    x = matrices.bfloat16() if matrices.device.type == "cuda" else matrices
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = x if wide else x.mT
+    x = x / x.square().sum((1, 2), keepdim=True).sqrt().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x if wide else x.mT).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Updates matrices by their orthogonalized momentum.
+
+    An update is `-lr · (0.2 · sqrt(max(rows, columns)) · orthogonalize(gradient + momentum · buffer) + weight_decay ·
+    parameter)` with `buffer ← momentum · buffer + gradient`. The factor gives an update the size of one of Adam
+    (arXiv 2502.16982), so that both take the same learning rate. As `torch.optim.Muon` does with `match_rms_adamw`,
+    which computes in bfloat16 on CPUs too, one matrix at a time, and takes no learning rate that is a tensor.
+
+    Args:
+      params: matrices `[rows, columns]`, or groups of them.
+      lr: learning rate.
+      momentum: decay of the buffer.
+      weight_decay: is multiplied by the learning rate.
+    """
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                by_shape.setdefault(p.shape, []).append(p)
+            for shape, parameters in by_shape.items():
+                looked_ahead = []
+                for p in parameters:
+                    buffer = self.state[p]["momentum_buffer"].mul_(momentum).add_(p.grad)
+                    looked_ahead.append(p.grad + momentum * buffer)
+                updates = 0.2 * math.sqrt(max(shape)) * orthogonalize(torch.stack(looked_ahead))
+                for p, update in zip(parameters, updates, strict=True):
+                    p.mul_(1 - lr * weight_decay).sub_(lr * update)
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Is `Muon` for some parameters and AdamW for the others: one optimizer to the training loop.
+
+    Args:
+      muon, adamw: the two. Their groups and states are shared, not copied.
+    """
+
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
+        super().__init__(adamw.param_groups + muon.param_groups, {})
+        self.optimizers = (muon, adamw)
+        self.state.update(muon.state | adamw.state)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
 def make_optimizer(
     model: nn.Module,
     lr: PositiveFloat = 1e-3,
@@ -152,8 +237,9 @@ def make_optimizer(
     b1: BelowOne = 0.9,
     b2: BelowOne = 0.95,
     eps: PositiveFloat = 1e-8,
-) -> torch.optim.AdamW:
-    """Adam with weight decay decoupled from the gradient and from the learning rate.
+    muon: bool = False,
+) -> torch.optim.Optimizer:
+    """Makes Adam with weight decay decoupled from the gradient and from the learning rate.
 
     An update is `-schedule · (lr · adam + wd · parameter)`. Each step sets a group's `lr` to `schedule · lr`; as
     `torch.optim.AdamW` multiplies its weight decay by that, the group's weight decay is `wd / lr`.
@@ -163,9 +249,17 @@ def make_optimizer(
       lr: learning rate at a factor of 1.
       wd: weight decay a step at a factor of 1.
       b1, b2, eps: of Adam.
+      muon: whether `Muon` updates the matrices of the transformer blocks, with the same learning rate and weight decay.
+
+    Raises:
+      ValueError: if the model has no transformer blocks for Muon.
     """
-    decayed = decayed_parameters(model)
-    ids = {id(p) for p in decayed}
+    matrices = block_matrices(model) if muon else []
+    if muon and not matrices:
+        raise ValueError("make_optimizer.muon = True, but the model has no transformer blocks: set it to False")
+    of_muon = {id(p) for p in matrices}
+    decayed = [p for p in decayed_parameters(model) if id(p) not in of_muon]
+    ids = {id(p) for p in decayed} | of_muon
     rest = [p for p in model.parameters() if id(p) not in ids]
     groups = [
         {"params": decayed, "weight_decay": wd / lr, "base_lr": lr},
@@ -177,16 +271,18 @@ def make_optimizer(
         how = {"capturable": True, "foreach": False}
     else:
         how = {"fused": True}
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(b1, b2), eps=eps, **how)
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(b1, b2), eps=eps, **how)
     for group in groups:
         for p in group["params"]:
             # AdamW does so itself at its first step, which would be too late for a checkpoint to be restored into.
-            optimizer.state[p] = {
+            adamw.state[p] = {
                 "step": torch.zeros((), device=p.device),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
-    return optimizer
+    if not muon:
+        return adamw
+    return MuonAndAdamW(Muon([{"params": matrices, "base_lr": lr}], lr=lr, weight_decay=wd / lr), adamw)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:

@@ -52,6 +52,68 @@ def test_optimizer_state_is_there_before_the_first_step():
     torch.testing.assert_close(*states)
 
 
+def test_muon_is_pytorchs():
+    """Which computes in bfloat16: updates are equal to 2%."""
+    torch.manual_seed(0)
+    shapes = [(6, 10), (10, 6), (6, 10)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    before = [p.detach().clone() for p in ours]
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.3}
+    optimizers = [optim.Muon(ours, **settings), torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, start in zip(ours, theirs, before, strict=True):
+        assert (a - b).norm() < 0.02 * (b - start).norm()
+
+
+def test_muon_updates_the_blocks_and_adamw_the_rest():
+    models = [small_model(), small_model()]
+    optimizers = [
+        optim.make_optimizer(m, lr=0.01, wd=0.1, muon=muon) for m, muon in zip(models, (False, True), strict=True)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        q.grad = p.grad.clone()
+    for optimizer in optimizers:
+        optim.set_learning_rate(optimizer, 0.5)
+        optimizer.step()
+    named = [dict(m.named_parameters()) for m in models]
+    differ = {name for name in named[0] if not torch.equal(named[0][name], named[1][name])}
+    of_muon = {name for name, state in optim.state_tensors(optimizers[1], models[1]).items() if len(state) == 1}
+    assert differ == of_muon
+    assert {n.rpartition(".")[0].rpartition(".")[2] for n in differ} == {
+        "qkv",
+        "out",
+        "gate_up",
+        "linear",
+        "fc1",
+        "fc2",
+    }
+    assert all(".blocks." in name for name in differ)
+
+
+def test_muon_needs_transformer_blocks():
+    with pytest.raises(ValueError, match=r"make_optimizer\.muon"):
+        optim.make_optimizer(torch.nn.Linear(2, 2), muon=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 20), (2, 20, 5)])
+def test_orthogonalized_matrices_have_singular_values_near_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    singular_values = u.mT @ optim.orthogonalize(matrices) @ v.mT
+    diagonal = singular_values.diagonal(dim1=1, dim2=2)
+    assert diagonal.min() > 0.5
+    assert diagonal.max() < 1.3
+    torch.testing.assert_close(singular_values, diagonal.diag_embed(), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("amounts", "steps"),
     [

@@ -97,6 +97,16 @@ def test_bfloat16_under_fsdp(one, tmp_path, data_dir):
         assert actual[name] == pytest.approx(expected[name], rel=1e-2)
 
 
+def test_muon_under_fsdp(tmp_path, data_dir):
+    """Which has to see a whole matrix, of which each process keeps a part."""
+    sizes = {"train__total_steps": 4, "train__evaluators": "{}", "make_optimizer__muon": True}
+    run(tmp_path / "one", data_dir, **sizes)
+    run_several(tmp_path / "two", bindings(data_dir, **sizes, train__mesh=FSDP))
+    expected, actual = scalars(tmp_path / "one"), scalars(tmp_path / "two")
+    for name in ("train/loss", "param_norm"):
+        assert actual[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
 def half_of(workdir, to):
     """A workdir at step 4 of another one."""
     shutil.copytree(workdir / "checkpoints" / "000000004", to / "checkpoints" / "000000004")

@@ -129,6 +129,14 @@ def test_losses_with(tmp_path, data_dir, overrides, tolerance):
         assert actual[name] == pytest.approx(expected[name], rel=tolerance), name
 
 
+def test_muon(tmp_path, data_dir):
+    common = SIZES | {"train__total_steps": 4, "make_optimizer__muon": True}
+    run(tmp_path / "cpu", data_dir, **common)
+    run_on_xla(tmp_path / "xla", bindings(data_dir, **common, train__mesh="{'data': 1, 'fsdp': -1}"), devices=2)
+    expected, actual = scalars(tmp_path / "cpu"), scalars(tmp_path / "xla")
+    assert actual["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "how",
     [
