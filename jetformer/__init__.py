@@ -3,9 +3,22 @@
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import sys
 
 __version__ = "0.1.0"
+
+
+def _interrupted(signum: int, frame) -> None:
+    del signum, frame
+    os.write(sys.stderr.fileno(), b"interrupted before it began\n")
+    os._exit(128 + signal.SIGINT)
+
+
+# A program of ours (`python -m jetformer.…`) imports for seconds. Until it handles Ctrl-C itself, see
+# `program.one_line_errors`, there is nothing to lose: no traceback out of an import.
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _interrupted)
 
 # torch for GPUs brings Triton, and imports it when it is first needed. From 3.7 on that ends the process with a
 # segmentation fault where TensorFlow is there already, for both have an LLVM.

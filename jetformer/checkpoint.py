@@ -80,6 +80,7 @@ class Checkpointer:
         self._snapshot = snapshot or _snapshot
         self._planner = planner or dcp.DefaultSavePlanner
         self._pending: Future | None = None
+        self._saving = ""  # where to
 
     def save(self, step: int, state: dict[str, Any], *, info: dict[str, Any] | None = None) -> None:
         """Starts to save `state` as the checkpoint of `step`; returns once the values are copied.
@@ -104,6 +105,7 @@ class Checkpointer:
             _prune(fs, root, step, self._keep_last, self._keep_every)
 
         _quiet()
+        self._saving = _name(fs, directory)
         with _plain_errors():
             self._pending = dcp.async_save(
                 state,
@@ -113,11 +115,20 @@ class Checkpointer:
             )
 
     def wait(self) -> None:
-        """Blocks until the last save is complete on all processes, and raises what it raised."""
+        """Blocks until the last save is complete on all processes, and raises what it raised.
+
+        Raises:
+          OSError: if the place cannot be written to (a full disk, a quota); complete checkpoints are as they were.
+        """
         pending, self._pending = self._pending, None
         if pending is not None:
-            with _plain_errors():
-                pending.result()
+            try:
+                with _plain_errors():
+                    pending.result()
+            except OSError as error:
+                raise OSError(
+                    f"the checkpoint in {self._saving} is not saved, complete ones are as they were: {error}"
+                ) from error
 
 
 def steps(workdir: str | os.PathLike) -> list[int]:
@@ -396,8 +407,12 @@ def _writer(fs: AbstractFileSystem, directory: str, finish: Callable, snapshot: 
 
             @contextmanager
             def create_stream(path, mode):
-                with plain(path, mode) as stream:
-                    yield (checked := _Checksum(stream))
+                checked = None
+                try:
+                    with plain(path, mode) as stream:
+                        yield (checked := _Checksum(stream))
+                except Exception as error:  # of a full disk PyTorch's zip writer says that positions differ
+                    raise (checked and checked.error) or error from None
                 checksums[os.path.basename(path)] = checked.hash.hexdigest()
 
             self.fs.create_stream = create_stream
@@ -425,15 +440,20 @@ def _writer(fs: AbstractFileSystem, directory: str, finish: Callable, snapshot: 
 
 
 class _Checksum:
-    """A stream that is written to, with the hash of what was written."""
+    """A stream that is written to, with the hash of what was written and the error of the write that failed."""
 
     def __init__(self, stream):
         self._stream = stream
         self.hash = xxhash.xxh3_64()
+        self.error: OSError | None = None
 
     def write(self, data) -> int:
         self.hash.update(data)
-        return self._stream.write(data)
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def __getattr__(self, name):
         return getattr(self._stream, name)

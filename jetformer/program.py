@@ -5,7 +5,9 @@ TensorFlow, before which torch_xla has to be imported.
 """
 
 import datetime
+import logging as std_logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 from absl import app, flags, logging
+from clu import asynclib
 
 from jetformer import preemption, runtime
 
@@ -46,6 +49,9 @@ def one_line_errors() -> Iterator[None]:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, _stop)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # during the imports it is `jetformer`'s own
+    logging.get_absl_logger().addFilter(_is_not_raised_again)
     try:
         yield
     except KeyboardInterrupt:
@@ -58,12 +64,25 @@ def one_line_errors() -> Iterator[None]:
         logging.debug("", exc_info=True)
         _say(f"error: {' '.join(str(error).split())}")
         sys.exit(1)
+    except asynclib.AsyncError as error:  # of the writers of metrics
+        import tensorflow as tf  # which they have brought
+
+        if not isinstance(error.__cause__, tf.errors.OpError):
+            raise
+        logging.debug("", exc_info=True)
+        _say(f"error: metrics cannot be written: {re.sub(r'{{.*?}} *', '', error.__cause__.message.splitlines()[0])}")
+        sys.exit(1)
     except RuntimeError as error:
         if not runtime.are_apart(error):
             raise
         logging.debug("", exc_info=True)
         _say("error: another process of this run has ended; what it said before tells why")
         sys.exit(1)
+
+
+def _is_not_raised_again(record: std_logging.LogRecord) -> bool:
+    """False for the tracebacks that CLU's writers log of errors that they raise afterwards."""
+    return not str(record.msg).startswith("Error in producer thread")
 
 
 def _say(message: str) -> None:

@@ -8,14 +8,20 @@
 Writes PNGs, a grid of them, a page to browse them (index.html) and samples.jsonl, where each line is an image with its
 prompt, seed, settings and likelihood. Sample i of a prompt has the seed --seed + i, and is the same whatever is sampled
 beside it. Started again with the same --out, it goes on with what is missing.
+
+Several processes share the samples out, each with the whole model on its device:
+
+    torchrun --nproc-per-node=8 -m jetformer.sample --workdir=… --prompts=prompts.txt --out=/tmp/samples
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
@@ -193,12 +199,9 @@ def read_images(pattern: str, shape: tuple[int, int, int]) -> tuple[dict[str, np
     return images, unreadable
 
 
-def batches(jobs: list[Job], size: int) -> Iterator[tuple[list[Job], list[Job]]]:
-    """Jobs in groups of `size`, each also filled up to it, so that all have one shape."""
-    size = min(size, len(jobs)) or 1
-    for first in range(0, len(jobs), size):
-        group = jobs[first : first + size]
-        yield group, group + group[-1:] * (size - len(group))
+def batches(jobs: list[Job], size: int) -> list[list[Job]]:
+    """Returns jobs in groups of `size`; the last may be smaller."""
+    return [jobs[first : first + size] for first in range(0, len(jobs), size)]
 
 
 def stacked(arrays: Iterable[np.ndarray | None], device):
@@ -399,7 +402,7 @@ def check_flags(what: str) -> None:
 
 
 def sample_all(run, state, step: int, workdir: UPath, machine: runtime.Runtime, out: pathlib.Path) -> None:
-    """Samples what the flags ask for.
+    """Samples what the flags ask for. Of several processes each makes every so many-th batch; process 0 writes.
 
     Raises:
       ValueError: for what cannot be sampled; for images that could not be read, when all others are done.
@@ -429,12 +432,24 @@ def sample_all(run, state, step: int, workdir: UPath, machine: runtime.Runtime, 
     settings = {"task": what, "run": str(workdir), "step": step, "ema": state.ema is not None and FLAGS.ema}
     settings |= task.settings
 
-    collected = gallery.Gallery(out, settings, key="prompt" if FLAGS.images is None else "image")
     count = FLAGS.num_images or (1 if FLAGS.images is not None else 8)
     jobs = [dataclasses.replace(job, seed=FLAGS.seed + i) for job in task.jobs for i in range(count)]
-    todo = [job for job in jobs if not collected.has(job.label, job.seed, **job.identity())]
+    collected, missing = None, []
+
+    def open_gallery() -> None:
+        nonlocal collected, missing
+        collected = gallery.Gallery(out, settings, key="prompt" if FLAGS.images is None else "image")
+        missing = [i for i, job in enumerate(jobs) if not collected.has(job.label, job.seed, **job.identity())]
+
+    machine.first_does(open_gallery)
+    todo = [jobs[i] for i in machine.of_first(missing)]
     if len(todo) < len(jobs):
         logging.info("%d of %d samples are there already", len(jobs) - len(todo), len(jobs))
+    # Batches are those of one process, so that images are equal to the bit.
+    size = min(FLAGS.batch_size, len(todo)) or 1
+    groups = batches(todo, size)
+    rounds = math.ceil(len(groups) / machine.process_count)
+    own = groups[machine.process_index :: machine.process_count]
 
     state.runner.eval()
     average = state.averaged() if FLAGS.ema else contextlib.nullcontext()
@@ -442,17 +457,28 @@ def sample_all(run, state, step: int, workdir: UPath, machine: runtime.Runtime, 
         average,
         loop.gathered(state.runner),
         loop.autocast(machine.device, run.autocast),
-        tqdm(total=len(todo) * task.num_tokens, unit="tokens", unit_scale=True, disable=not todo) as progress,
+        tqdm(
+            total=sum(map(len, own)) * task.num_tokens,
+            unit="tokens",
+            unit_scale=True,
+            disable=not own or machine.process_index > 0,
+        ) as progress,
     ):
-        for group, filled in batches(todo, FLAGS.batch_size):
+
+        def sample(group: list[Job]) -> list[tuple[Job, np.ndarray | None, dict[str, Any]]]:
+            filled = group + group[-1:] * (size - len(group))  # so that all batches have one shape
             keys = torch.stack([prng.key(job.seed) for job in filled]).to(machine.device)
-            pictures, known = state.runner(task, filled, keys, lambda group=group: progress.update(len(group)))
-            for i, (job, facts) in enumerate(zip(group, known, strict=False)):
-                picture = None if pictures is None else pictures[i]
-                collected.add(job.label, job.seed, picture, **job.identity(), **facts)
-    if collected.records:
+            pictures, known = state.runner(task, filled, keys, lambda: progress.update(len(group)))
+            return list(zip(group, itertools.repeat(None) if pictures is None else pictures, known, strict=False))
+
+        for group in itertools.islice(itertools.chain(own, itertools.repeat([])), rounds):
+            for samples in machine.of_all(sample(group) if group else []):
+                if collected is not None:
+                    for job, picture, facts in samples:
+                        collected.add(job.label, job.seed, picture, **job.identity(), **facts)
+    if collected is not None and collected.records:
         collected.finish()
-    logging.info("%d samples in %s: open %s", len(collected.records), out, out / gallery.PAGE_FILE)
+        logging.info("%d samples in %s: open %s", len(collected.records), out, out / gallery.PAGE_FILE)
     if task.unreadable:
         raise ValueError(
             f"{len(task.unreadable)} of {len(task.unreadable) + len(task.jobs)} images could not be read: "
@@ -466,15 +492,19 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.INFO)
     with program.one_line_errors():
         machine = runtime.initialize(FLAGS.device)
-        if machine.process_count > 1:
-            raise ValueError("jetformer.sample is one process: start it with python, on one host")
+        if machine.process_index > 0:  # one says how it goes
+            logging.set_verbosity(logging.ERROR)
+        if machine.process_count > 1 and machine.device.type == "xla":
+            raise ValueError("with --device=xla jetformer.sample is one process: start it on one host")
+        # A process loads and runs the model as if it were alone, so that none waits for another within a batch.
+        alone = machine if machine.process_count == 1 else runtime.Runtime(machine.device)
         from jetformer import train
 
         workdir, step = source()
         if "://" in FLAGS.out:
             raise ValueError(f"--out={FLAGS.out}: give a local directory")
         run, state, step = train.load(
-            workdir, FLAGS.gin_file, FLAGS.gin_bindings, machine, step, FLAGS.trust_imports, FLAGS.verify
+            workdir, FLAGS.gin_file, FLAGS.gin_bindings, alone, step, FLAGS.trust_imports, FLAGS.verify
         )
         sample_all(run, state, step, workdir, machine, pathlib.Path(FLAGS.out))
 

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -617,8 +618,8 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
         nonlocal saved
         meter.check()  # what is not finite is not saved
         with meter.paused(), progress.timed("checkpoint", wait_jax_async_dispatch=False):
+            written.publish()  # before the checkpoint: what it holds is not written again after a kill
             checkpointer.save(done, state.tensors(), info={"architecture": config.architecture()})
-            written.publish()
         saved = done
 
     def evaluate_due(number: int, missing: bool = False) -> None:
@@ -969,3 +970,7 @@ def _check_divides(name: str, size: int, runtime: Runtime) -> None:
 def _markdown(text: str) -> str:
     """Preformatted, for TensorBoard."""
     return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+if __name__ == "__main__":
+    sys.exit("jetformer.train is a library; the program that trains is jetformer.main")

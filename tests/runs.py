@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 from upath import UPath
 
-from jetformer import config, train
+from jetformer import checkpoint, config, train
 from jetformer.evaluators.base import Context
 from jetformer.runtime import Runtime
 
@@ -98,3 +98,16 @@ def scalars(workdir) -> dict[str, dict[int, float]]:
 def results(workdir, name) -> list[dict[str, float]]:
     """What an evaluator has found, by step."""
     return [json.loads(line) for line in (workdir / f"eval_{name}" / "results.jsonl").read_text().splitlines()]
+
+
+def checkpoint_tensors(workdir, step):
+    """All tensors of a run's checkpoint by name."""
+    config.parse([str(workdir / config.CONFIG_FILE)], [])
+    state = config.call(train.Run).build_state(Runtime(torch.device("cpu")))
+    tensors = state.tensors()
+    checkpoint.restore(workdir, step, tensors)
+    return {f"{part}/{name}": value for part in ("model", "ema") for name, value in tensors.get(part, {}).items()} | {
+        f"optimizer/{name}/{key}": value
+        for name, values in tensors["optimizer"].items()
+        for key, value in values.items()
+    }

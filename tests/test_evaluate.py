@@ -2,13 +2,10 @@
 process equals two."""
 
 import json
-import os
-import random
 import shutil
 import signal
 import sys
 import textwrap
-import time
 
 import pytest
 import torch
@@ -21,7 +18,7 @@ from jetformer.evaluators.likelihood import Likelihood
 from jetformer.evaluators.probe import Probe
 from jetformer.preemption import Preempted
 from jetformer.runtime import Runtime
-from runs import bindings, command, results, run, scalars, start, torchrun
+from runs import results, run, scalars, start, torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -404,51 +401,6 @@ def test_a_dataset_that_is_lacking_in_several_processes(finished, tmp_path):
     assert log.count("error: 1 evaluation(s) failed, as said before: lacking at step 8") == 1
     assert log.count("lacking at step 8: data set digits/1.0.0 has no split 'nope'") == 1
     assert evaluated(workdir) == [8]
-
-
-def test_a_run_and_a_job_finish_together(finished, tmp_path, data_dir):
-    """Both are killed at random moments and started again, and nothing is lost on either side."""
-    overrides = {"train__total_steps": 40, "train__checkpoint_steps": 4, "train__keep_last": 99,
-                 "train__evaluators": VAL, "Likelihood__every_steps": None}  # fmt: skip
-    gin, chance, workdir = bindings(data_dir, **overrides), random.Random(0), tmp_path / "run"
-    # With as many threads as the others: another number adds up in another order.
-    _, log = (whole := start(command(tmp_path / "whole", gin), OMP_NUM_THREADS="1")).communicate(timeout=600)
-    assert whole.returncode == 0, log[-3000:]
-    starts = {
-        "train": lambda: start(command(workdir, gin), OMP_NUM_THREADS="1"),
-        "evaluate": lambda: program(workdir, "--poll_seconds=0.1"),
-    }
-    done = {
-        "train": lambda: len(checkpoint.steps(workdir)),
-        "evaluate": lambda: len(evaluated(workdir)) if (workdir / "eval_val" / base.RESULTS_FILE).exists() else 0,
-    }
-    processes, deadline = {name: begin() for name, begin in starts.items()}, time.monotonic() + 400
-    kills, before = dict.fromkeys(starts, 0), dict.fromkeys(starts, 0)
-    while processes:
-        assert time.monotonic() < deadline, "they do not end"
-        time.sleep(chance.uniform(0.0, 0.2))
-        for name, process in list(processes.items()):
-            if process.poll() is None:
-                # Twice each, and each time in the midst of its work: after it has done something since it was started.
-                if kills[name] < 2 and done[name]() > before[name]:
-                    time.sleep(chance.uniform(0.0, 0.2))
-                    os.kill(process.pid, signal.SIGKILL)
-                    _, log = process.communicate()
-                    if process.returncode == 0:  # it was faster
-                        del processes[name]
-                        continue
-                    before[name], kills[name] = done[name](), kills[name] + 1
-                    processes[name] = starts[name]()
-                continue
-            _, log = process.communicate()
-            assert process.returncode == 0, log[-3000:]
-            del processes[name]
-    assert min(kills.values()) > 0, kills
-    assert checkpoint.steps(workdir) == evaluated(workdir) == list(range(4, 41, 4))
-    _, log = (following := program(tmp_path / "whole")).communicate(timeout=600)
-    assert following.returncode == 0, log[-3000:]
-    strip = lambda line: {name: value for name, value in line.items() if name != "seconds"}
-    assert list(map(strip, results(workdir, "val"))) == list(map(strip, results(tmp_path / "whole", "val")))
 
 
 def test_what_a_run_takes_anew_is_evaluated_anew(finished, tmp_path, data_dir, caplog):

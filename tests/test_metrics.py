@@ -343,3 +343,23 @@ def test_no_login_at_a_terminal(tmp_path, wandb, monkeypatch):
     assert output.count(WARNING.encode() + b"No API key configured.") == 1, output
     assert b"choice" not in output
     assert scalars(tmp_path)["train/loss"] == {1: 1.0}
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """Here a limit of the size of files."""
+    code = """
+import resource, sys
+from jetformer import metrics, program
+from upath import UPath
+with program.one_line_errors():
+    written = metrics.Metrics(UPath(sys.argv[1]), 0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+    for step in range(100):
+        written.writer.write_scalars(step, {"train/loss": 1.0})
+    written.close()
+"""
+    ended = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert str(tmp_path) in line
+    assert "File too large" in line

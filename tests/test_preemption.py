@@ -87,3 +87,17 @@ def test_processes_stop_together(tmp_path, told_after):
         results = dict(results)
     told = [step for step in told_after if step is not None]
     assert results == ({0: min(told) + 1, 1: min(told) + 1} if told else {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["main", "sample", "evaluate"])
+def test_an_interrupt_while_a_program_imports_is_one_line(program):
+    args = [sys.executable, "-X", "importtime", "-m", f"jetformer.{program}"]
+    process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.endswith(" absl.app\n"):  # before torch, which takes a second
+            process.send_signal(signal.SIGINT)
+            break
+    said = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.wait() == 130
+    assert len(said) == 1, said

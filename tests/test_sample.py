@@ -19,7 +19,7 @@ from upath import UPath
 from jetformer import config, prng, train
 from jetformer.objectives import JetObjective
 from jetformer.runtime import Runtime
-from runs import bindings, start
+from runs import bindings, start, torchrun
 
 pytestmark = pytest.mark.slow
 
@@ -54,10 +54,10 @@ def flow(tmp_path_factory, data_dir):
     return finished(tmp_path_factory.mktemp("flow"), "experiments/jet_digits_labelled.gin", small)
 
 
-def sample(out, *flags, environment=None):
+def sample(out, *flags, environment=None, processes=1):
     """Runs the program; its exit code, what it said, and the records that it left."""
     args = [sys.executable, "-m", "jetformer.sample", "--device=cpu", f"--out={out}", *flags]
-    process = start(args, **environment or {})
+    process = start(args if processes == 1 else torchrun(args, processes), **environment or {})
     _, log = process.communicate(timeout=200)
     path = pathlib.Path(out) / "samples.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -183,6 +183,30 @@ def test_classes(classes, tmp_path):
     assert picture(out, records[0]).shape == (8, 8)
     assert not records[0]["ema"]
     assert records[0]["guidance"] == "none"
+
+
+def test_several_processes_are_one(classes, tmp_path):
+    """Three batches of two processes, the last of them not full; they go on with what is missing."""
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    flags = [f"--workdir={classes}", "--classes=3,7", "--batch_size=2"]
+    outs = tmp_path / "one", tmp_path / "two"
+    code, log, expected = sample(outs[0], *flags, "--num_images=3", environment=one_thread)
+    assert code == 0, log
+    for count in 2, 3:
+        code, log, records = sample(outs[1], *flags, f"--num_images={count}", environment=one_thread, processes=2)
+        assert code == 0, log
+    by_sample = lambda records: sorted(records, key=lambda r: (r["prompt"], r["seed"]))
+    assert len(records) == 6
+    for one, two in zip(by_sample(expected), by_sample(records), strict=True):
+        assert two["log_likelihood"] == pytest.approx(one["log_likelihood"], rel=1e-5)
+        assert abs(picture(outs[0], one) - picture(outs[1], two)).max() <= 1
+    assert (outs[1] / "index.html").exists()
+
+    code, log, _ = sample(outs[1], *flags, "--temperature=0.5", environment=one_thread, processes=2)
+    assert code != 0
+    lines = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, log
+    assert "temperature" in lines[0]
 
 
 @pytest.mark.parametrize(

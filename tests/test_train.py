@@ -16,20 +16,7 @@ from jetformer import checkpoint, config, metrics, train
 from jetformer.loops import torch_loop
 from jetformer.preemption import Preempted
 from jetformer.runtime import Runtime
-from runs import bindings, command, results, run, scalars, start
-
-
-def checkpoint_tensors(workdir, step):
-    """All tensors of a run's checkpoint by name."""
-    config.parse([str(workdir / config.CONFIG_FILE)], [])
-    state = config.call(train.Run).build_state(Runtime(torch.device("cpu")))
-    tensors = state.tensors()
-    checkpoint.restore(workdir, step, tensors)
-    return {f"{part}/{name}": value for part in ("model", "ema") for name, value in tensors.get(part, {}).items()} | {
-        f"optimizer/{name}/{key}": value
-        for name, values in tensors["optimizer"].items()
-        for key, value in values.items()
-    }
+from runs import bindings, checkpoint_tensors, command, results, run, scalars, start
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +145,25 @@ def test_sigterm_during_an_evaluation(tmp_path, data_dir, monkeypatch):
     run(tmp_path / "interrupted", data_dir, train__total_steps=6, train__checkpoint_steps=6)
     figures = [results(tmp_path / name, "val")[0]["val_ema/bits_per_dim"] for name in ("whole", "interrupted")]
     assert figures[0] == figures[1]
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_checkpoints(finished, tmp_path, data_dir):
+    """Here a limit of the size of files, less than that of a checkpoint's."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    before = checkpoint_tensors(workdir, 12)
+    args = command(workdir, bindings(data_dir, train__total_steps=20, train__checkpoint_steps=16))
+    process = start(["bash", "-c", 'ulimit -f 100; exec "$@"', "limited", *args])  # KiB
+    _, log = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert "Traceback" not in log
+    line = log.splitlines()[-1]
+    assert str(workdir / "checkpoints" / "000000016") in line
+    assert "File too large" in line
+    assert checkpoint.steps(workdir) == [12]
+    after = checkpoint_tensors(workdir, 12)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.slow

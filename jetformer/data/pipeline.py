@@ -140,13 +140,13 @@ def mixture_batches(
     for size in shuffle_buffer_sizes:
         if size < 1:
             raise ValueError(f"shuffle_buffer_size {size} is not positive: 1 is no shuffle")
-    streams = num_streams(batch_size, process_count)
     opened = [_open(selection, process_count) for selection in selections]
+    streams = num_streams(batch_size, process_count, min(data.num_examples for data in opened))
     for selection, data in zip(selections, opened, strict=True):
         if data.num_examples < streams:
             raise ValueError(
                 f"split {selection.split!r} of {selection.name!r} has {data.num_examples} example(s), too few to train "
-                f"on with {streams} streams and {process_count} process(es)"
+                f"on with {process_count} process(es): each needs one"
             )
     parts = [data.even_parts(streams) for data in opened]
     deck = _deck(weights)
@@ -210,11 +210,16 @@ def mixture_batches(
     return _closed_at_exit(_batches(ds, examples_of_batch))
 
 
-def num_streams(batch_size: int, process_count: int) -> int:
-    """Into how many streams training data are cut: the greatest common divisor of the batch size and 8, so that all
-    numbers of processes that divide it see the same batches; for another number, as many as there are processes."""
+def num_streams(batch_size: int, process_count: int, num_examples: int) -> int:
+    """Returns into how many streams training data are cut.
+
+    That is the greatest common divisor of the batch size and 8, so that all numbers of processes that divide it see the
+    same batches; and of `num_examples`, those of the smallest data set, where these are fewer. Where it does not divide
+    among the processes, it is as many as there are processes."""
     streams = math.gcd(batch_size, _NUM_STREAMS)
-    return streams if streams % process_count == 0 else process_count
+    if num_examples < streams:
+        streams = math.gcd(streams, num_examples)
+    return streams if num_examples and streams % process_count == 0 else process_count
 
 
 def eval_batches(

@@ -43,3 +43,20 @@ def init_weights(module: nn.Module, generator: torch.Generator) -> None:
     for submodule in module.modules():
         if hasattr(submodule, "init_weights"):
             submodule.init_weights(generator)
+
+
+@torch.no_grad()
+def init_on_cpu(model: nn.Module) -> None:
+    """Initializes a model at the end of its constructor, from PyTorch's global generator, as PyTorch's modules do.
+
+    Models on the meta device stay as they are: a run initializes them once they are materialized.
+
+    Raises:
+      ValueError: if the model is on another device; a generator of its own draws other weights.
+    """
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    if device == "meta":
+        return
+    if device != "cpu":
+        raise ValueError(f"a model is initialized on the CPU, not on {device}: build it there, then move it with .to()")
+    init_weights(model, torch.default_generator)

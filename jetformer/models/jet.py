@@ -426,6 +426,7 @@ class Jet(nn.Module):
             self.couplings.append(coupling)
             max_logdet += math.prod(grid) * dim / 2 * math.log(scale_factor)  # each scales half of its dimensions
         self.max_logdet = max_logdet if max_logdet > 0 and not (actnorm or invertible_dense) else None
+        initializers.init_on_cpu(self)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Image to latent.

@@ -155,6 +155,7 @@ class JetFormer(nn.Module):
         self.final_norm = None if per_modality_final_norm else RMSNorm(width)
         self.text_norm = RMSNorm(width) if per_modality_final_norm else nn.Identity()
         self.image_norm = RMSNorm(width) if per_modality_final_norm else nn.Identity()
+        initializers.init_on_cpu(self)
 
     def init_weights(self, generator: torch.Generator) -> None:
         initializers.normal_(self.text_emb.weight, 1.0, generator)

@@ -28,6 +28,7 @@ class LabelledFlow(nn.Module):
         self.image_shape = self.flow.image_shape
         self.max_logdet = getattr(self.flow, "max_logdet", None)  # see `Jet`
         self.label_emb = nn.Embedding(num_labels + 1, context_dim)
+        initializers.init_on_cpu(self)
 
     def init_weights(self, generator: torch.Generator) -> None:
         initializers.normal_(self.label_emb.weight, 1.0, generator)

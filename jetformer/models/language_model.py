@@ -39,6 +39,7 @@ class LanguageModel(nn.Module):
         self.text_head = nn.Linear(self.decoder.width, vocab_size)
         self.final_norm = RMSNorm(self.decoder.width)
         self.text_norm = nn.Identity()
+        initializers.init_on_cpu(self)
 
     def init_weights(self, generator: torch.Generator) -> None:
         initializers.normal_(self.text_emb.weight, 1.0, generator)

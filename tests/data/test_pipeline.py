@@ -132,6 +132,20 @@ def test_streams_share_the_split(train, process_count, sizes, monkeypatch):
     assert set.union(*epoch) == set(range(NUM_TRAIN))
 
 
+@pytest.mark.parametrize(("num_examples", "process_count"), [(1, 1), (3, 1), (4, 1), (4, 2), (6, 1)])
+def test_a_few_examples_are_seen_equally_often(train, num_examples, process_count):
+    """So that one can look whether a model learns four images by heart."""
+    few = {"split": f"train[:{num_examples}]", "batch_size": 16, "process_count": process_count}
+    parts = [train(3, process_index=i, **few) for i in range(process_count)]
+    _, counts = np.unique(np.concatenate([ids(part) for part in parts]), return_counts=True)
+    assert counts.tolist() == [48 // num_examples] * num_examples
+
+
+def test_fewer_examples_than_processes_are_refused(train):
+    with pytest.raises(ValueError, match=r"2 example\(s\).* 4 process"):
+        train(1, "train[:2]", batch_size=16, process_count=4)
+
+
 def test_splits_of_splits(train, evaluate):
     everything = set(range(NUM_TRAIN))
     rest, first = set(ids(train(31, "train[10:]", batch_size=1))), set(ids(train(10, "train[:10]")))
