@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import special
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -382,6 +381,8 @@ class MixtureHead(nn.Module):
         Raises:
           ValueError: if there are fewer tokens than components.
         """
+        from sklearn.cluster import KMeans  # slow, and needed when a run begins only
+
         k = self.num_mixtures
         if len(tokens) < k:
             raise ValueError(f"kmeans_init: {len(tokens)} tokens of the first batch are too few for {k} components")
