@@ -171,11 +171,16 @@ def tokenizing(run, workdir: UPath):
     return run.data.texts(str(copy) if copy.exists() else None)
 
 
-def read_images(pattern: str, shape: tuple[int, int, int]) -> tuple[dict[str, np.ndarray], list[str]]:
+def read_images(
+    pattern: str, shape: tuple[int, int, int], background: tuple[int, int, int]
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """Images by path, uint8 `[H, W, C]` of the model's shape, resized where they have another; and what could not be
     read."""
     import fsspec
     from PIL import Image, ImageOps
+
+    from jetformer.data.pictures import decode_picture
+    from jetformer.sampling.grid import to_pil
 
     height, width, channels = shape
     fs, _, paths = fsspec.get_fs_token_paths(pattern)
@@ -185,17 +190,16 @@ def read_images(pattern: str, shape: tuple[int, int, int]) -> tuple[dict[str, np
     images, unreadable = {}, []
     for path in paths:
         try:
-            with fs.open(path, "rb") as file, Image.open(file) as opened:
-                image = opened.convert("L" if channels == 1 else "RGB")
-        # PIL has three kinds for damaged files, and one for huge ones.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            pixels = decode_picture(fs.cat_file(path), channels, background)
+        except (OSError, ValueError) as error:
             logging.warning("%s cannot be read and is left out: %s", path, error)
             unreadable.append(path)
             continue
-        if image.size != (width, height):
+        if pixels.shape[:2] != (height, width):
+            image = to_pil(pixels)
             logging.warning("%s is %d × %d, resized and cropped to %d × %d", path, *image.size, width, height)
-            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-        images[path] = np.asarray(image).reshape(shape)
+            pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
+        images[path] = pixels.reshape(shape)
     return images, unreadable
 
 
@@ -257,7 +261,7 @@ class Images:
             (shown,) = self.jobs
             self._rows = model.image_shape[0] // 2 if FLAGS.rows is None else FLAGS.rows
             self.settings |= {"rows": self._rows, "prompt": shown.label}
-            images, self.unreadable = read_images(FLAGS.images, model.image_shape)
+            images, self.unreadable = read_images(FLAGS.images, model.image_shape, run.data.background())
             self.jobs = [dataclasses.replace(shown, label=path, image=image) for path, image in images.items()]
             self.num_tokens -= self._rows // decode.rows_per_token(model) * model.patches.grid[1]
 
@@ -341,7 +345,7 @@ class Texts:
             raise ValueError("--task=caption reads images only: leave out --classes, --prompt and --prompts")
         if FLAGS.images is not None:
             run.check_order(text_first=False)
-            images, self.unreadable = read_images(FLAGS.images, model.image_shape)
+            images, self.unreadable = read_images(FLAGS.images, model.image_shape, run.data.background())
             self.jobs = [Job(path, FLAGS.seed, image=image) for path, image in images.items()]
             return
         # Without a prompt, whole texts.

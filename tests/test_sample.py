@@ -17,9 +17,14 @@ from PIL import Image
 from upath import UPath
 
 from jetformer import config, prng, train
+from jetformer.data import preprocess
+from jetformer.data.dataset import Data
+from jetformer.data.pictures import MAX_PIXELS
 from jetformer.objectives import JetObjective
 from jetformer.runtime import Runtime
+from jetformer.sample import read_images
 from runs import bindings, start, torchrun
+from trees import png_of_zeros
 
 pytestmark = pytest.mark.slow
 
@@ -153,6 +158,42 @@ def test_captions_of_images(captioned, tmp_path):
     assert code == 1
     assert "error: 2 of 2 images could not be read" in log
     assert not records
+
+
+def test_images_have_the_pixels_of_training(tmp_path):
+    """Grey of 16 bits, transparency, EXIF: by the op and by the program."""
+    random = np.random.default_rng(0)
+    ramp = np.arange(0, 1 << 16, 1 << 8, dtype=np.uint16).reshape(16, 16)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = {
+        "grey.png": (Image.fromarray(ramp), {}),
+        "jpeg.jpg": (Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8)), {"exif": turned}),
+        "clear.webp": (Image.fromarray(random.integers(0, 256, (16, 16, 4), np.uint8)), {"lossless": True}),
+    }
+    for name, (image, options) in files.items():
+        image.save(tmp_path / name, **options)
+    for channels, background in ((1, (255, 255, 255)), (3, (0, 90, 200))):
+        images, unreadable = read_images(f"{tmp_path}/*", (16, 16, channels), background)
+        assert not unreadable
+        op = preprocess.parse(f"decode({channels}, background={background})")
+        for name in files:
+            given = images[str(tmp_path / name)]
+            np.testing.assert_array_equal(given, op({"image": (tmp_path / name).read_bytes()})["image"])
+        np.testing.assert_array_equal(images[f"{tmp_path}/grey.png"][..., 0], ramp >> 8)
+    data = Data("folder:/images", pp="", pp_eval="decode(background=(0, 90, 200)) | keep('image')")
+    assert data.background() == (0, 90, 200)
+
+
+def test_a_decompression_bomb(captioned, tmp_path):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_of_zeros(20_000, 20_000))
+    flags = [f"--workdir={captioned}", f"--images={path}", "--task=caption"]
+    code, log, records = sample(tmp_path / "out", *flags)
+    assert code == 1
+    assert not records
+    assert any(str(path) in line and f"{MAX_PIXELS:,}" in line for line in log.splitlines())
+    assert "Traceback" not in log
 
 
 def test_completion_of_images(captioned, tmp_path):

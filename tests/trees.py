@@ -3,6 +3,8 @@
 import io
 import os
 import pathlib
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -15,6 +17,18 @@ def image(seed: int, size=(14, 12), mode="RGB", kind="PNG") -> bytes:
     buffer = io.BytesIO()
     picture.convert(mode).save(buffer, kind)
     return buffer.getvalue()
+
+
+def png_of_zeros(height: int, width: int) -> bytes:
+    """A PNG of 1 bit, all black."""
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes(height * (1 + -(-width // 8))), 1)
+    chunks = (b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*pair) for pair in chunks)
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def plant(root: pathlib.Path, counts: dict[str, int], kind="PNG") -> pathlib.Path:

@@ -41,6 +41,10 @@ class _Texts:
         """T, how many tokens the experiment's texts have; see `pp_string.text_length_of`."""
         return pp_string.text_length_of(self._pp_eval())
 
+    def background(self) -> tuple[int, int, int]:
+        """RGB of what is behind transparent pixels of the experiment's images; see `pp_string.background_of`."""
+        return pp_string.background_of(self._pp_eval())
+
 
 @dataclasses.dataclass(frozen=True)
 class Data(_Texts):

@@ -22,10 +22,10 @@ from etils import epath
 
 from jetformer.data.files import read_arrays, write_arrays
 
-# What `tf.io.decode_image` reads.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp")
+# Of `pictures.FORMATS`.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 
-_FORMAT = 1  # of an index
+_FORMAT = 2  # of an index, and of which files it lists
 # A directory may change without a new time soon after its last change: clocks of file systems tick this seldom, in ns.
 _TICK = 2_000_000_000
 _UNKNOWN = -1  # a time that no directory has

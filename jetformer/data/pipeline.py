@@ -55,6 +55,8 @@ _NUM_STREAMS = 8
 _DECK_SIZE = 1 << 16
 # Of how many examples that are left out a log says which, and of how many a file says why.
 _NAMED, _EXPLAINED = 10, 1000
+# Another number when other images can be decoded than before.
+_READS = 2
 # How many records are looked at together.
 _CHUNK = 256
 
@@ -356,6 +358,7 @@ def _dimensions(shape: np.ndarray) -> str:
 def _reason(error: BaseException) -> str:
     """What TensorFlow says of an example, without where in a graph it was."""
     message = getattr(error, "message", None) or str(error)
+    message = message.partition("Traceback (most recent call last)")[0]  # of an op in Python
     message = re.sub(r"\{\{function_node.*?\}\}|\[Op:\w+\]|name: ?$", "", message)
     if asserted := re.search(r"assertion failed: \[(.*?)\]", message):  # by an op of ours
         message = asserted[1]
@@ -726,7 +729,7 @@ def _without_broken(data: _Opened, shards: list[Shard], labels: list[int] | None
     # Ops that work on any image change nothing, and would look at training and evaluation data separately.
     ops = [op for op in pp_string.calls(selection.pp) if pp_string.name_of(op) not in ("flip_lr", "value_range")]
     pp = " | ".join(ast.unparse(op) for op in ops)
-    checked = [source.full_name, source.state(), selection.split, pp, labels, selection.max_examples]
+    checked = [_READS, source.full_name, source.state(), selection.split, pp, labels, selection.max_examples]
     name = f"skipped-{hashlib.sha256(json.dumps(checked).encode()).hexdigest()[:16]}.json"
     path = source.beside(name)
     if path is None:

@@ -33,12 +33,19 @@ def name_of(call: ast.expr) -> str | None:
     return getattr(getattr(call, "func", call), "id", None)
 
 
-def argument(call: ast.expr, name: str, place: int) -> ast.Constant | None:
+def argument(call: ast.expr, name: str, place: int) -> ast.expr | None:
     """An op's argument, which may be given by name or at a place; None where it is neither."""
     if not isinstance(call, ast.Call):
         return None
     by_name = {keyword.arg: keyword.value for keyword in call.keywords}
     return by_name.get(name, call.args[place] if place < len(call.args) else None)
+
+
+def background_of(pp: str) -> tuple[int, int, int]:
+    """RGB of what is behind transparent pixels, as the `decode` of a string has it; white where it does not say."""
+    decoding = [call for call in calls(pp) if name_of(call) == "decode"]
+    given = argument(decoding[0], "background", 1) if decoding else None
+    return (255, 255, 255) if given is None else ast.literal_eval(given)
 
 
 def tokenizer_in(ops: list[ast.expr]) -> ast.Constant | None:

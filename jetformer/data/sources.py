@@ -21,7 +21,7 @@ from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.utils import tqdm_utils
 
 import jetformer.data.builders  # noqa: F401 (makes the package's own data sets known to TFDS)
-from jetformer.data import files, huggingface
+from jetformer.data import files, huggingface, preprocess
 from jetformer.data.folder import Folder
 
 FOLDER = "folder:"
@@ -290,7 +290,10 @@ class TfdsSource(Source):
         return self.features.deserialize_example(record, decoders=self._encoded)
 
     def decode(self, record):
-        return self.features.deserialize_example(record)
+        example = self.deserialize(record)
+        for key in self._encoded:
+            example = preprocess.decode(1 if self.features[key].shape[-1] == 1 else 3, key=key)(example)
+        return example
 
     def places(self, shard, numbers):
         return [f"example {i} of {os.path.basename(shard.filename)}" for i in shard.places()[numbers]]
@@ -403,8 +406,7 @@ class FolderSource(Source):
         return os.fsdecode(self._path(record)[0].numpy())
 
     def decode(self, record):
-        example = self.deserialize(record)
-        return example | {"image": tf.io.decode_image(example["image"], channels=3, expand_animations=False)}
+        return preprocess.decode()(self.deserialize(record))
 
     def places(self, shard, numbers):
         records = self.read([shard.part(number, number + 1) for number in numbers])

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from jetformer.data.pictures import decode_picture
 from jetformer.sampling.grid import to_pil
 
 RECORDS_FILE, GRID_FILE, PAGE_FILE = "samples.jsonl", "grid.png", "index.html"
@@ -149,7 +150,7 @@ class Gallery:
 
     def _tile(self, record: dict[str, Any]) -> Image.Image:
         with (self._directory / record["file"]).open("rb") as file:
-            image = Image.open(file).convert("RGB")
+            image = Image.fromarray(decode_picture(file.read()))
         factor = max(1, _TILE // image.width)
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 

@@ -183,12 +183,12 @@ def test_folders_that_are_none(tmp_path, files, says):
 def test_what_is_left_out_is_said(root, tmp_path, caplog):
     (root / "train/fox").mkdir()
     write(root / "train/cat/notes.txt")
-    write(root / "train/cat/a.webp")
+    write(root / "train/cat/a.tiff")
     (root / "train/cat/more").mkdir()
     found = Folder(str(root), str(tmp_path / "index"))
     assert found.classes == ("cat", "dog", "emu", "fox")
     assert "1 classes have a label and no images: train/fox" in caplog.text
-    assert all(what in caplog.text for what in ("1 .txt", "1 .webp", "1 directories"))
+    assert all(what in caplog.text for what in ("1 .txt", "1 .tiff", "1 directories"))
     # An empty class does no harm.
     data = Data(f"folder:{root}", pp=PP_EVAL, data_dir=str(tmp_path / "data"), eval_split="val")
     assert len(list(data.eval_batches(batch_size=9))) == 1

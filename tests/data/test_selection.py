@@ -162,7 +162,7 @@ def test_broken_images_are_skipped_and_counted(data, beasts_dir, caplog):
         assert pipeline.num_skipped(data.selection("train", data.pp)) == 2
         assert pipeline.num_skipped(data.selection("test")) == 0
     assert caplog.text.count("Skipped: example ") == 2
-    assert "Input is empty" in caplog.text
+    assert "empty" in caplog.text
     assert caplog.text.count("2 of 60 examples of split 'train' of beasts cannot be preprocessed and are skipped") == 1
     # It is written down, and not looked for again.
     caplog.clear()
@@ -225,7 +225,7 @@ def test_a_broken_image_stops_a_run_with_its_name(data, tmp_path):
     assert "Data.skip_broken = True" in str(error.value)
     assert "\n" not in str(error.value)
     with pytest.raises(
-        ValueError, match=r"\(id (17|31), label [12]\) of 'beasts' cannot be preprocessed \((jpeg|Input)"
+        ValueError, match=r"\(id (17|31), label [12]\) of 'beasts' cannot be preprocessed \(.*(JPEG|empty)"
     ):
         list(data.eval_batches(batch_size=7, split="train[:40]"))
     root = trees.plant(tmp_path / "root", {"train/a": 20})
