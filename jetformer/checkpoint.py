@@ -217,10 +217,13 @@ def check_compatible(workdir: str | os.PathLike, step: int, state: Mapping[str, 
     for name in (*expected, *(name for name in saved if name.startswith(parts))):
         theirs, ours = _describe(saved, name), _describe(expected, name)
         if theirs != ours:
+            what, remedy = "architecture", "use another --workdir, or the config of that run"
+            if name.startswith("optimizer."):
+                what = "optimizer, or other frozen parameters"
+                remedy = "bind make_optimizer's arguments as that run, or use another --workdir with train.init_from"
             raise ValueError(
-                f"{os.fspath(workdir)} holds a run with another architecture: {name} is {theirs} "
-                f"in its checkpoint of step {step} and {ours} in this run; "
-                "use another --workdir, or the config of that run"
+                f"{os.fspath(workdir)} holds a run with another {what}: {name} is {theirs} in its checkpoint of step "
+                f"{step} and {ours} in this run; {remedy}"
             )
 
 

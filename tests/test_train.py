@@ -214,6 +214,33 @@ def test_gradient_accumulation_is_the_large_batch(tmp_path, data_dir):
 
 
 @pytest.mark.slow
+def test_a_frozen_flow(tmp_path, data_dir):
+    """It stays as it is to the bit, as does its average; a resumed run is the same run, and trains no other part."""
+    overrides = {
+        "train__total_steps": 8,
+        "train__keep_last": 9,
+        "train__evaluators": "{}",
+        "train__activation_checkpointing": '"everything"',
+        "make_optimizer__wd": 0.01,
+    }
+    frozen = overrides | {"make_optimizer__frozen": '("flow.*",)', "make_optimizer__lr_factors": '{"decoder.*": 0.5}'}
+    run(tmp_path, data_dir, **frozen)
+    half, whole = checkpoint_tensors(tmp_path, 4), checkpoint_tensors(tmp_path, 8)
+    for name in whole:
+        assert torch.equal(half[name], whole[name]) == (".flow." in f".{name.partition('/')[2]}"), name
+    assert not any(name.startswith("optimizer/flow.") for name in whole)
+    flow = [name.removeprefix("model/") for name in whole if name.startswith("model/flow.")]
+    assert all(torch.equal(whole[f"ema/{name}"], whole[f"model/{name}"]) for name in flow if f"ema/{name}" in whole)
+    shutil.rmtree(tmp_path / "checkpoints" / "000000008")
+    with pytest.raises(ValueError, match=r"optimizer\.flow\..* step 4 .*train\.init_from") as error:
+        run(tmp_path, data_dir, **overrides)
+    assert "\n" not in str(error.value)
+    run(tmp_path, data_dir, **frozen)
+    resumed = checkpoint_tensors(tmp_path, 8)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
 def test_other_seed_other_run(finished, tmp_path, data_dir):
     run(tmp_path, data_dir, train__seed=1, train__total_steps=1)
     assert scalars(tmp_path)["train/loss"][1] != scalars(finished)["train/loss"][1]
