@@ -334,10 +334,9 @@ def _bytes_of(state, run, batch: dict[str, np.ndarray], loop, where: runtime.Run
     """What this process keeps, in bytes: parameters, gradients, optimizer, average, and what the forward pass saves
     for the backward pass (not under XLA, which decides itself)."""
     sizes = lambda tensors: sum(loop.local(x).nbytes for x in tensors)
-    parameters = sizes(state.model.parameters())
     kept = {
-        "parameters": parameters,
-        "gradients": parameters,
+        "parameters": sizes(state.model.parameters()),
+        "gradients": sizes(p for p in state.model.parameters() if p.requires_grad),
         "optimizer": sizes(x for values in state.optimizer.state.values() for x in values.values()),
         "average": sizes(state.ema.values()) if state.ema else 0,
     }

@@ -10,6 +10,8 @@
 - `COMPLETE` holds the size of every file, so a checkpoint that a disk or a copy has cut short is
   told from a whole one, and its XXH3 checksum, so a flipped bit is found. (Older checkpoints have
   no checksums.)
+- best.json in the workdir ranks evaluated steps, see `evaluators.best`: the checkpoint of the first
+  that is complete is the best one, and is not deleted.
 - Nothing is unpickled but DCP's own metadata and what `torch.load(weights_only=True)` loads.
 - A workdir is a local directory or any URL that fsspec opens (gs://…).
 """
@@ -37,19 +39,20 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_el
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 __all__ = [
-    *("Checkpointer", "age", "check_compatible", "latest", "load_weights", "parts", "restore", "steps", "verify"),
-    "verify_checksums",
+    *("Checkpointer", "age", "best", "check_compatible", "latest", "load_weights", "parts", "ranked", "restore"),
+    *("steps", "verify", "verify_checksums"),
 ]
 
 MARKER = "COMPLETE"
+BEST_FILE = "best.json"  # in the workdir
 _CHUNK = 1 << 24  # bytes
 
 
 class Checkpointer:
     """Saves the checkpoints of a run, one at a time, in the background.
 
-    Of the complete checkpoints in `workdir` it keeps the newest `keep_last`, and those of every
-    step that `keep_every` divides. With torch.distributed initialised every process makes one,
+    Of the complete checkpoints in `workdir` it keeps the newest `keep_last`, the best one, and those
+    of every step that `keep_every` divides. With torch.distributed initialised every process makes one,
     calls `save` for the same steps with its part of the state, and `wait` before it ends. A
     `process_group` must have a CPU backend and no other use; without one it makes its own.
     `snapshot` copies a state to the CPU, and `planner` makes the planner that understands the copy;
@@ -142,6 +145,32 @@ def latest(workdir: str | os.PathLike) -> int | None:
     return max(steps(workdir), default=None)
 
 
+def ranked(workdir: str | os.PathLike) -> list[int]:
+    """Returns the steps that best.json ranks, the best first, whether their checkpoints are there or not.
+
+    Raises:
+      ValueError: if the file is damaged.
+    """
+    fs, root = _open(workdir)
+    return _ranked(fs, root)
+
+
+def best(workdir: str | os.PathLike) -> int:
+    """Returns the step of the best complete checkpoint.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    complete = steps(workdir)
+    step = next((step for step in ranked(workdir) if step in complete), None)
+    if step is None:
+        raise ValueError(
+            f"{workdir} has no best checkpoint: its {BEST_FILE} names none of the steps {complete}; evaluate them with "
+            'train.keep_best bound to a metric, as "val/bits_per_dim"'
+        )
+    return step
+
+
 def age(workdir: str | os.PathLike, step: int) -> float:
     """For how many seconds, by this machine's clock, a checkpoint has been complete.
 
@@ -228,10 +257,13 @@ def check_compatible(workdir: str | os.PathLike, step: int, state: Mapping[str, 
     for name in (*expected, *(name for name in saved if name.startswith(parts))):
         theirs, ours = _describe(saved, name), _describe(expected, name)
         if theirs != ours:
+            what, remedy = "architecture", "use another --workdir, or the config of that run"
+            if name.startswith("optimizer."):
+                what = "optimizer, or other frozen parameters"
+                remedy = "bind make_optimizer's arguments as that run, or use another --workdir with train.init_from"
             raise ValueError(
-                f"{os.fspath(workdir)} holds a run with another architecture: {name} is {theirs} "
-                f"in its checkpoint of step {step} and {ours} in this run; "
-                "use another --workdir, or the config of that run"
+                f"{os.fspath(workdir)} holds a run with another {what}: {name} is {theirs} in its checkpoint of step "
+                f"{step} and {ours} in this run; {remedy}"
             )
 
 
@@ -310,6 +342,16 @@ def _listed(fs: AbstractFileSystem, root: str) -> list[int]:
 
 def _complete(fs: AbstractFileSystem, root: str, listed: list[int]) -> list[int]:
     return [step for step in listed if fs.exists(f"{_directory(root, step)}/{MARKER}")]
+
+
+def _ranked(fs: AbstractFileSystem, root: str) -> list[int]:
+    file = f"{root.rpartition('/')[0]}/{BEST_FILE}"
+    if not fs.exists(file):
+        return []
+    try:
+        return [entry["step"] for entry in json.loads(fs.cat_file(file))["ranking"]]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{_name(fs, file)} is damaged ({type(error).__name__}: {error}): delete it") from error
 
 
 def _sizes(fs: AbstractFileSystem, directory: str) -> dict[str, int]:
@@ -508,6 +550,7 @@ def _prune(fs: AbstractFileSystem, root: str, saved: int, keep_last: int, keep_e
     listed = _listed(fs, root)
     complete = _complete(fs, root, listed)
     kept = {saved, *complete[-keep_last:]}
+    kept.add(next((step for step in _ranked(fs, root) if step in complete), saved))
     if keep_every is not None:
         kept |= {step for step in complete if step % keep_every == 0}
     for step in listed:

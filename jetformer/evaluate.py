@@ -4,11 +4,13 @@
 
 Reads the configuration that the run has saved, with --gin_file and --gin_bindings on top, waits for its checkpoints,
 and runs the evaluators of `train.evaluators` on each that is complete, the oldest first, until that of the last step is
-done. What they find is in `<workdir>/eval_<name>/` (see `evaluators/base.py`). Training is not held up by it, and may
-delete a checkpoint at any time; started again, it does what has not been done. So does another such job beside it, and
-nothing gets lost; both may begin with the same step, so give them different --evaluators. What fails is said in one
-line, and the rest goes on; the exit code is 1 then. (A configuration that cannot be used ends the job. In several
-processes so does an evaluator that fails in one of them while the others go on.)
+done. What they find is in `<workdir>/eval_<name>/` (see `evaluators/base.py`), and which checkpoint is the best by
+`train.keep_best` in `<workdir>/best.json` (see `evaluators/best.py`). Training is not held up by it, and may delete a
+checkpoint at any time, but for the best of those that were evaluated; started again, it does what has not been done. So
+does another such job beside it, and nothing gets lost; both may begin with the same step, so give them different
+--evaluators. What fails is said in one line, and the rest goes on; the exit code is 1 then. (A configuration that
+cannot be used ends the job. In several processes so does an evaluator that fails in one of them while the others go
+on.)
 """
 
 import contextlib
@@ -26,7 +28,9 @@ from jetformer import program, runtime
 flags.adopt_module_key_flags(program)
 flags.DEFINE_string("workdir", None, "The run's.", required=True)
 flags.DEFINE_list("evaluators", None, "Which of train.evaluators to run; default: all.")
-flags.DEFINE_integer("step", None, "Evaluate the checkpoint of this step, even if that has been done, and end.")
+flags.DEFINE(
+    program.StepParser(), "step", None, "Evaluate the checkpoint of this step, or best, even if it has been, and end."
+)
 flags.DEFINE_bool("once", False, "Evaluate the newest checkpoint there is, even if that has been done, and end.")
 flags.DEFINE_integer(
     "every",
@@ -94,11 +98,14 @@ class Job:
 
     def _write_results(self) -> None:
         """What a job that was killed, or one beside this one, may have left out."""
-        from jetformer.evaluators import base
+        from jetformer.evaluators import base, best
 
+        metric = self._run.keep_best
         if self._machine.process_index == 0:
             for name in self._names:
                 base.write_results(self._workdir, name)
+            if metric is not None and best.evaluator_of(metric) in self._names:
+                best.record(self._workdir, metric, self._run.best_mode())
 
     def _read_saved(self) -> tuple[str, str]:
         """What the run has saved of itself: its configuration, and the facts in run.json. All processes have what the
@@ -130,6 +137,7 @@ class Job:
           ValueError: if there is none, or it cannot be used.
         """
         from jetformer import train
+        from jetformer.evaluators import best
 
         saved = self._read_saved()
         if saved == self._saved:
@@ -145,8 +153,11 @@ class Job:
                 raise ValueError(f"there is no evaluator {name!r}; train.evaluators has {', '.join(run.evaluators)}")
         run.check_eval_batch_size(self._machine)
         # From run.json: a length in epochs takes the dataset to know, which this machine may lack.
-        self._last_step = json.loads(saved[1]).get("total_steps") or run.steps()
+        facts = json.loads(saved[1])
+        self._last_step = facts.get("stopped_at") or facts.get("total_steps") or run.steps()
         self._saved, self._run, self._names = saved, run, tuple(self._chosen or run.evaluators)
+        if run.keep_best is not None and best.evaluator_of(run.keep_best) not in self._names:
+            logging.info("No evaluator of this job gives train.keep_best = %r", run.keep_best)
         self.evaluations.begin_anew()
         self._write_results()
         return True
@@ -277,6 +288,10 @@ class Job:
                     "another name to keep both",
                     *(name, step),
                 )
+        if checkpoint.ranked(self._workdir)[:1] == [step] and step not in checkpoint.steps(self._workdir):
+            logging.warning(
+                "Step %d is the best so far, but its checkpoint was deleted meanwhile: raise train.keep_last", step
+            )
         return True
 
     def _written_to(self, name: str):
@@ -367,6 +382,8 @@ def main(argv: list[str]) -> None:
             while once:
                 steps = machine.of_first(checkpoint.steps(workdir))
                 step = max(steps, default=None) if FLAGS.step is None else FLAGS.step
+                if step == "best":
+                    step = machine.of_first(checkpoint.best(workdir))
                 if step not in steps:
                     there = f", but of {', '.join(map(str, steps))} (see train.keep_last)" if steps else ""
                     which = "" if FLAGS.step is None else f" of step {step}{there}"

@@ -6,10 +6,12 @@ and the weight decay is not multiplied by the learning rate.
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from absl import logging
 from torch import Tensor, nn
 
 from jetformer.models.decoder import DecoderBlock
@@ -238,41 +240,70 @@ def make_optimizer(
     b2: BelowOne = 0.95,
     eps: PositiveFloat = 1e-8,
     muon: bool = False,
+    frozen: Sequence[str] = (),
+    lr_factors: Mapping[str, PositiveFloat] | None = None,
 ) -> torch.optim.Optimizer:
     """Makes Adam with weight decay decoupled from the gradient and from the learning rate.
 
     An update is `-schedule · (lr · adam + wd · parameter)`. Each step sets a group's `lr` to `schedule · lr`; as
     `torch.optim.AdamW` multiplies its weight decay by that, the group's weight decay is `wd / lr`.
 
+    Patterns are regular expressions that match a parameter's whole name, as `flow.*`; run.json in the workdir lists the
+    names. Frozen parameters get no gradient, no weight decay and no optimizer state.
+
     Args:
-      model: the model.
+      model: the model. `requires_grad` of what is frozen is set to False; it may be wrapped in FSDP2, but not yet in
+        DDP. Parameters that need no gradient already are left alone as well.
       lr: learning rate at a factor of 1.
       wd: weight decay a step at a factor of 1.
       b1, b2, eps: of Adam.
       muon: whether `Muon` updates the matrices of the transformer blocks, with the same learning rate and weight decay.
+      frozen: patterns of the parameters that are not trained.
+      lr_factors: factors of the learning rate, not of the weight decay, by pattern; the first pattern that matches
+        counts, and where none does the factor is 1.
 
     Raises:
-      ValueError: if the model has no transformer blocks for Muon.
+      ValueError: if the model has no transformer blocks for Muon, a pattern is no regular expression or matches no
+        parameter, or all parameters are frozen.
     """
-    matrices = block_matrices(model) if muon else []
-    if muon and not matrices:
+    named, lr_factors = dict(model.named_parameters()), lr_factors or {}
+    _check_patterns("frozen", frozen, named)
+    _check_patterns("lr_factors", lr_factors, named)
+    for name, p in named.items():
+        if any(re.fullmatch(pattern, name) for pattern in frozen):
+            p.requires_grad_(False)
+    trained = {name: p for name, p in named.items() if p.requires_grad}
+    if not trained:
+        raise ValueError(f"make_optimizer.frozen = {frozen!r} freezes all parameters: leave some to be trained")
+    if frozen:
+        logging.info("%d of %d parameter tensors are frozen", len(named) - len(trained), len(named))
+    of_muon = {id(p) for p in block_matrices(model)} if muon else set()
+    if muon and not of_muon:
         raise ValueError("make_optimizer.muon = True, but the model has no transformer blocks: set it to False")
-    of_muon = {id(p) for p in matrices}
-    decayed = [p for p in decayed_parameters(model) if id(p) not in of_muon]
-    ids = {id(p) for p in decayed} | of_muon
-    rest = [p for p in model.parameters() if id(p) not in ids]
-    groups = [
-        {"params": decayed, "weight_decay": wd / lr, "base_lr": lr},
-        {"params": rest, "weight_decay": 0.0, "base_lr": lr},
-    ]
+    of_decay = {id(p) for p in decayed_parameters(model)} - of_muon
+
+    def groups(ids: set[int], weight_decay: float) -> list[dict[str, Any]]:
+        """A group for each factor. The first one's is 1: its learning rate is what a step reports."""
+        by_factor: dict[float, list[nn.Parameter]] = {1.0: []}
+        for name, p in trained.items():
+            if id(p) in ids:
+                factor = next((f for pattern, f in lr_factors.items() if re.fullmatch(pattern, name)), 1.0)
+                by_factor.setdefault(factor, []).append(p)
+        return [
+            {"params": parameters, "weight_decay": weight_decay / (factor * lr), "base_lr": factor * lr}
+            for factor, parameters in by_factor.items()
+        ]
+
+    rest = {id(p) for p in trained.values()} - of_decay - of_muon
+    of_adamw = groups(of_decay, wd) + groups(rest, 0.0)
     if (
         next(model.parameters()).device.type == "xla"
     ):  # all of the update is traced; what changes by step has to be a tensor
         how = {"capturable": True, "foreach": False}
     else:
         how = {"fused": True}
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=(b1, b2), eps=eps, **how)
-    for group in groups:
+    adamw = torch.optim.AdamW(of_adamw, lr=lr, betas=(b1, b2), eps=eps, **how)
+    for group in of_adamw:
         for p in group["params"]:
             # AdamW does so itself at its first step, which would be too late for a checkpoint to be restored into.
             adamw.state[p] = {
@@ -282,13 +313,26 @@ def make_optimizer(
             }
     if not muon:
         return adamw
-    return MuonAndAdamW(Muon([{"params": matrices, "base_lr": lr}], lr=lr, weight_decay=wd / lr), adamw)
+    return MuonAndAdamW(Muon(groups(of_muon, wd), lr=lr), adamw)
+
+
+def _check_patterns(argument: str, patterns: Iterable[str], names: Collection[str]) -> None:
+    for pattern in patterns:
+        try:
+            matches = re.compile(pattern).fullmatch
+        except re.error as error:
+            raise ValueError(f"make_optimizer.{argument}: {pattern!r} is no regular expression: {error}") from error
+        if not any(map(matches, names)):
+            some = {name.partition(".")[0]: name for name in names}.values()  # one of each part of the model
+            raise ValueError(
+                f"make_optimizer.{argument}: {pattern!r} matches no parameter's whole name; some are {', '.join(some)}"
+            )
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's state by parameter name, to save and to restore in place. Its settings are the
-    configuration's."""
-    return {name: optimizer.state[p] for name, p in model.named_parameters()}
+    """Returns the optimizer's state by the names of the parameters that have one, to save and to restore in place. Its
+    settings are the configuration's."""
+    return {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float | Tensor) -> None:

@@ -33,6 +33,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from upath import UPath
 
 from jetformer import program
+from jetformer.evaluators.best import better
 
 MAX_POINTS = 2000  # of a curve on the page
 MAX_PICTURES = 40  # of a kind on the page
@@ -49,11 +50,6 @@ _UNITS = {
     "steps_per_sec": "steps / s",
     "uptime": "seconds",
 }
-
-# Which of a metric's values is best, by the words of its name; of others that is not said.
-_NEITHER = {"std", "logdet", "tokens"}  # of a spread, and of the terms of a sum
-_LOWER = {"bits", "loss", "nats", "perplexity", "error", "mse", "distance", "fid", "kid"}
-_HIGHER = {"accuracy", "score", "precision", "recall", "psnr", "ssim", "images", "captions"}
 
 _COLOURS = (
     *("#3a6ea5", "#d9722b", "#3f8f5f", "#b8405e", "#7b5ea7"),
@@ -335,15 +331,6 @@ def differing_bindings(runs: Sequence[Run]) -> dict[str, list[str | None]]:
     }
 
 
-def better(tag: str) -> str | None:
-    """Whether a metric's "lower" or "higher" values are better, if its name says so."""
-    words = set(re.split("[/_]", _quantity(tag)))
-    if words & _NEITHER:
-        return None
-    # An Inception distance is one, and no score.
-    return "lower" if words & _LOWER else "higher" if words & _HIGHER else None
-
-
 def best(values: Iterable[float], tag: str) -> float | None:
     """The best value of a metric; None if there is none, or nobody knows which one that is."""
     finite, direction = [value for value in values if math.isfinite(value)], better(tag)
@@ -364,6 +351,8 @@ def known_facts(run: Run) -> dict[str, str]:
     facts, known = run.facts, {}
     steps, total = run.steps(), facts.get("total_steps")
     known["Steps"] = f"{steps:,} of {total:,}" if total else f"{steps:,}"
+    if facts.get("stopped_at") == steps:
+        known["Steps"] += ", stopped early"
     if size := facts.get("batch_size"):
         known["Batch size"] = f"{size:,}"
         if examples := facts.get("train_examples"):

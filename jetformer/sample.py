@@ -31,7 +31,9 @@ from jetformer import program, runtime
 
 flags.adopt_module_key_flags(program)
 flags.DEFINE_string("workdir", None, "A run's: its newest checkpoint, or that of --step.")
-flags.DEFINE_integer("step", None, "Which checkpoint of the workdir or repository; default: the newest.")
+flags.DEFINE(
+    program.StepParser(), "step", None, "Which checkpoint of the workdir or repository, or best; default: the newest."
+)
 flags.DEFINE_string("checkpoint", None, "A checkpoint of a run's workdir: …/checkpoints/000012000.")
 flags.DEFINE_string("hf_repo", None, "A repository on the Hugging Face Hub that holds a run's workdir: owner/name.")
 flags.DEFINE_string("hf_revision", None, "A branch, tag or commit of the repository.")
@@ -90,8 +92,8 @@ class Job:
         return {} if self.image is None else {"image_sha256": hashlib.sha256(self.image.tobytes()).hexdigest()}
 
 
-def source() -> tuple[UPath, int | None]:
-    """The workdir that the flags name, and the step; None for the newest."""
+def source() -> tuple[UPath, int | str | None]:
+    """The workdir that the flags name, and the step, or "best"; None for the newest."""
     given = [name for name in ("workdir", "checkpoint", "hf_repo") if FLAGS[name].value is not None]
     if len(given) != 1:
         raise ValueError("give one of --workdir, --checkpoint and --hf_repo")
@@ -109,20 +111,24 @@ def source() -> tuple[UPath, int | None]:
     return directory.parent.parent, int(directory.name)
 
 
-def download(repo: str, revision: str | None, step: int | None) -> UPath:
-    """The workdir that a repository holds: its configuration, its tokenizer, and the checkpoint of `step`, or the
-    newest."""
+def download(repo: str, revision: str | None, step: int | str | None) -> UPath:
+    """The workdir that a repository holds: its configuration, its tokenizer, and the checkpoint of `step`, the "best"
+    one, or the newest."""
     from huggingface_hub import HfApi
 
     from jetformer import checkpoint
     from jetformer.convert import hub
 
-    if step is None:
+    if not isinstance(step, int):
         with hub.plain_errors(f"--hf_repo={repo}"):
             files = (file.split("/") for file in HfApi().list_repo_files(repo, revision=revision))
             steps = [int(f[1]) for f in files if len(f) == 3 and f[0] == "checkpoints" and f[2] == checkpoint.MARKER]
-        step = max(steps, default=0)
-    return hub.fetch_all(repo, revision, ["*.gin", "*.model", f"checkpoints/{step:09d}/*"])
+        order = sorted(steps, reverse=True)
+        if step == "best":
+            ranked = checkpoint.ranked(hub.fetch_all(repo, revision, [checkpoint.BEST_FILE]))
+            order = [step for step in ranked if step in steps]
+        step = next(iter(order), 0)
+    return hub.fetch_all(repo, revision, ["*.gin", "*.model", checkpoint.BEST_FILE, f"checkpoints/{step:09d}/*"])
 
 
 def given_prompts() -> list[str]:

@@ -32,6 +32,7 @@ from upath import UPath
 import jetformer
 from jetformer import checkpoint, config, objectives, optim, prng
 from jetformer.data.dataset import Data
+from jetformer.evaluators import best
 from jetformer.evaluators.base import Context, Evaluator, directory_of, evaluated_steps, forget, prepare
 from jetformer.evaluators.running import Evaluations
 from jetformer.loops import steps
@@ -97,6 +98,11 @@ class Run:
       checkpoint_steps: save every so many steps, and at the end.
       keep_last: how many of the newest checkpoints to keep.
       keep_every: also keep those of steps that this divides; None: no others.
+      keep_best: a metric of an evaluator, as "val/bits_per_dim", or "val_ema/bits_per_dim" with the moving average:
+        also keep the checkpoint where it is best, see `evaluators.best`. A step whose evaluation in training finds a
+        new best value is saved. None: no other checkpoint is kept.
+      keep_best_mode: which of its values are better, "lower" or "higher"; None: what its name says.
+      patience: end the run after so many evaluations in training without a new best value of keep_best; None: never.
       wandb_project: a project of Weights & Biases that figures and pictures are written to as well; None for none.
       autocast: "bfloat16" to multiply in it, with parameters, gradients and likelihoods in float32; None: in float32.
       matmul_precision: of products of float32: "highest", float32; "high", TensorFloat32 on GPUs and three bfloat16
@@ -135,6 +141,9 @@ class Run:
     checkpoint_steps: PositiveInt = 1000
     keep_last: PositiveInt = 1
     keep_every: PositiveInt | None = None
+    keep_best: str | None = None
+    keep_best_mode: str | None = None
+    patience: PositiveInt | None = None
     wandb_project: str | None = None
     autocast: str | None = None
     matmul_precision: str = "highest"
@@ -170,9 +179,20 @@ class Run:
             ("matmul_precision", ("highest", "high", "medium")),
             ("activation_checkpointing", remat.POLICIES),
             ("compile", (None, "blocks", "step")),
+            ("keep_best_mode", (None, "lower", "higher")),
         ):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"train.{name} = {value!r}: give one of {', '.join(map(repr, choices))}")
+        for name in ("keep_best_mode", "patience"):
+            if self.keep_best is None and (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f'train.{name} = {value!r} has no metric: bind train.keep_best to one, as "val/bits_per_dim"'
+                )
+        if self.keep_best is not None and self.best_mode() is None:
+            raise ValueError(
+                f"train.keep_best = {self.keep_best!r}: its name does not say which values are better; bind "
+                'train.keep_best_mode to "lower" or "higher"'
+            )
 
     def steps(self) -> int:
         """How many steps the run has.
@@ -187,6 +207,39 @@ class Run:
         }
         data_size = None if self.total_epochs is None else self.data.num_train_examples()
         return optim.to_steps("train.total", amounts, batch_size=self.batch_size, data_size=data_size)
+
+    def best_mode(self) -> str | None:
+        """Which values of `keep_best` are better, "lower" or "higher"; None if that is not known."""
+        return self.keep_best_mode or best.better(self.keep_best)
+
+    def check_keep_best(self) -> None:
+        """Looks whether an evaluator can give the metric `keep_best`, in training where there is a `patience`.
+
+        Raises:
+          ValueError: if none can.
+        """
+        if self.keep_best is None:
+            return
+        name = best.evaluator_of(self.keep_best)
+        if name not in self.evaluators:
+            raise ValueError(
+                f"train.keep_best = {self.keep_best!r}: there is no evaluator {name!r}; train.evaluators has "
+                f"{', '.join(self.evaluators) or 'none'}"
+            )
+        if self.patience is not None and self.evaluators[name].every_steps is None:
+            raise ValueError(
+                f"train.patience = {self.patience} counts evaluations in training, and {name!r} has none: bind its "
+                "every_steps"
+            )
+
+    def is_out_of_patience(self, workdir: UPath, step: int) -> bool:
+        """Returns whether the evaluations in training up to a step say that the run ends there."""
+        if self.patience is None:
+            return False
+        every = self.evaluators[best.evaluator_of(self.keep_best)].every_steps
+        # Not those of evaluation jobs: when these come is chance.
+        own = {n: value for n, value in best.values(workdir, self.keep_best).items() if n <= step and n % every == 0}
+        return step % every == 0 and best.evaluations_since_best(own, self.best_mode()) >= self.patience
 
     def check_mesh(self, runtime: Runtime) -> None:
         """Looks whether batches can be cut up over the devices.
@@ -486,8 +539,8 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
     something to lose, in a run that is resumed or goes on, an evaluator that fails is said in one line and training
     goes on to its end.
 
-    Where a run is resumed, every binding that differs from the last start's is logged. A run that is complete changes
-    no file, but for evaluations that it lacks.
+    Where a run is resumed, every binding that differs from the last start's is logged. A run that is complete, or was
+    stopped by its patience, changes no file, but for evaluations that it lacks.
 
     Args:
       run: the experiment.
@@ -506,6 +559,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
 
     loop = loop_of(runtime)
     run.check_mesh(runtime)
+    run.check_keep_best()
     run.check_model()
     prepare(run.data, runtime)
     total_steps = run.steps()
@@ -519,7 +573,8 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
     loop.set_up(run.mesh, _compilation_cache(run, workdir), run.matmul_precision)
     in_training = {name: e for name, e in run.evaluators.items() if e.every_steps is not None}
     latest = runtime.of_first(checkpoint.latest(workdir))
-    complete = latest == total_steps
+    ended = latest is not None and _saved_facts(workdir).get("stopped_at") == latest
+    complete = latest == total_steps or runtime.of_first(ended and run.is_out_of_patience(workdir, latest))
     if latest is not None:
         _check_changes(run, workdir, latest, allow_changes or complete)
     if complete and runtime.of_first(all(latest in evaluated_steps(workdir, name) for name in in_training)):
@@ -569,6 +624,10 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
             (workdir / TOKENIZER_FILE).write_bytes(run.data.texts().tokenizer.serialized())
         # After run.json, by which a job that evaluates such a step now finds out, and records nothing.
         forget(workdir, start_step)
+        if run.keep_best is None:
+            best.record_again(workdir)  # an evaluation job's
+        else:
+            best.record(workdir, run.keep_best, run.best_mode())
 
     runtime.first_does(begin)
     written = metrics.Metrics(workdir, runtime.process_index, run.wandb_project, start_step=start_step)
@@ -613,6 +672,8 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
         autocast_dtype=run.autocast,
     )
     done = saved = start_step
+    last_step = total_steps
+    decides = None if run.keep_best is None else best.evaluator_of(run.keep_best)
 
     def save() -> None:
         nonlocal saved
@@ -624,7 +685,7 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
 
     def evaluate_due(number: int, missing: bool = False) -> None:
         for name, evaluator in in_training.items():
-            due = number == total_steps or number % evaluator.every_steps == 0
+            due = number == last_step or number % evaluator.every_steps == 0
             if not due or evaluations.given_up(name, number):
                 continue
             if missing and runtime.of_first(number in evaluated_steps(workdir, name)):
@@ -634,12 +695,39 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
             with meter.paused(), progress.timed(f"eval_{name}", wait_jax_async_dispatch=False):
                 if not evaluations.evaluate(name, given, lambda: written):
                     preemption.catch_up()
+            if name == decides and saved < number and runtime.of_first(is_best(number)):
+                save()
+
+    def is_best(number: int) -> bool:
+        """Of the steps that have a checkpoint, the one that is being written included, and this one."""
+        among = {*checkpoint.steps(workdir), saved, number}
+        return next((step for step in checkpoint.ranked(workdir) if step in among), None) == number
+
+    def stop_early() -> bool:
+        """Ends the run after this step, if its patience is over; returns whether that is so."""
+        nonlocal last_step
+        if run.patience is None or done == total_steps or done % in_training[decides].every_steps:
+            return False
+        if not runtime.of_first(run.is_out_of_patience(workdir, done)):
+            return False
+        last_step = done
+        if saved < done:
+            save()
+        evaluate_due(done, missing=True)  # those that come at the end
+        facts = lambda: json.dumps(_saved_facts(workdir) | {"stopped_at": done}, indent=1)
+        runtime.first_does(lambda: write_whole(workdir / RUN_FILE, facts()))
+        logging.info(
+            "Stopped early after step %d of %d, as train.patience says: %d evaluation(s) without a better %s",
+            *(done, total_steps, run.patience, run.keep_best),
+        )
+        return True
 
     with Preemption() as preemption, closing(training):
         try:
             if start_step > 0:  # what was saved, and not evaluated any more
                 evaluate_due(start_step, missing=True)
-            for step in training:
+            # A run that was killed as it stopped takes no step more.
+            for step in () if stop_early() else training:
                 done = step.number
                 meter.update(step)
                 if done == total_steps or done % run.log_steps == 0:
@@ -649,6 +737,8 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
                     save()
                 evaluate_due(done)
                 progress(done)
+                if stop_early():
+                    break
         except Preempted as stopped:
             if saved < done:
                 save()
@@ -831,12 +921,13 @@ def load(
     gin_files: Sequence[str],
     gin_bindings: Sequence[str],
     runtime: Runtime,
-    step: int | None = None,
+    step: int | str | None = None,
     trust_imports: Sequence[str] = (),
     verify: bool = True,
 ) -> tuple[Run, State, int]:
     """The experiment that a workdir holds, as it was saved there, with files and bindings on top; its state at a
-    complete checkpoint (that of `step`, or the newest); and the step of that. See `configured` and `restore`.
+    complete checkpoint (that of `step`, the "best" one, or the newest); and the step of that. See `configured` and
+    `restore`.
 
     Raises:
       ValueError: if there is none, or it does not fit.
@@ -846,7 +937,7 @@ def load(
 
 
 def load_state(
-    run: Run, workdir: UPath, runtime: Runtime, step: int | None = None, verify: bool = True
+    run: Run, workdir: UPath, runtime: Runtime, step: int | str | None = None, verify: bool = True
 ) -> tuple[Run, State, int]:
     """As `load`, of an experiment that has been read: laid out over the devices of this job, whatever the run's mesh
     is, and without an optimizer.
@@ -858,6 +949,8 @@ def load_state(
     steps = checkpoint.steps(workdir)
     if not steps:
         raise ValueError(f"{workdir} has no complete checkpoint")
+    if step == "best":
+        step = checkpoint.best(workdir)
     if step is not None and step not in steps:
         raise ValueError(f"{workdir} has no complete checkpoint of step {step}, but of {', '.join(map(str, steps))}")
     loop_of(runtime).set_up(run.mesh, _compilation_cache(run, workdir), run.matmul_precision)

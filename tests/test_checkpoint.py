@@ -354,6 +354,38 @@ def test_keeps_what_it_just_saved(workdir):
     assert checkpoint.steps(workdir) == [50, 100]
 
 
+def rank(workdir, *steps):
+    """As an evaluation does; the best step first."""
+    fs, root = checkpoint._open(workdir)
+    fs.makedirs(root, exist_ok=True)
+    fs.pipe_file(f"{root.rpartition('/')[0]}/best.json", json.dumps({"ranking": [{"step": s} for s in steps]}).encode())
+
+
+def test_keeps_the_best(workdir):
+    """That of the first ranked step that has a checkpoint: of 9 there is none."""
+    save(workdir, 1)
+    with pytest.raises(ValueError, match=r"best\.json.*\[1\].*train\.keep_best") as error:
+        checkpoint.best(workdir)
+    one_line(error)
+    rank(workdir, 9, 1)
+    save(workdir, 2, 3)
+    assert checkpoint.steps(workdir) == [1, 3]
+    assert checkpoint.best(workdir) == 1
+    rank(workdir, 9, 3, 1)
+    assert checkpoint.best(workdir) == 3
+    save(workdir, 4, 5)
+    assert checkpoint.steps(workdir) == [3, 5]
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[1]"])
+def test_a_damaged_ranking_is_named(tmp_path, content):
+    save(tmp_path, 1)
+    (tmp_path / "best.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"best\.json is damaged") as error:
+        checkpoint.best(tmp_path)
+    one_line(error)
+
+
 @pytest.mark.parametrize("rules", [{"keep_last": 0}, {"keep_every": 0}])
 def test_rules_that_keep_nothing_are_refused(tmp_path, rules):
     with pytest.raises(ValueError, match="1 or more") as error:

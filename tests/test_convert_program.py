@@ -226,6 +226,7 @@ def test_a_run_to_the_hub_and_back(tmp_path, shapes_dir):
     small = bindings(shapes_dir, train__total_steps=4, train__evaluators='{"val": @Likelihood()}', Jet__num_heads=2)
     config.parse(["experiments/shapes.gin"], small)
     train.train(config.call(train.Run), UPath(tmp_path / "run"), CPU)
+    (tmp_path / "run" / "best.json").write_text('{"ranking": [{"step": 4}]}')
     repository = tmp_path / "repository"
     repository.mkdir()
     with storing(repository) as (server, url):
@@ -233,7 +234,7 @@ def test_a_run_to_the_hub_and_back(tmp_path, shapes_dir):
         environment |= {"HF_TOKEN": "hf_x", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         code, log = convert(
             *("--to=safetensors", f"--workdir={tmp_path}/run", f"--out={tmp_path}/shared", "--push_to=people/run"),
-            *("--private", "--license=mit"),
+            *("--step=best", "--private", "--license=mit"),
             environment=environment,
         )
         assert code == 0, log

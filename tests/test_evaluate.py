@@ -31,7 +31,7 @@ def finished(tmp_path_factory, data_dir):
     """A run of 8 steps with checkpoints at 2, 4, 6 and 8, evaluated in training at 4 and 8."""
     workdir = tmp_path_factory.mktemp("finished")
     run(workdir, data_dir, train__total_steps=8, train__checkpoint_steps=2, train__keep_last=9, train__evaluators=VAL,
-        Likelihood__every_steps=4)  # fmt: skip
+        Likelihood__every_steps=4, train__keep_best='"val_ema/bits_per_dim"')  # fmt: skip
     return workdir
 
 
@@ -177,14 +177,16 @@ def test_which_checkpoints_are_due(steps, period, newest, expected):
 
 
 def test_one_step(finished, tmp_path):
-    workdir = copy_of(finished, tmp_path / "run", 2, 4)
-    for flags, steps in ((["--once"], [4]), (["--step=2"], [2, 4]), (["--step=2"], [2, 4])):
-        process = program(workdir, *flags)
+    workdir = copy_of(finished, tmp_path / "run", 2, 4, 6)
+    shutil.copytree(finished / "eval_val", workdir / "eval_val")  # of 4 and 8, which is gone
+    for flag, step, steps in (("--step=best", 4, [4, 8]), ("--once", 6, [4, 6, 8]), ("--step=2", 2, [2, 4, 6, 8])):
+        process = program(workdir, flag)
         _, log = process.communicate(timeout=600)
         assert process.returncode == 0, log
+        assert f"Step {step}: val took" in log
         assert evaluated(workdir) == steps
     for flags, message in (
-        (["--step=6"], "has no complete checkpoint of step 6, but of 2, 4 (see train.keep_last)"),
+        (["--step=8"], "has no complete checkpoint of step 8, but of 2, 4, 6 (see train.keep_last)"),
         (["--step=2", "--once"], "give --once or --step"),
         (["--once", "--newest"], "--newest is of a job that follows a run"),
         (["--evaluators="], "--evaluators names none"),
@@ -246,6 +248,22 @@ def test_the_exit_code_tells(finished, tmp_path):
     assert "Traceback" not in log
 
 
+def test_the_job_says_which_is_the_best(finished, tmp_path, caplog):
+    """By a metric of its own. Training, which has none, keeps it, and ends the job where it has stopped early."""
+    workdir = copy_of(finished, tmp_path / "run", 2, 4, 6)
+    facts = json.loads((workdir / "run.json").read_text())
+    (workdir / "run.json").write_text(json.dumps(facts | {"stopped_at": 6}))
+    follow(workdir, 'train.keep_best = "val/bits_per_dim"', 'train.keep_best_mode = "higher"')
+    figures = {line["step"]: line["val/bits_per_dim"] for line in results(workdir, "val")}
+    assert list(figures) == [2, 4, 6]
+    first = max(figures, key=figures.get)
+    assert checkpoint.best(workdir) == first
+    checkpointer = checkpoint.Checkpointer(workdir)
+    checkpointer.save(7, {"w": torch.zeros(1)})
+    checkpointer.wait()
+    assert checkpoint.steps(workdir) == [first, 7]
+
+
 def test_a_run_that_does_not_go_on_is_given_up(finished, tmp_path, monkeypatch):
     """Not while checkpoints come."""
     workdir, clock = copy_of(finished, tmp_path / "run", 2), [0.0]
@@ -299,6 +317,9 @@ def test_two_jobs_at_once_lose_nothing(finished, tmp_path):
         assert process.returncode == 0, log
     assert evaluated(workdir) == [2, 4, 6, 8]
     assert len(list((workdir / "eval_val").glob(".*"))) == 0
+    figures = {line["step"]: line["val_ema/bits_per_dim"] for line in results(workdir, "val")}
+    assert checkpoint.ranked(workdir) == sorted(figures, key=figures.get)
+    assert len(list(workdir.glob(".*"))) == 0
 
 
 def test_results_are_made_of_what_all_jobs_have_found(tmp_path):

@@ -103,6 +103,64 @@ def test_muon_needs_transformer_blocks():
         optim.make_optimizer(torch.nn.Linear(2, 2), muon=True)
 
 
+def step(model, optimizer):
+    """A step on the same random gradients each time, of what is trained."""
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        gradient = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        p.grad = gradient if p.requires_grad else None
+    optim.set_learning_rate(optimizer, 0.5)
+    optimizer.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_frozen_parameters_are_left_alone(muon):
+    """The others are updated as without them."""
+    whole, part = small_model(), small_model()
+    before = {name: p.detach().clone() for name, p in part.named_parameters()}
+    frozen = {name for name in before if name.startswith("flow.") or name.endswith(".qkv.weight")}
+    optimizers = [
+        optim.make_optimizer(whole, wd=0.1, muon=muon),
+        optim.make_optimizer(part, wd=0.1, muon=muon, frozen=("flow.*", r".*\.qkv\.weight")),
+    ]
+    expected, actual = (step(*pair) for pair in zip((whole, part), optimizers, strict=True))
+    for name in before:
+        assert torch.equal(actual[name], (before if name in frozen else expected)[name]), name
+    assert frozen == {name for name, p in part.named_parameters() if not p.requires_grad}
+    assert frozen == before.keys() - optim.state_tensors(optimizers[1], part).keys()
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_factor_is_another_learning_rate(muon):
+    """With the same weight decay. Of several patterns the first counts."""
+    factors = {r"decoder\..*\.qkv\..*": 3.0, "decoder.*": 0.1}
+    updated = {}
+    for factor in (1.0, 0.1, 3.0, None):
+        model = small_model()
+        how = {"lr": 0.01, "lr_factors": factors} if factor is None else {"lr": 0.01 * factor}
+        updated[factor] = step(model, optim.make_optimizer(model, wd=0.1, muon=muon, **how))
+    for name, value in updated.pop(None).items():
+        factor = 1.0 if not name.startswith("decoder.") else 3.0 if ".qkv." in name else 0.1
+        torch.testing.assert_close(value, updated[factor][name], rtol=1e-12, atol=0)
+        assert not torch.equal(value, updated[0.1 if factor == 3.0 else 3.0][name])
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ({"frozen": ("flow",)}, r"frozen: 'flow' .*flow\.couplings"),
+        ({"frozen": ("flow(",)}, r"frozen: 'flow\('"),
+        ({"lr_factors": {"text_emb": 0.1}}, r"lr_factors: 'text_emb' .*text_emb\.weight"),
+        ({"frozen": ("flow.*", ".*")}, r"frozen = \('flow\.\*', '\.\*'\)"),
+    ],
+)
+def test_patterns_that_cannot_be_meant(how, named):
+    with pytest.raises(ValueError, match=rf"make_optimizer\.{named}") as error:
+        optim.make_optimizer(small_model(), **how)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 20), (2, 20, 5)])
 def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))

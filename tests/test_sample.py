@@ -402,11 +402,14 @@ def test_a_run_on_the_hugging_face_hub(captioned, tmp_path):
     """A workdir as a repository; the same samples as from the workdir itself."""
     repository = tmp_path / "repository"
     shutil.copytree(captioned, repository, ignore=shutil.ignore_patterns("events*"))
+    ranking = [{"step": 2, "value": 5.0}, {"step": 4, "value": 6.0}]  # of the best there is no checkpoint any more
+    (repository / "best.json").write_text(json.dumps({"ranking": ranking}))
     flags = [f"--prompt={PROMPT}", "--num_images=1"]
     with serving(repository) as url:
         environment = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
         code, log, theirs = sample(
-            tmp_path / "out", *flags, "--hf_repo=people/run", "--hf_revision=v1", environment=environment
+            *(tmp_path / "out", *flags, "--hf_repo=people/run", "--hf_revision=v1", "--step=best"),
+            environment=environment,
         )
         assert code == 0, log
         code, log, _ = sample(tmp_path / "other", *flags, "--hf_repo=people/other", environment=environment)

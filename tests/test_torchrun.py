@@ -17,13 +17,15 @@ from runs import bindings, command, run, scalars, start, torchrun
 
 pytestmark = pytest.mark.slow
 
-# The last batch of evaluation is not full, and the second process has the smaller part of it.
+# The last batch of evaluation is not full, and the second process has the smaller part of it. A part of the model is
+# frozen: DDP and FSDP2 are not to wait for its gradients.
 SIZES = {
     "train__total_steps": 8,
     "Likelihood__every_steps": 4,
     "Samples__every_steps": 8,
     "train__keep_last": 9,
     "Data__eval_split": '"validation[:41]"',
+    "make_optimizer__frozen": '("flow.couplings.0.*", "text_emb.weight")',
 }
 DDP, FSDP, BOTH = "{'data': -1}", "{'fsdp': -1}", "{'data': 2, 'fsdp': 2}"
 
@@ -103,11 +105,21 @@ def test_bfloat16_under_fsdp(one, tmp_path, data_dir):
         assert actual[name] == pytest.approx(expected[name], rel=1e-2)
 
 
-def test_muon_under_fsdp(tmp_path, data_dir):
-    """Which has to see a whole matrix, of which each process keeps a part."""
-    sizes = {"train__total_steps": 4, "train__evaluators": "{}", "make_optimizer__muon": True}
+def test_muon_and_early_stopping_under_fsdp(tmp_path, data_dir):
+    """Muon has to see a whole matrix, of which each process keeps a part; all processes stop at the same step."""
+    sizes = {
+        "make_optimizer__muon": True,
+        # Bits per dim fall: it stops at step 4, with step 2 as the best.
+        "train__keep_best": '"val/bits_per_dim"',
+        "train__keep_best_mode": '"higher"',
+        "train__patience": 1,
+        "train__evaluators": '{"val": @Likelihood()}',
+        "Likelihood__every_steps": 2,
+    }
     run(tmp_path / "one", data_dir, **sizes)
     run_several(tmp_path / "two", bindings(data_dir, **sizes, train__mesh=FSDP))
+    assert checkpoint.steps(tmp_path / "one") == checkpoint.steps(tmp_path / "two") == [2, 4]
+    assert checkpoint.best(tmp_path / "one") == checkpoint.best(tmp_path / "two") == 2
     expected, actual = scalars(tmp_path / "one"), scalars(tmp_path / "two")
     for name in ("train/loss", "param_norm"):
         assert actual[name] == pytest.approx(expected[name], rel=1e-5), name

@@ -13,6 +13,7 @@ from PIL import Image
 from upath import UPath
 
 from jetformer import checkpoint, config, metrics, train
+from jetformer.evaluators import best
 from jetformer.loops import torch_loop
 from jetformer.preemption import Preempted
 from jetformer.runtime import Runtime
@@ -220,6 +221,33 @@ def test_gradient_accumulation_is_the_large_batch(tmp_path, data_dir):
 
 
 @pytest.mark.slow
+def test_a_frozen_flow(tmp_path, data_dir):
+    """It stays as it is to the bit, as does its average; a resumed run is the same run, and trains no other part."""
+    overrides = {
+        "train__total_steps": 8,
+        "train__keep_last": 9,
+        "train__evaluators": "{}",
+        "train__activation_checkpointing": '"everything"',
+        "make_optimizer__wd": 0.01,
+    }
+    frozen = overrides | {"make_optimizer__frozen": '("flow.*",)', "make_optimizer__lr_factors": '{"decoder.*": 0.5}'}
+    run(tmp_path, data_dir, **frozen)
+    half, whole = checkpoint_tensors(tmp_path, 4), checkpoint_tensors(tmp_path, 8)
+    for name in whole:
+        assert torch.equal(half[name], whole[name]) == (".flow." in f".{name.partition('/')[2]}"), name
+    assert not any(name.startswith("optimizer/flow.") for name in whole)
+    flow = [name.removeprefix("model/") for name in whole if name.startswith("model/flow.")]
+    assert all(torch.equal(whole[f"ema/{name}"], whole[f"model/{name}"]) for name in flow if f"ema/{name}" in whole)
+    shutil.rmtree(tmp_path / "checkpoints" / "000000008")
+    with pytest.raises(ValueError, match=r"optimizer\.flow\..* step 4 .*train\.init_from") as error:
+        run(tmp_path, data_dir, **overrides)
+    assert "\n" not in str(error.value)
+    run(tmp_path, data_dir, **frozen)
+    resumed = checkpoint_tensors(tmp_path, 8)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
 def test_other_seed_other_run(finished, tmp_path, data_dir):
     run(tmp_path, data_dir, train__seed=1, train__total_steps=1)
     assert scalars(tmp_path)["train/loss"][1] != scalars(finished)["train/loss"][1]
@@ -235,6 +263,70 @@ def test_what_gin_binds_arrives(finished, tmp_path, data_dir):
         norms[wd] = scalars(workdir)["param_norm"]
     assert norms[0.0][1] == norms[0.0][3] == norms[0.1][1]
     assert norms[0.1][3] < 0.97 * norms[0.1][1]
+
+
+# Bits per dim fall in these steps: where higher ones are better, the first evaluation is the best.
+STOPPING = {
+    "train__keep_best": '"val_ema/bits_per_dim"',
+    "train__keep_best_mode": '"higher"',
+    "train__patience": 3,
+    "Likelihood__every_steps": 2,
+}
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_and_early_stopping(tmp_path, data_dir, monkeypatch, caplog):
+    """A run that is killed as it evaluates stops at the same step, with the same best checkpoint."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(whole, data_dir, **STOPPING)
+    figures = {line["step"]: line["val_ema/bits_per_dim"] for line in results(whole, "val")}
+    assert list(figures) == [2, 4, 6, 8]
+    assert checkpoint.best(whole) == max(figures, key=figures.get) == 2
+    assert checkpoint.steps(whole) == [2, 8]  # the first was saved for its value, the last is where it stopped
+    assert [line["step"] for line in results(whole, "samples")] == [8]
+    ranking = json.loads((whole / checkpoint.BEST_FILE).read_text())["ranking"]
+    assert [(entry["step"], entry["value"]) for entry in ranking] == sorted(figures.items(), key=lambda x: -x[1])
+
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    caplog.set_level("INFO")
+    run(whole, data_dir, **STOPPING)
+    assert before == {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    assert "complete at step 8" in caplog.text
+
+    class Killed(BaseException):
+        pass
+
+    since = best.evaluations_since_best
+    for count in (0, 2):
+
+        def kill(*args, count=count):
+            if since(*args) == count:
+                raise Killed
+            return since(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(best, "evaluations_since_best", kill)
+            with pytest.raises(Killed):
+                run(killed, data_dir, **STOPPING)
+    assert checkpoint.steps(killed) == [2, 4]
+    run(killed, data_dir, **STOPPING)
+    assert checkpoint.steps(killed) == [2, 8]
+    assert (killed / checkpoint.BEST_FILE).read_text() == (whole / checkpoint.BEST_FILE).read_text()
+    state = train.load(UPath(killed), [], [], Runtime(torch.device("cpu")), step="best")[1]
+    expected = checkpoint_tensors(whole, 2)
+    assert all(torch.equal(x, expected[f"model/{name}"]) for name, x in state.model.state_dict().items())
+
+    run(whole, data_dir, **STOPPING | {"train__patience": None})  # it goes on from where it stopped
+    assert checkpoint.steps(whole) == [2, 12]
+
+
+@pytest.mark.slow
+def test_a_metric_that_its_evaluator_does_not_give(tmp_path, data_dir):
+    overrides = {"train__keep_best": '"val/bits_per_dime"', "Likelihood__every_steps": 1}
+    with pytest.raises(ValueError, match=r"'val/bits_per_dime'.*val/bits_per_dim,") as error:
+        run(tmp_path, data_dir, **overrides)
+    assert "\n" not in str(error.value)
+    assert checkpoint.steps(tmp_path) == []
 
 
 @pytest.mark.slow
@@ -425,6 +517,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
             r"train\.evaluators = {'val': None}.*Evaluator",
         ),
         ({"Likelihood__every_steps": 0}, "Likelihood.every_steps = 0"),
+        ({"train__keep_best": '"vla/bits_per_dim"'}, r"train\.keep_best = 'vla/bits_per_dim'.*'vla'.*val, samples"),
+        ({"train__keep_best": '"val/x"'}, r"train\.keep_best = 'val/x'.*train\.keep_best_mode"),
+        ({"train__patience": 2}, r"train\.patience = 2.*train\.keep_best"),
+        (STOPPING | {"Likelihood__every_steps": None}, r"train\.patience = 3.*'val'.*every_steps"),
         ({"Likelihood__num_draws": 0}, "Likelihood.num_draws = 0"),
         ({"Samples__prompts": "('3',)"}, "Samples: give num_classes or prompts"),
         ({"Samples__num_classes": 11}, "there is no class or token 10: the model has those from 0 to 9"),

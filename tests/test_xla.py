@@ -121,7 +121,11 @@ def test_losses_are_those_of_the_cpu_loop(digits_on_cpu, tmp_path, data_dir, dev
     ids=["accumulation", "checkpointing", "bfloat16"],
 )
 def test_losses_with(tmp_path, data_dir, overrides, tolerance):
-    common = SIZES | {"train__total_steps": 4, "train__mesh": "{'data': 1, 'fsdp': -1}"}
+    common = SIZES | {
+        "train__total_steps": 4,
+        "train__mesh": "{'data': 1, 'fsdp': -1}",
+        "make_optimizer__frozen": '("flow.couplings.0.*", "text_emb.weight")',
+    }
     run(tmp_path / "cpu", data_dir, **common)
     run_on_xla(tmp_path / "xla", bindings(data_dir, **common, **overrides), devices=2)
     expected, actual = scalars(tmp_path / "cpu"), scalars(tmp_path / "xla")
@@ -129,8 +133,13 @@ def test_losses_with(tmp_path, data_dir, overrides, tolerance):
         assert actual[name] == pytest.approx(expected[name], rel=tolerance), name
 
 
-def test_muon(tmp_path, data_dir):
-    common = SIZES | {"train__total_steps": 4, "make_optimizer__muon": True}
+def test_muon_and_frozen_parameters(tmp_path, data_dir):
+    common = SIZES | {
+        "train__total_steps": 4,
+        "make_optimizer__muon": True,
+        "make_optimizer__frozen": '("flow.couplings.0.*", "text_emb.weight")',
+        "make_optimizer__lr_factors": '{"decoder.*": 0.5}',
+    }
     run(tmp_path / "cpu", data_dir, **common)
     run_on_xla(tmp_path / "xla", bindings(data_dir, **common, train__mesh="{'data': 1, 'fsdp': -1}"), devices=2)
     expected, actual = scalars(tmp_path / "cpu"), scalars(tmp_path / "xla")

@@ -26,8 +26,11 @@ flags.DEFINE_string("hf_repo", None, "Or a repository on the Hugging Face Hub th
 flags.DEFINE_string("hf_file", None, "Which of its files; default: the only one there is.")
 flags.DEFINE_string("hf_revision", None, "A branch, tag or commit of the repository.")
 flags.DEFINE_string("yaml", None, "With jetformer_pytorch: the YAML (a file of --hf_repo where that is given).")
-flags.DEFINE_integer(
-    "step", None, "How many steps they were trained for; with --to which checkpoint, default: the newest."
+flags.DEFINE(
+    program.StepParser(),
+    "step",
+    None,
+    "How many steps they were trained for; with --to which checkpoint, or best, default: the newest.",
 )
 flags.DEFINE_string("workdir", None, "With --to: the run's.")
 flags.DEFINE_string("out", None, "Where to write: a workdir, or with --to a local directory.")
@@ -75,7 +78,7 @@ def check_flags() -> str | None:
             raise ValueError("--hf_file and --hf_revision are of a --hf_repo")
         if FLAGS.out is None:
             raise ValueError("give --out, the workdir to write")
-        if FLAGS.step is not None and FLAGS.step < 0:
+        if FLAGS.step == "best" or (FLAGS.step is not None and FLAGS.step < 0):
             raise ValueError(f"--step={FLAGS.step}: give 0 or more")
     else:
         if FLAGS.workdir is None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from absl import logging
 
-from jetformer.evaluators import base
+from jetformer.evaluators import base, best
 from jetformer.runtime import Runtime, are_apart, one_line
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class Evaluations:
           False if that failed.
 
         Raises:
+          ValueError: if it does not give the metric `train.keep_best`.
           OutOfStep: of several processes only some have failed, and the others wait for them in their midst.
         """
         if not self.try_check(name, context):
@@ -109,6 +110,11 @@ class Evaluations:
                 raise
             self.fail(f"{name} at step {step}", error, [(name, step)])
             return False
+        metric = context.run.keep_best
+        if metric is not None and best.evaluator_of(metric) == name:
+            if metric not in (tags := results.tagged(name)):
+                raise ValueError(f"train.keep_best = {metric!r} is none of the figures of {name}: {', '.join(tags)}")
+            self._runtime.first_does(lambda: best.record(workdir, metric, context.run.best_mode()))
         return True
 
     def fail(self, what: str, error: Exception, given_up: list[tuple[str, int | None]]) -> None:
