@@ -6,7 +6,9 @@ import pytest
 from jetformer.sampling.gallery import Gallery
 
 
-@pytest.mark.parametrize("label", ["../../outside", "/etc/passwd", "a\x00b\n", "..", "<script>alert(1)</script>", "é" * 300])
+@pytest.mark.parametrize(
+    "label", ["../../outside", "/etc/passwd", "a\x00b\n", "..", "<script>alert(1)</script>", "é" * 300]
+)
 def test_labels_are_texts_and_no_paths_or_pages(tmp_path, label):
     out = tmp_path / "a" / "out"
     gallery = Gallery(out, {"run": "<i>run</i>"})
