@@ -28,6 +28,7 @@ from absl import app, flags, logging
 from upath import UPath
 
 from jetformer import program, runtime
+from jetformer.data.pictures import read_pictures
 
 flags.adopt_module_key_flags(program)
 flags.DEFINE_string("workdir", None, "A run's: its newest checkpoint, or that of --step.")
@@ -177,38 +178,6 @@ def tokenizing(run, workdir: UPath):
     return run.data.texts(str(copy) if copy.exists() else None)
 
 
-def read_images(
-    pattern: str, shape: tuple[int, int, int], background: tuple[int, int, int]
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Images by path, uint8 `[H, W, C]` of the model's shape, resized where they have another; and what could not be
-    read."""
-    import fsspec
-    from PIL import Image, ImageOps
-
-    from jetformer.data.pictures import decode_picture
-    from jetformer.sampling.grid import to_pil
-
-    height, width, channels = shape
-    fs, _, paths = fsspec.get_fs_token_paths(pattern)
-    paths = [path for path in sorted(paths) if fs.isfile(path)]
-    if not paths:
-        raise ValueError(f"--images={pattern}: there is no such file")
-    images, unreadable = {}, []
-    for path in paths:
-        try:
-            pixels = decode_picture(fs.cat_file(path), channels, background)
-        except (OSError, ValueError) as error:
-            logging.warning("%s cannot be read and is left out: %s", path, error)
-            unreadable.append(path)
-            continue
-        if pixels.shape[:2] != (height, width):
-            image = to_pil(pixels)
-            logging.warning("%s is %d × %d, resized and cropped to %d × %d", path, *image.size, width, height)
-            pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
-        images[path] = pixels.reshape(shape)
-    return images, unreadable
-
-
 def batches(jobs: list[Job], size: int) -> list[list[Job]]:
     """Returns jobs in groups of `size`; the last may be smaller."""
     return [jobs[first : first + size] for first in range(0, len(jobs), size)]
@@ -267,7 +236,7 @@ class Images:
             (shown,) = self.jobs
             self._rows = model.image_shape[0] // 2 if FLAGS.rows is None else FLAGS.rows
             self.settings |= {"rows": self._rows, "prompt": shown.label}
-            images, self.unreadable = read_images(FLAGS.images, model.image_shape, run.data.background())
+            images, self.unreadable = read_pictures(FLAGS.images, model.image_shape, run.data.background())
             self.jobs = [dataclasses.replace(shown, label=path, image=image) for path, image in images.items()]
             self.num_tokens -= self._rows // decode.rows_per_token(model) * model.patches.grid[1]
 
@@ -351,7 +320,7 @@ class Texts:
             raise ValueError("--task=caption reads images only: leave out --classes, --prompt and --prompts")
         if FLAGS.images is not None:
             run.check_order(text_first=False)
-            images, self.unreadable = read_images(FLAGS.images, model.image_shape, run.data.background())
+            images, self.unreadable = read_pictures(FLAGS.images, model.image_shape, run.data.background())
             self.jobs = [Job(path, FLAGS.seed, image=image) for path, image in images.items()]
             return
         # Without a prompt, whole texts.

@@ -19,10 +19,9 @@ from upath import UPath
 from jetformer import config, prng, train
 from jetformer.data import preprocess
 from jetformer.data.dataset import Data
-from jetformer.data.pictures import MAX_PIXELS
+from jetformer.data.pictures import MAX_PIXELS, read_pictures
 from jetformer.objectives import JetObjective
 from jetformer.runtime import Runtime
-from jetformer.sample import read_images
 from runs import bindings, start, torchrun
 from trees import png_of_zeros
 
@@ -174,7 +173,7 @@ def test_images_have_the_pixels_of_training(tmp_path):
     for name, (image, options) in files.items():
         image.save(tmp_path / name, **options)
     for channels, background in ((1, (255, 255, 255)), (3, (0, 90, 200))):
-        images, unreadable = read_images(f"{tmp_path}/*", (16, 16, channels), background)
+        images, unreadable = read_pictures(f"{tmp_path}/*", (16, 16, channels), background)
         assert not unreadable
         op = preprocess.parse(f"decode({channels}, background={background})")
         for name in files:
@@ -265,7 +264,7 @@ def test_several_processes_are_one(classes, tmp_path):
             "temperatures 0.0 and 1.0: give positive ones",
         ),
         ("captioned", ["--task=caption"], "--images and --task go together: give both, or neither"),
-        ("captioned", ["--images=/nowhere/*.png", "--task=caption"], "--images=/nowhere/*.png: there is no such file"),
+        ("captioned", ["--images=/nowhere/*.png", "--task=caption"], "/nowhere/*.png: there is no such file"),
         ("captioned", ["--prompt=a", "--step=3"], "has no complete checkpoint of step 3, but of 4"),
         ("captioned", [], "nothing to sample: give --classes, --prompt, --prompts or --images"),
         (

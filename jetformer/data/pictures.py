@@ -6,8 +6,10 @@ No TensorFlow here, so that sampling does without. `preprocess.decode` reads com
 import io
 import struct
 
+import fsspec
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from absl import logging
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # By content, whatever a file's name says. PIL reads many more, some by starting other programs.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
@@ -83,3 +85,40 @@ def _orientation(exif: bytes) -> int | None:
     except (SyntaxError, struct.error):
         return None
     return tags.get(ExifTags.Base.Orientation)
+
+
+def read_pictures(
+    pattern: str, shape: tuple[int, int, int], background: tuple[int, int, int]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Reads image files for a model. Images of another size are resized and cropped, with a warning.
+
+    Args:
+      pattern: a path or a pattern of paths, of any place that fsspec knows.
+      shape: (H, W, C), the model's.
+      background: as `decode_picture`'s.
+
+    Returns:
+      Images by path, uint8 [H, W, C], and the paths of the files that could not be read, of which warnings say why.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    height, width, channels = shape
+    fs, _, paths = fsspec.get_fs_token_paths(pattern)
+    paths = [path for path in sorted(paths) if fs.isfile(path)]
+    if not paths:
+        raise ValueError(f"{pattern}: there is no such file")
+    images, unreadable = {}, []
+    for path in paths:
+        try:
+            pixels = decode_picture(fs.cat_file(path), channels, background)
+        except (OSError, ValueError) as error:
+            logging.warning("%s cannot be read and is left out: %s", path, error)
+            unreadable.append(path)
+            continue
+        if pixels.shape[:2] != (height, width):
+            image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+            logging.warning("%s is %d × %d, resized and cropped to %d × %d", path, *image.size, width, height)
+            pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
+        images[path] = pixels.reshape(shape)
+    return images, unreadable
