@@ -52,7 +52,7 @@ def decode_picture(encoded: bytes, channels: int = 3, background: tuple[int, int
         found = "is empty" if not encoded else f"begins with {encoded[:8]!r}"
         raise ValueError(f"the file {found}: give a JPEG, PNG, GIF, BMP or WebP file") from None
     except Image.DecompressionBombError:
-        size = "far more"
+        size = "too many"
     except Exception as error:
         raise ValueError(f"the file is damaged ({type(error).__name__}: {error}): replace it") from error
     raise ValueError(f"the image has {size} pixels, {MAX_PIXELS:,} is the limit: make it smaller")

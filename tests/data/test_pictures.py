@@ -282,7 +282,7 @@ def test_a_decompression_bomb(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(b"", "is empty"), (b"no image", "b'no image'"), (encoded()[:200], "damaged")]
+    ("content", "says"), [(b"", "is empty"), (b"no image", "b'no image'"), (FILES["WebP"][:200], "replace")]
 )
 def test_a_broken_file_is_named_in_one_line(content, says, tmp_path):
     root = trees.plant(tmp_path / "root", {"train/a": 3})
@@ -292,4 +292,4 @@ def test_a_broken_file_is_named_in_one_line(content, says, tmp_path):
         list(data.eval_batches(batch_size=4))
     assert "\n" not in str(error.value)
     assert "Traceback" not in str(error.value)
-    assert says in str(error.value) or says == "damaged"
+    assert says in str(error.value)
