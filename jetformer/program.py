@@ -34,6 +34,8 @@ flags.DEFINE_list(
 )
 flags.DEFINE_boolean("verify", True, "Compare the checksums of a checkpoint's files before it is loaded.")
 
+_STORE_TIMEOUT = datetime.timedelta(seconds=5)
+
 
 class StepParser(flags.ArgumentParser):
     """Parses a flag that says which checkpoint: the number of a step, or "best"."""
@@ -43,9 +45,6 @@ class StepParser(flags.ArgumentParser):
     def parse(self, argument: str) -> int | str:
         """Raises a ValueError for anything else."""
         return argument if argument == "best" else int(argument)
-
-
-_STORE_TIMEOUT = datetime.timedelta(seconds=5)
 
 
 @contextmanager

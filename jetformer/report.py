@@ -33,7 +33,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from upath import UPath
 
 from jetformer import program
-from jetformer.evaluators.best import better
+from jetformer.evaluators.better import better
 
 MAX_POINTS = 2000  # of a curve on the page
 MAX_PICTURES = 40  # of a kind on the page

@@ -34,6 +34,7 @@ from jetformer import checkpoint, config, objectives, optim, prng
 from jetformer.data.dataset import Data
 from jetformer.evaluators import best
 from jetformer.evaluators.base import Context, Evaluator, directory_of, evaluated_steps, forget, prepare
+from jetformer.evaluators.better import better
 from jetformer.evaluators.running import Evaluations
 from jetformer.loops import steps
 from jetformer.models import invertible, remat
@@ -210,7 +211,7 @@ class Run:
 
     def best_mode(self) -> str | None:
         """Which values of `keep_best` are better, "lower" or "higher"; None if that is not known."""
-        return self.keep_best_mode or best.better(self.keep_best)
+        return self.keep_best_mode or better(self.keep_best)
 
     def check_keep_best(self) -> None:
         """Looks whether an evaluator can give the metric `keep_best`, in training where there is a `patience`.

@@ -4,6 +4,7 @@ import pytest
 from upath import UPath
 
 from jetformer.evaluators import best
+from jetformer.evaluators.better import better
 
 
 @pytest.mark.parametrize(
@@ -22,11 +23,11 @@ from jetformer.evaluators import best
     ],
 )
 def test_which_values_are_better(tag, direction):
-    assert best.better(tag) == direction
+    assert better(tag) == direction
 
 
 @pytest.mark.parametrize(
-    ("found", "mode", "ranked", "since"),
+    ("found", "mode", "order", "since"),
     [
         ({}, "lower", [], 0),
         ({2: None, 4: None}, "lower", [], 2),
@@ -36,8 +37,8 @@ def test_which_values_are_better(tag, direction):
         ({2: 1.0, 4: 0.5}, "lower", [4, 2], 0),
     ],
 )
-def test_ranks(found, mode, ranked, since):
-    assert best.ranked(found, mode) == ranked
+def test_ranks(found, mode, order, since):
+    assert best.rank(found, mode) == order
     assert best.evaluations_since_best(found, mode) == since
 
 

@@ -10,28 +10,13 @@ being written. Training does not delete it.
 """
 
 import json
-import re
 from collections.abc import Mapping
 
 from upath import UPath
 
-from jetformer.checkpoint import BEST_FILE
+from jetformer.checkpoint import BEST_FILE, ranked
 from jetformer.evaluators.base import RESULTS_FILE, directory_of
 from jetformer.storage import write_whole
-
-# Which of a metric's values is best, by the words of its name; of others that is not said.
-_NEITHER = {"std", "logdet", "tokens"}  # of a spread, and of the terms of a sum
-_LOWER = {"bits", "loss", "nats", "perplexity", "error", "mse", "distance", "fid", "kid"}
-_HIGHER = {"accuracy", "score", "precision", "recall", "psnr", "ssim", "images", "captions"}
-
-
-def better(tag: str) -> str | None:
-    """Returns whether a metric's "lower" or "higher" values are better, if its name says so: what follows the slash."""
-    words = set(re.split("[/_]", tag.partition("/")[2] or tag))
-    if words & _NEITHER:
-        return None
-    # An Inception distance is one, and no score.
-    return "lower" if words & _LOWER else "higher" if words & _HIGHER else None
 
 
 def evaluator_of(metric: str) -> str:
@@ -46,7 +31,7 @@ def values(workdir: UPath, metric: str) -> dict[int, float | None]:
     return {record["step"]: record[metric] for record in records if metric in record}
 
 
-def ranked(found: Mapping[int, float | None], mode: str) -> list[int]:
+def rank(found: Mapping[int, float | None], mode: str) -> list[int]:
     """Returns the steps whose value is finite, the best first; of equal ones the earlier first.
 
     Args:
@@ -58,8 +43,8 @@ def ranked(found: Mapping[int, float | None], mode: str) -> list[int]:
 
 
 def evaluations_since_best(found: Mapping[int, float | None], mode: str) -> int:
-    """Returns how many steps come after the best one, all if none has a finite value; arguments as in `ranked`."""
-    best = ranked(found, mode)[:1]
+    """Returns how many steps come after the best one, all if none has a finite value; arguments as in `rank`."""
+    best = rank(found, mode)[:1]
     return sum(step > best[0] for step in found) if best else len(found)
 
 
@@ -71,7 +56,7 @@ def record(workdir: UPath, metric: str, mode: str) -> None:
     written = None
     while True:
         found = values(workdir, metric)
-        ranking = [{"step": step, "value": found[step]} for step in ranked(found, mode)]
+        ranking = [{"step": step, "value": found[step]} for step in rank(found, mode)]
         text = json.dumps({"metric": metric, "mode": mode, "ranking": ranking}, indent=1)
         if text == written:
             return
@@ -80,7 +65,11 @@ def record(workdir: UPath, metric: str, mode: str) -> None:
 
 
 def record_again(workdir: UPath) -> None:
-    """Writes best.json of the results that are left, where there is one."""
-    if (workdir / BEST_FILE).exists():
+    """Writes best.json of the results that are left, if it has a step.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    if ranked(workdir):
         known = json.loads((workdir / BEST_FILE).read_text())
         record(workdir, known["metric"], known["mode"])
