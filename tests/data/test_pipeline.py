@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.utils import tqdm_utils
 
-from jetformer.data import pipeline, preprocess
+from jetformer.data import pictures, pipeline, preprocess
 
 NUM_TRAIN, NUM_TEST = 41, 11
 AUGMENT = 'decode|resize_small(12)|random_crop(8)|flip_lr|keep("image", "id")'
@@ -221,9 +221,11 @@ def test_examples_have_the_same_numbers_for_all_numbers_of_processes(evaluate, p
 
 def test_examples_as_they_are(builder, data_dir):
     found = pipeline.examples("pebbles", "test[2:]", 3, data_dir=data_dir)
-    expected = list(tfds.as_numpy(builder.as_dataset(split="test[2:5]")))
+    encoded = {"image": tfds.decode.SkipDecoding()}
+    expected = list(tfds.as_numpy(builder.as_dataset(split="test[2:5]", decoders=encoded)))
     assert [e["id"] for e in found] == [e["id"] for e in expected]
-    assert all(np.array_equal(a["image"], b["image"]) for a, b in zip(found, expected, strict=True))
+    pairs = zip(found, expected, strict=True)
+    assert all(np.array_equal(a["image"], pictures.decode_picture(b["image"])) for a, b in pairs)
 
 
 def test_evaluation_pads_whole_batches(evaluate):
@@ -235,7 +237,7 @@ def test_evaluation_pads_whole_batches(evaluate):
 
 def test_evaluation_is_tfds_in_file_order(builder, evaluate):
     ds = builder.as_dataset(split="train", read_config=tfds.ReadConfig(interleave_cycle_length=1), shuffle_files=False)
-    batches = evaluate(pp="decode", batch_size=1)
+    batches = evaluate(pp="decode(precise=False)", batch_size=1)
     for have, want in zip(batches, tfds.as_numpy(ds), strict=True):
         np.testing.assert_array_equal(have["id"][0], want["id"])
         np.testing.assert_array_equal(have["image"][0], want["image"])
