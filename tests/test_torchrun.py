@@ -84,6 +84,7 @@ def test_losses_are_those_of_one_process(one, tmp_path, data_dir, processes, mes
     drawn = [np.asarray(Image.open(w / "eval_samples" / "grid" / "000000008.png")).astype(int) for w in (tmp_path, one)]
     assert np.abs(drawn[0] - drawn[1]).max() <= 1
     assert log.count("[8] val/bits_per_dim=") == 1, "each process says how it goes"
+    assert "FutureWarning" not in log
 
 
 def test_fsdp_is_one_process(one, cut_up):

@@ -7,6 +7,7 @@ processes share it, nor on how. Dimensions: B batch of a process.
 """
 
 import contextlib
+import inspect
 import os
 import shutil
 import time
@@ -324,7 +325,10 @@ def train_steps(
     score = _scorer(runner, objective)
     if runtime.process_count > 1 and not isinstance(runner, FSDPModule):
         # Every process has the same weights to begin with: they come from the seed, or from one checkpoint.
-        runner = DistributedDataParallel(runner, broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+        # Buffers never change. PyTorch 2.13 has renamed the argument, and warns of its old name.
+        new, old = "forward_sync_buffers", "broadcast_buffers"
+        sync = {new if new in inspect.signature(DistributedDataParallel).parameters else old: False}
+        runner = DistributedDataParallel(runner, init_sync=False, gradient_as_bucket_view=True, **sync)
     max_norm = float("inf") if grad_clip_norm is None else grad_clip_norm
 
     def inputs() -> Iterator[dict[str, np.ndarray]]:
