@@ -449,12 +449,12 @@ def _writer(fs: AbstractFileSystem, directory: str, finish: Callable, snapshot: 
 
             @contextmanager
             def create_stream(path, mode):
-                checked = None
-                try:
-                    with plain(path, mode) as stream:
-                        yield (checked := _Checksum(stream))
-                except Exception as error:  # of a full disk PyTorch's zip writer says that positions differ
-                    raise (checked and checked.error) or error from None
+                with plain(path, mode) as stream:
+                    checked = _Checksum(stream)
+                    try:
+                        yield checked
+                    except RuntimeError as error:  # of a full disk PyTorch's zip writer says that positions differ
+                        raise (checked.error or error) from None
                 checksums[os.path.basename(path)] = checked.hash.hexdigest()
 
             self.fs.create_stream = create_stream
