@@ -210,8 +210,8 @@ class Muon(torch.optim.Optimizer):
                     buffer = self.state[p]["momentum_buffer"].mul_(momentum).add_(p.grad)
                     looked_ahead.append(p.grad + momentum * buffer)
                 updates = 0.2 * math.sqrt(max(shape)) * orthogonalize(torch.stack(looked_ahead))
-                for p, update in zip(parameters, updates, strict=True):
-                    p.mul_(1 - lr * weight_decay).sub_(lr * update)
+                for i, p in enumerate(parameters):  # torch 2.9 cannot iterate over a DTensor
+                    p.mul_(1 - lr * weight_decay).sub_(lr * updates[i])
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
