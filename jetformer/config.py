@@ -22,7 +22,7 @@ from upath import UPath
 
 from jetformer import evaluators, objectives, optim
 from jetformer.data import dataset
-from jetformer.models import decoder, invertible, jet, jetformer, labelled, language_model, patches
+from jetformer.models import decoder, flow_ablations, invertible, jetformer, labelled, language_model, patches
 from jetformer.sampling import guidance
 from jetformer.storage import write_whole
 
@@ -49,7 +49,6 @@ for _configurable in (
     invertible.IdentityFlow,
     invertible.LearnedProjection,
     invertible.PCAProjection,
-    jet.Jet,
     jetformer.JetFormer,
     labelled.LabelledFlow,
     language_model.LanguageModel,
@@ -64,6 +63,7 @@ for _configurable in (
     dataset.MixtureData,
 ):
     gin.external_configurable(_configurable, module=_configurable.__module__.rpartition(".")[2])
+gin.external_configurable(flow_ablations.make_jet, name="Jet", module="jet")
 
 gin.add_config_file_search_path(str(pathlib.Path(__file__).parent.parent))
 # gin would also look for files inside Python packages, takes experiments/ for one, and then fails without naming the
@@ -206,25 +206,31 @@ def call(function: Callable) -> Any:
 
 # What of a model's arguments may change between two parts of a run: it changes no function of the parameters.
 _NOT_ARCHITECTURE = ("dropout", "head_block", "head_dtype", "kmeans_init", "mean_init_std", "path", "scale_init")
-
-
-_MODELS = (
-    *(jetformer.JetFormer, language_model.LanguageModel, labelled.LabelledFlow, jet.Jet, decoder.Decoder),
-    *(patches.Patchify, patches.PatchPCA, invertible.LearnedProjection, invertible.PCAProjection),
-)
+_MODELS = {
+    "JetFormer": jetformer.JetFormer,
+    "LanguageModel": language_model.LanguageModel,
+    "LabelledFlow": labelled.LabelledFlow,
+    "Jet": flow_ablations.make_jet,
+    "Decoder": decoder.Decoder,
+    "Patchify": patches.Patchify,
+    "PatchPCA": patches.PatchPCA,
+    "LearnedProjection": invertible.LearnedProjection,
+    "PCAProjection": invertible.PCAProjection,
+}
 
 
 def architecture() -> dict[str, str]:
-    """What the models are built with, by `Model.argument`, defaults included; not all of it shows in a checkpoint."""
+    """Returns the models' arguments by `Model.argument`, defaults included; a checkpoint does not show all of them."""
     arguments = {}
-    for model in _MODELS:
-        parameters = inspect.signature(model).parameters.values()
+    for model, function in _MODELS.items():
+        parameters = inspect.signature(function).parameters.values()
         values = {p.name: p.default for p in parameters if p.default is not p.empty}
-        values |= gin.get_bindings(model.__name__)
+        values |= gin.get_bindings(model, resolve_references=False)
         for name, value in values.items():
             if name not in _NOT_ARCHITECTURE:
-                value = tuple(value) if isinstance(value, list) else value
-                arguments[f"{model.__name__}.{name}"] = getattr(value, "__name__", None) or repr(value)
+                value = _without_macros(value)
+                is_reference = isinstance(value, gin.config.ConfigurableReference)
+                arguments[f"{model}.{name}"] = value.selector.rpartition(".")[2] if is_reference else repr(value)
     return arguments
 
 

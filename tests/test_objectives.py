@@ -9,6 +9,7 @@ from scipy import stats
 
 from flows import randomized
 from jetformer import objectives, prng
+from jetformer.models.flow_ablations import make_jet
 from jetformer.models.initializers import init_weights
 from jetformer.models.jet import Jet
 from jetformer.objectives import JetFormerObjective, JetObjective
@@ -138,7 +139,6 @@ def test_bits_per_dim_are_of_a_distribution_over_pixels():
 def test_jets_objective_is_that_of_a_normal():
     """Without couplings, an image's likelihood is that of its pixels under a standard normal."""
     flow = Jet((2, 2, 1), depth=0, ps=1)
-    flow.register_parameter("unused", torch.nn.Parameter(torch.zeros(()).double()))
     image = torch.tensor([0, 100, 200, 255], dtype=torch.uint8).view(1, 2, 2, 1)
     draws = {"dequant": torch.full((1, 2, 2, 1), 0.25).double()}
     loss, _ = JetObjective()(flow, {"image": image}, draws)
@@ -180,7 +180,7 @@ def test_the_share_of_a_flows_largest_expansion():
 
 
 def test_a_flow_without_bound_has_no_share_of_it():
-    flow = Jet((4, 4, 1), depth=2, emb_dim=8, num_heads=2, ps=2, actnorm=True)
+    flow = make_jet((4, 4, 1), depth=2, emb_dim=8, num_heads=2, ps=2, actnorm=True)
     init_weights(flow, torch.Generator().manual_seed(0))
     _, terms = JetObjective(dequantize=False)(flow, batch_of(2, (4, 4, 1)), {})
     assert "flow_expansion_used" not in terms

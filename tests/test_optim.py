@@ -193,10 +193,10 @@ def test_durations(amounts, steps):
 @pytest.mark.parametrize(
     ("amounts", "message"),
     [
-        ({"steps": 1, "epochs": 1}, "warmup is given in steps and in epochs: give one"),
-        ({"percent": 10}, "warmup_percent = 10 is a fraction"),
-        ({"steps": -1}, "is negative"),
-        ({"steps": None}, "warmup is missing: give warmup_steps"),
+        ({"steps": 1, "epochs": 1}, "warmup .*steps .*epochs"),
+        ({"percent": 10}, "warmup_percent = 10 "),
+        ({"steps": -1}, "warmup_steps = -1 "),
+        ({"steps": None}, "warmup .*warmup_steps"),
     ],
 )
 def test_impossible_durations_are_named(amounts, message):
@@ -228,11 +228,11 @@ def test_rsqrt_begins_where_it_warms_up_to():
 
 
 def test_impossible_schedules_are_named():
-    with pytest.raises(ValueError, match="a stair of 1 steps has 0 mults"):
+    with pytest.raises(ValueError, match=r"1 steps .*0 mults"):
         optim.make_schedule(100, 32, 1000, decay_type="stair", steps=(10,))
-    with pytest.raises(ValueError, match="unknown decay_type 'exponential'"):
+    with pytest.raises(ValueError, match=r"decay_type 'exponential'.*cosine"):
         optim.make_schedule(100, 32, 1000, decay_type="exponential")
-    with pytest.raises(ValueError, match="a warm-up of 100 steps does not fit"):
+    with pytest.raises(ValueError, match=r"warm-up of 100 .* 100 steps"):
         optim.make_schedule(100, 32, 1000, warmup_steps=100)
 
 

@@ -101,7 +101,7 @@ def test_activation_checkpointing_repeats_dropout():
     gradients = []
     for policy in ("couplings", "blocks"):
         model = decoder(dropout=0.3, policy=policy)
-        assert model.rematerialize == (policy == "blocks")
+        assert all(block.recompute == (policy == "blocks") for block in model.blocks)
         x, positions = sequence()
         x.requires_grad_()
         y = model(x, mask=None, positions=positions, dropout_keys=KEYS)
@@ -125,7 +125,7 @@ def test_dropout_is_a_function_of_the_examples_key():
 
 def test_impossible_sizes_are_named():
     sizes = {"width": 8, "depth": 1, "mlp_dim": 8, "num_heads": 3, "num_kv_heads": 2, "head_dim": 4}
-    with pytest.raises(ValueError, match="num_heads 3 does not divide by num_kv_heads 2"):
+    with pytest.raises(ValueError, match=r"num_kv_heads 2 .*num_heads 3"):
         Decoder(**sizes)
-    with pytest.raises(ValueError, match="head_dim 3 is odd"):
+    with pytest.raises(ValueError, match="head_dim 3"):
         Decoder(**sizes | {"num_kv_heads": 1, "head_dim": 3})

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from jetformer.models.decoder import Decoder
+from jetformer.models.flow_ablations import make_jet
 from jetformer.models.jet import Jet
 from jetformer.models.jetformer import JetFormer
 from jetformer.models.labelled import LabelledFlow
@@ -15,7 +16,9 @@ from small_models import SMALL
 SMALL_JET = functools.partial(Jet, (4, 4, 3), depth=2, emb_dim=8, num_heads=2, ps=2)
 SMALL_DECODER = functools.partial(Decoder, width=16, depth=1, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8)
 MODELS = {
-    "jet": functools.partial(SMALL_JET, actnorm=True, invertible_dense="lu"),
+    "jet": functools.partial(
+        make_jet, **SMALL_JET.keywords, input_shape=(4, 4, 3), actnorm=True, invertible_dense="lu"
+    ),
     "labelled": functools.partial(LabelledFlow, SMALL_JET, num_labels=3),
     "language_model": functools.partial(LanguageModel, SMALL_DECODER, vocab_size=5, bos_id=4),
     "jetformer": functools.partial(JetFormer, **SMALL, image_posemb=True),

@@ -112,11 +112,11 @@ def test_a_prefix_without_causal_mask_sees_itself():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"boi_id": 13}, "boi_id 13 is not a token of a vocabulary of 13"),
-        ({"out_dim": 13}, "out_dim 13 is more than a patch's 12 dimensions"),
-        ({"multivariate": True}, "not num_mixtures = 4"),
-        ({"untie_output_vocab": True, "num_vocab_repeats": 2}, "needs num_vocab_repeats = 1"),
-        ({"head_dtype": "float16"}, "'float16' is neither float32 nor bfloat16"),
+        ({"boi_id": 13}, "boi_id 13 .* 13 tokens"),
+        ({"out_dim": 13}, "out_dim 13 .* 12 dimensions"),
+        ({"multivariate": True}, "num_mixtures to 1, not 4"),
+        ({"untie_output_vocab": True, "num_vocab_repeats": 2}, "untie_output_vocab .*num_vocab_repeats = 1"),
+        ({"head_dtype": "float16"}, "'float16'.*float32.*bfloat16"),
     ],
 )
 def test_impossible_options_are_named(kwargs, message):

@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_named(model):
     keys = torch.zeros(1, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"have no label: .* Data\.pp = "):
         JetObjective(dequantize=False)(model, batch, {})
-    with pytest.raises(ValueError, match="drop_labels_prob is of a LabelledFlow, not of a Jet"):
+    with pytest.raises(ValueError, match=r"drop_labels_prob .*LabelledFlow.* Jet"):
         JetObjective(drop_labels_prob=0.1).draw(model.flow, batch, keys, train=True)
 
 

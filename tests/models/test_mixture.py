@@ -14,12 +14,11 @@ from jetformer.models.mixture import (
     MixtureHead,
     MultivariateGaussian,
     MultivariateHead,
-    _blocks,
     count_components,
     mixture_from_logits,
-    mixture_nll,
     square_plus,
 )
+from jetformer.models.mixture_nll import mixture_nll, token_blocks
 from jetformer.sampling import guidance
 
 
@@ -42,7 +41,7 @@ def test_blocks_hold_no_more_tokens_than_asked_for():
     """On each device; unless one token of each example is more."""
     for batch_size, length, block, num_shards in ((5, 7, 3, None), (5, 7, 20, None), (8, 6, 4, 4), (8, 6, 2, 2)):
         seen = torch.zeros(batch_size, length)
-        for rows in _blocks(batch_size, length, block, num_shards):
+        for rows in token_blocks(batch_size, length, block, num_shards):
             seen[rows] += 1
             shards = num_shards or 1
             assert seen[rows].numel() <= max(block, -(-batch_size // shards) if num_shards else 1) * shards

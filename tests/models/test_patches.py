@@ -89,5 +89,5 @@ def test_a_pca_of_another_size_is_named(images, tmp_path):
 
 
 def test_an_image_that_does_not_divide_is_named():
-    with pytest.raises(ValueError, match="9 × 8 pixels does not divide into patches of 2"):
+    with pytest.raises(ValueError, match=r"9 × 8 .* 2"):
         Patchify((9, 8, 3), 2)
