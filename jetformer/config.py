@@ -82,6 +82,9 @@ def gin_errors() -> Iterator[None]:
         yield
     except ConfigError:
         raise
+    except ModuleNotFoundError as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"{message}: install it, or put the directory of its file on PYTHONPATH") from error
     except Exception as error:  # whatever a constructor raises, it is about what it was given
         raise ConfigError(" ".join(str(error).split())) from error
 
