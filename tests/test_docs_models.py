@@ -1,4 +1,4 @@
-"""The example of docs/models.md works as it stands: flow, objective, evaluator and preprocessing op outside the clone."""
+"""The example of docs/models.md works: a flow, objective, evaluator and preprocessing op outside the clone."""
 
 import json
 import os

@@ -60,11 +60,6 @@ class ActNorm(nn.Module):
         return z * (-self.log_scale).exp() - self.bias, -self._logdet(z)
 
 
-def needs_data(model: nn.Module) -> bool:
-    """Returns whether a model has parameters that are initialized from data."""
-    return bool(parameters_from_data(model))
-
-
 def parameters_from_data(model: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters of a model that are initialized from data."""
     modules = [module for module in model.modules() if hasattr(module, "parameters_from_data")]
