@@ -10,7 +10,7 @@ from torch.nn import functional as F
 # Up to this many keys two matrix products and a softmax are used. On a CPU they take a third less time than PyTorch's
 # fused kernel, which is faster from 256 keys on (forward and backward, float32, 64 tokens: 4.1 ms and 6.0 ms on 2
 # cores). XLA fuses them, and its kernel would first repeat shared keys.
-_SHORT = {"cpu": 128, "xla": float("inf")}
+MAX_SHORT_KEYS = {"cpu": 128, "xla": float("inf")}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -25,7 +25,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causa
     Returns:
       `[B, N, T, H]`.
     """
-    if k.shape[2] > _SHORT.get(q.device.type, 0):
+    if k.shape[2] > MAX_SHORT_KEYS.get(q.device.type, 0):
         if mask is not None:
             mask = mask[:, None]
         return F.scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""The decoder: causal, cached equals uncached, shifts of positions, grouped heads."""
+"""The decoder is causal, decodes with a KV cache as without, and depends on relative positions only."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def sequence(length=7, batch=3):
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_causal_without_a_mask_is_a_causal_mask(num_kv_heads):
+def test_no_mask_equals_a_causal_mask(num_kv_heads):
     model = decoder(num_kv_heads)
     x, positions = sequence()
     mask = torch.ones(7, 7, dtype=torch.bool).tril().expand(3, 7, 7)
@@ -72,7 +72,7 @@ def test_cached_equals_uncached(num_kv_heads, prefill):
     torch.testing.assert_close(torch.cat(outputs, dim=1), expected)
 
 
-def test_only_distances_matter():
+def test_only_relative_positions_matter():
     model = decoder()
     x, positions = sequence()
     y, shifted = (model(x, mask=None, positions=positions + shift) for shift in (0, 100))
@@ -97,7 +97,7 @@ def test_rms_norm_scales_by_one_plus_weight():
 
 
 def test_activation_checkpointing_repeats_dropout():
-    """A block that is computed twice drops the same entries both times, so gradients agree."""
+    """A recomputed block drops the same entries again, so gradients agree."""
     gradients = []
     for policy in ("couplings", "blocks"):
         model = decoder(dropout=0.3, policy=policy)
@@ -115,7 +115,7 @@ def test_dropout_is_a_function_of_the_examples_key():
     run = lambda rows, keys: model(x[rows], mask=None, positions=positions[rows], dropout_keys=keys)
     everything = slice(None)
     y = run(everything, KEYS)
-    for rows in ([0], [2, 1]):  # alone or in other company
+    for rows in ([0], [2, 1]):  # alone or in another batch
         torch.testing.assert_close(run(rows, KEYS[rows]), y[rows])
     assert not torch.allclose(run(everything, prng.fold_in(KEYS, 1)), y)
     undropped = decoder()(x, mask=None, positions=positions)

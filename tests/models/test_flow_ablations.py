@@ -1,4 +1,4 @@
-"""Every ablation of Jet is invertible, and does what the flow that it is taken from does."""
+"""Every ablation of Jet is invertible, and keeps the properties of its model."""
 
 import functools
 
@@ -17,7 +17,7 @@ COUPLINGS = [{"predictor": "cnn"}, {"masking": True}, {"scale_form": "exp"}]
 
 
 def coupling(kind, projection, shape, **how):
-    """A coupling of a flow whose tokens are pixels."""
+    """The only coupling of a flow whose tokens are pixels."""
     how |= {"depth": 1, "kinds": (kind,), f"{kind}_coupling_projs": (projection,)}
     return randomized(make_jet(shape, **SMALL | {"ps": 1} | how)).couplings[0]
 
@@ -69,7 +69,7 @@ def test_masks_work_for_single_pixels():
 @pytest.mark.parametrize("predictor", ["vit", "cnn"])
 @pytest.mark.parametrize("masking", [False, True])
 @pytest.mark.parametrize("kind", ["channels", "spatial"])
-def test_a_coupling_keeps_one_half_and_changes_the_other_by_it(kind, masking, predictor):
+def test_a_coupling_keeps_one_half_and_maps_the_other_by_it(kind, masking, predictor):
     projection = "halves" if kind == "channels" else "hstripes"
     model = coupling(kind, projection, (2, 2, 4), masking=masking, predictor=predictor)
     x = torch.randn(1, 4, 4, dtype=torch.float64)
@@ -92,7 +92,7 @@ def test_exponential_scales_are_bounded():
 
 
 def test_levels_factor_half_of_the_dimensions_out():
-    """The second level changes the dimensions that the first passes on, and no others."""
+    """The second level changes only the dimensions that the first does not factor out."""
     model = randomized(make_jet((8, 8, 1), depth=4, kinds=("channels",), num_levels=2, **SMALL))
     x = torch.randn(1, 8, 8, 1, dtype=torch.float64)
     before, _ = model(x)

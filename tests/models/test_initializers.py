@@ -1,4 +1,4 @@
-"""Models that are built outside a run."""
+"""Models built outside a run are initialized by their constructors."""
 
 import functools
 
@@ -27,7 +27,7 @@ MODELS = {
 
 @pytest.fixture
 def memory_is_nan():
-    """torch.empty is NaN, or the largest integer."""
+    """Makes torch.empty return NaN or the largest integer."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -41,7 +41,7 @@ def test_constructors_leave_no_memory_uninitialized(name):
     assert all(tensor.max() < 1e9 for tensor in state.values() if tensor.numel())
 
 
-def test_their_weights_are_of_the_global_generator():
+def test_weights_come_from_the_global_generator():
     states = []
     for seed in 0, 0, 1:
         torch.manual_seed(seed)
@@ -50,7 +50,7 @@ def test_their_weights_are_of_the_global_generator():
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
 
 
-def test_on_the_meta_device_nothing_is_drawn():
+def test_nothing_is_drawn_on_the_meta_device():
     before = torch.get_rng_state()
     with torch.device("meta"):
         SMALL_JET()

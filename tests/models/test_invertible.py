@@ -16,7 +16,7 @@ from jetformer.models.invertible import ActNorm, LUDense, PCAProjection, PlainDe
 from jetformer.models.jet import Jet
 from jetformer.models.patches import Patchify, PatchPCA, fit_pca, save_pca
 
-PIECES = {"actnorm": ActNorm, "lu": LUDense, "plain": PlainDense}
+MODULES = {"actnorm": ActNorm, "lu": LUDense, "plain": PlainDense}
 
 
 def moved(model, seed=0):
@@ -30,13 +30,13 @@ def moved(model, seed=0):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    piece=st.sampled_from(sorted(PIECES)),
+    module=st.sampled_from(sorted(MODULES)),
     dim=st.integers(1, 6),
     num_tokens=st.integers(1, 3),
     seed=st.integers(0, 2**32),
 )
-def test_piece_is_invertible(piece, dim, num_tokens, seed):
-    model = moved(PIECES[piece](dim), seed)
+def test_module_is_invertible(module, dim, num_tokens, seed):
+    model = moved(MODULES[module](dim), seed)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, num_tokens, dim, dtype=torch.float64, generator=generator)
     assert_invertible(model, model.inverse, x)

@@ -1,4 +1,4 @@
-"""Activation checkpointing recomputes the blocks that its policy names, of any model."""
+"""Activation checkpointing recomputes the blocks that its policy names, in any model."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ class Step(Block):
 
 
 class Model(nn.Module):
-    """A model that this package does not know."""
+    """A model that is not part of the package."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +55,7 @@ def test_a_policy_recomputes_its_blocks(policy, calls):
     assert [block.calls for block in model.blocks] == [n + 1 for n in calls]
 
 
-def test_a_model_that_was_never_given_a_policy_recomputes_nothing():
+def test_a_model_without_a_policy_recomputes_nothing():
     model = Model()
     model(torch.randn(3, 4)).sum().backward()
     assert [block.calls for block in model.blocks] == [1, 1, 1]
