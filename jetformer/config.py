@@ -22,7 +22,7 @@ from upath import UPath
 
 from jetformer import evaluators, objectives, optim
 from jetformer.data import dataset
-from jetformer.models import decoder, invertible, jet, jetformer, labelled, language_model, patches
+from jetformer.models import decoder, flow_ablations, invertible, jetformer, labelled, language_model, patches
 from jetformer.sampling import guidance
 from jetformer.storage import write_whole
 
@@ -49,7 +49,6 @@ for _configurable in (
     invertible.IdentityFlow,
     invertible.LearnedProjection,
     invertible.PCAProjection,
-    jet.Jet,
     jetformer.JetFormer,
     labelled.LabelledFlow,
     language_model.LanguageModel,
@@ -64,6 +63,7 @@ for _configurable in (
     dataset.MixtureData,
 ):
     gin.external_configurable(_configurable, module=_configurable.__module__.rpartition(".")[2])
+gin.external_configurable(flow_ablations.make_jet, name="Jet", module="jet")
 
 gin.add_config_file_search_path(str(pathlib.Path(__file__).parent.parent))
 # gin would also search in Python packages, take experiments/ for one, and then fail without naming the file.
@@ -81,6 +81,9 @@ def gin_errors() -> Iterator[None]:
         yield
     except ConfigError:
         raise
+    except ModuleNotFoundError as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"{message}: install it, or put the directory of its file on PYTHONPATH") from error
     except Exception as error:  # of any type: a constructor complains about its arguments
         raise ConfigError(" ".join(str(error).split())) from error
 
@@ -224,25 +227,31 @@ def call(function: Callable) -> Any:
 
 # Arguments of models that may change when a run resumes: the function that the parameters define stays the same.
 _NOT_ARCHITECTURE = ("dropout", "head_block", "head_dtype", "kmeans_init", "mean_init_std", "path", "scale_init")
-
-
-_MODELS = (
-    *(jetformer.JetFormer, language_model.LanguageModel, labelled.LabelledFlow, jet.Jet, decoder.Decoder),
-    *(patches.Patchify, patches.PatchPCA, invertible.LearnedProjection, invertible.PCAProjection),
-)
+_MODELS = {
+    "JetFormer": jetformer.JetFormer,
+    "LanguageModel": language_model.LanguageModel,
+    "LabelledFlow": labelled.LabelledFlow,
+    "Jet": flow_ablations.make_jet,
+    "Decoder": decoder.Decoder,
+    "Patchify": patches.Patchify,
+    "PatchPCA": patches.PatchPCA,
+    "LearnedProjection": invertible.LearnedProjection,
+    "PCAProjection": invertible.PCAProjection,
+}
 
 
 def architecture() -> dict[str, str]:
     """Returns the arguments of all models by `Model.argument`, with defaults: tensors do not determine them."""
     arguments = {}
-    for model in _MODELS:
-        parameters = inspect.signature(model).parameters.values()
+    for model, function in _MODELS.items():
+        parameters = inspect.signature(function).parameters.values()
         values = {p.name: p.default for p in parameters if p.default is not p.empty}
-        values |= gin.get_bindings(model.__name__)
+        values |= gin.get_bindings(model, resolve_references=False)
         for name, value in values.items():
             if name not in _NOT_ARCHITECTURE:
-                value = tuple(value) if isinstance(value, list) else value
-                arguments[f"{model.__name__}.{name}"] = getattr(value, "__name__", None) or repr(value)
+                value = _without_macros(value)
+                is_reference = isinstance(value, gin.config.ConfigurableReference)
+                arguments[f"{model}.{name}"] = value.selector.rpartition(".")[2] if is_reference else repr(value)
     return arguments
 
 
