@@ -631,7 +631,9 @@ def train(run: Run, workdir: UPath, runtime: Runtime, allow_changes: bool = Fals
             best.record(workdir, run.keep_best, run.best_mode())
 
     runtime.first_does(begin)
-    written = metrics.Metrics(workdir, runtime.process_index, run.wandb_project, start_step=start_step)
+    written = metrics.Metrics(
+        workdir, runtime.process_index, run.wandb_project, start_step=start_step, total_steps=total_steps
+    )
     writer = written.writer
     writer.write_texts(start_step, {"config": _markdown(gin.operative_config_str())})
     metrics.log_parameters(state.model)
