@@ -102,16 +102,18 @@ class LogWriter:
         self._origin, self._is_first = (start_step, time.monotonic()), True
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Logs loss, bits, examples/s and the time left; or an evaluation's metrics, without those of parts."""
+        """Logs loss, bits, examples/s and the time left; or an evaluation's bits, or if it has none its metrics."""
         if "train/loss" not in scalars:
-            values = [f"{tag} {float(value):.5g}" for tag, value in scalars.items() if tag.count("/") == 1]
-            if values:
-                logging.info("step %s: %s", f"{step:,}", ", ".join(values))
+            whole = [tag for tag in scalars if tag.count("/") == 1]  # not of a single class or layer
+            tags = [tag for tag in whole if tag.endswith(("/bits_per_dim", "/text_bits_per_token"))] or whole
+            if tags:
+                values = ", ".join(f"{tag} {float(scalars[tag]):.5g}" for tag in tags)
+                logging.info("step %s: %s", f"{step:,}", values)
             return
         formats = {
             "train/loss": "loss {:.5g}",
             "train/bits_per_dim": "{:.4f} bits per dim",
-            "train/bits_per_token": "{:.4f} bits per token",
+            "train/text_bits_per_token": "{:.4f} bits per token",
             "examples_per_sec": "{:,.4g} examples/s",
         }
         values = [form.format(float(scalars[tag])) for tag, form in formats.items() if tag in scalars]

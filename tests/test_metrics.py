@@ -138,19 +138,23 @@ def test_the_log_is_one_line_for_each_write(tmp_path, caplog, verbosity):
     written = metrics.Metrics(UPath(tmp_path), process_index=0, start_step=1000, total_steps=4000)
     written.writer.write_texts(1000, {"config": "A.b = 1"})
     written.writer.write_scalars(1010, {"steps_per_sec": 7.0, "uptime": 9.0})
-    scalars = {"train/loss": 123.456, "train/bits_per_dim": 3.25, "examples_per_sec": 1234.4, "grad_norm": 0.5}
+    scalars = {"train/loss": 123.456, "train/bits_per_dim": 3.25, "train/text_bits_per_token": 1.75}
+    scalars |= {"examples_per_sec": 1234.4, "grad_norm": 0.5}
     written.writer.write_scalars(2000, scalars)
-    written.writer.write_scalars(2000, {"val/bits_per_dim": 3.5, "val/accuracy": 0.25, "val/accuracy/class_1": 0.75})
+    written.writer.write_scalars(2000, {"val/bits_per_dim": 3.5, "val_ema/bits_per_dim": 3.25, "val/logdet": 0.125})
+    written.writer.write_scalars(3000, {"probe/accuracy": 0.25, "probe/accuracy/class_1": 0.75})
     written.writer.write_images(2000, {"samples": np.zeros((1, 4, 4, 3), np.uint8)})
     written.writer.write_scalars(4000, {"train/loss": 100.0})
     written.close()
-    train, evaluation, end = infos(caplog)
-    for value in ("2,000 of 4,000", "123.46", "3.2500 bits per dim", "1,234 examples/s", "left"):
+    train, likelihood, probe, end = infos(caplog)
+    bits = "3.2500 bits per dim, 1.7500 bits per token"
+    for value in ("2,000 of 4,000", "123.46", bits, "1,234 examples/s", "left"):
         assert value in train
     assert "0.5" not in train
-    for value in ("2,000", "val/bits_per_dim 3.5", "val/accuracy 0.25"):
-        assert value in evaluation
-    assert "class_1" not in evaluation
+    assert "2,000: val/bits_per_dim 3.5, val_ema/bits_per_dim 3.25" in likelihood
+    assert "logdet" not in likelihood
+    assert "3,000: probe/accuracy 0.25" in probe
+    assert "class_1" not in probe
     assert "4,000 of 4,000" in end
     assert "0:00:00 left" in end
 
