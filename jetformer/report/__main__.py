@@ -1,4 +1,10 @@
-"""Writes the page of a run, or of several: see `jetformer.report`."""
+"""Writes the page of a run, or of several side by side: a single HTML file that loads nothing else.
+
+    python -m jetformer.report --workdir=/tmp/digits
+    python -m jetformer.report --compare=/tmp/digits,/tmp/digits_long --out=/tmp/digits.html
+
+The run may still be training. Workdirs may be URLs.
+"""
 
 from absl import app, flags, logging
 
