@@ -208,7 +208,7 @@ def _on_tpu(where: runtime.Runtime) -> bool:
 
 
 def measure(run, where: runtime.Runtime, *, steps: int, warmup: int, samples: int, profile: str | None) -> dict:
-    """Measures a `train.Run`.
+    """Measures a `Experiment`.
 
     Args:
       run: the experiment.
@@ -222,13 +222,13 @@ def measure(run, where: runtime.Runtime, *, steps: int, warmup: int, samples: in
       with them), and the phases data, forward, backward, optimizer (of other steps, which wait for the device after
       each). flops is of all processes' step, by `model_flops`; bytes are of this process.
     """
-    from jetformer import train
+    from jetformer.state import build, make_loop
+    from jetformer.trainer import training_of
 
     run.check_mesh(where)
-    loop = train.loop_of(where)
-    loop.set_up(run.mesh, None, run.matmul_precision)
+    loop = make_loop(run, where)
     machine = Machine(where, loop, run.autocast)
-    state = run.build_state(where)
+    state = build(run, loop)
     model = state.model
     text_length = text_length_of(run, model)
     whole = synthetic_batch(model, run.batch_size, text_length)
@@ -237,24 +237,8 @@ def measure(run, where: runtime.Runtime, *, steps: int, warmup: int, samples: in
     clock = Clock(machine.synchronize)
 
     def training(count: int, on_phase: Callable[[str], None]) -> Iterator:
-        return loop.train_steps(
-            runner=state.runner,
-            objective=run.objective,
-            optimizer=state.optimizer,
-            ema=state.ema,
-            batches=itertools.repeat(local),
-            start_step=0,
-            total_steps=count,
-            schedule=lambda step: 1e-3,
-            noise_curriculum=lambda step: run.noise_scale,
-            runtime=where,
-            seed=run.seed,
-            grad_clip_norm=run.grad_clip_norm,
-            grad_accum_steps=run.grad_accum_steps,
-            ema_decay=run.ema_decay_at,
-            autocast_dtype=run.autocast,
-            on_phase=on_phase,
-        )
+        training = training_of(run, state, count, schedule=lambda step: 1e-3)
+        return loop.train_steps(training, itertools.repeat(local), on_phase=on_phase)
 
     seconds = collections.defaultdict(list)
     with contextlib.closing(training(warmup + steps, lambda name: None)) as stepping:
@@ -354,12 +338,12 @@ def _bytes_of(state, run, batch: dict[str, np.ndarray], loop, where: runtime.Run
         return tensor
 
     part = {name: array[: len(array) // run.grad_accum_steps] for name, array in batch.items()}
-    part = loop.to_device(part, where.device)
+    part = {name: torch.tensor(array).to(where.device) for name, array in part.items()}
     keys = prng.example_keys(0, torch.arange(objectives.batch_size(part), dtype=torch.int32, device=where.device))
     draws = run.objective.draw(state.model, part, keys, train=True)
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        loop.autocast(where.device, run.autocast),
+        loop.autocast(),
     ):
         loss, _ = state.runner(run.objective, part, draws, noise_scale=run.noise_scale)
     loss.backward()  # FSDP2 expects it
@@ -506,10 +490,11 @@ def main(argv: list[str]) -> None:
         if theirs is not None and theirs.get("format") != FORMAT:
             raise ValueError(f"--compare={FLAGS.compare}: another version has written it; measure again")
         where = runtime.initialize(FLAGS.device)
-        from jetformer import config, train
+        from jetformer import config
+        from jetformer.experiment import Experiment
 
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
-        run = config.call(train.Run)
+        run = config.call(Experiment)
         results = measure(
             run, where, steps=FLAGS.steps, warmup=FLAGS.warmup, samples=FLAGS.samples, profile=FLAGS.profile
         )

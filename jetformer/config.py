@@ -86,22 +86,42 @@ def gin_errors() -> Iterator[None]:
         raise ConfigError(" ".join(str(error).split())) from error
 
 
-def parse(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
-    """Parses gin files, then bindings. Files are looked for from here and from the project's root.
+def parse(
+    gin_files: Sequence[str],
+    gin_bindings: Sequence[str],
+    saved: str | None = None,
+    trust_imports: Sequence[str] = (),
+) -> None:
+    """Parses a saved configuration, then gin files, then bindings.
+
+    Files are searched in the current directory and in the project's root.
+
+    Args:
+      gin_files, gin_bindings: the user's own: they may import any module.
+      saved: text of a configuration, perhaps somebody else's: it may import only the modules of `trust_imports`. None:
+        the first file takes its place.
+      trust_imports: names of modules.
 
     Raises:
-      ConfigError: for a file that is not there, a syntax error, an unknown name, a macro without a value or use.
+      ConfigError: for a file that does not exist, a syntax error, an unknown name, a macro without a value or use, or
+        an import that is not trusted.
     """
-    if not gin_files:
+    if saved is None and not gin_files:
         raise ConfigError("no experiment: give one with --gin_file=experiments/….gin")
     gin.clear_config()
-    # gin takes a misspelt macro for a new one. Those of the first file are the experiment's own; what comes on top has
+    # gin takes a misspelt macro for a new one. Those of the first text are the experiment's own; what comes on top has
     # to set one of them, or one that is used.
     defined = lambda: set(re.findall(r"^(\w+) = ", gin.config_str(), flags=re.MULTILINE))
     with gin_errors():
-        gin.parse_config_file(gin_files[0])
+        if saved is None:
+            gin.parse_config_file(gin_files[0])
+            gin_files = gin_files[1:]
+        else:
+            saved = io.StringIO(saved, newline=None).read()  # one kind of line ends, in the check and in gin
+            check_runs_nothing(saved, trust_imports)
+            gin.parse_config(saved)
         known = defined()
-        for file in gin_files[1:]:
+        for file in gin_files:
             gin.parse_config_file(file)
         gin.parse_config(list(gin_bindings))
         gin.finalize()
@@ -129,7 +149,6 @@ def check_runs_nothing(text: str, trust_imports: Sequence[str]) -> None:
     Raises:
       ConfigError: if it imports another module or includes a file.
     """
-    text = io.StringIO(text, newline=None).read()  # with the line ends that gin will see in a file
     with gin_errors():
         statements = list(config_parser.ConfigParser(text, _Names()))
     for statement in statements:

@@ -114,14 +114,15 @@ class Job:
         Raises:
           ValueError: if there is no run.
         """
-        from jetformer import train
+        from jetformer.run_files import RUN_FILE
+        from jetformer.state import saved_config
 
         saved = None
 
         def read() -> None:
             nonlocal saved
-            facts = self._workdir / train.RUN_FILE
-            saved = train.saved_config(self._workdir), facts.read_text() if facts.exists() else "{}"
+            facts = self._workdir / RUN_FILE
+            saved = saved_config(self._workdir), facts.read_text() if facts.exists() else "{}"
 
         self._machine.first_does(read)
         return self._machine.of_first(saved)
@@ -136,13 +137,13 @@ class Job:
         Raises:
           ValueError: if there is none, or it cannot be used.
         """
-        from jetformer import train
         from jetformer.evaluators import best
+        from jetformer.state import configured
 
         saved = self._read_saved()
         if saved == self._saved:
             return False
-        run = train.configured(saved[0], *self._overrides, self._trust_imports)
+        run = configured(saved[0], *self._overrides, self._trust_imports)
         if not run.evaluators:
             raise ValueError(
                 f"{self._workdir} has no evaluators: bind some, as --gin_bindings='train.evaluators = "
@@ -251,8 +252,9 @@ class Job:
         Raises:
           ValueError: with `again`, if the checkpoint cannot be read.
         """
-        from jetformer import checkpoint, train
+        from jetformer import checkpoint
         from jetformer.evaluators import base
+        from jetformer.state import evaluator_context
 
         since = time.perf_counter()
         try:
@@ -275,7 +277,7 @@ class Job:
             since = time.perf_counter()
             done = self.evaluations.evaluate(
                 name,
-                train.context(run, state, step, name, self._workdir, self._machine),
+                evaluator_context(run, state, step, name, self._workdir),
                 functools.partial(self._written_to, name),
                 counts=lambda: not self._taken_anew(step),
             )
@@ -317,14 +319,14 @@ class Job:
 
     def _load(self, step: int):
         """The run and its state at a step, built anew only where its configuration has changed."""
-        from jetformer import train
+        from jetformer.state import load_state, restore
 
         if self._loaded is None or self._loaded[0] != self._saved:
             self._loaded = None  # its memory goes first
-            run, state, _ = train.load_state(self._run, self._workdir, self._machine, step, self._verify)
+            run, state, _ = load_state(self._run, self._workdir, self._machine, step, self._verify)
             self._loaded = self._saved, run, state
         else:
-            train.restore(self._workdir, self._loaded[2], self._machine, step, self._verify)
+            restore(self._workdir, self._loaded[2], step, self._verify)
         return self._loaded[1:]
 
 

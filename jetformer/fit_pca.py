@@ -9,7 +9,8 @@ import itertools
 
 from absl import app, flags, logging
 
-from jetformer import config, program, train
+from jetformer import config, program
+from jetformer.experiment import Experiment
 from jetformer.models.patches import fit_pca, save_pca
 
 flags.adopt_module_key_flags(program)
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
     program.no_arguments(argv)
     with program.one_line_errors():
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
-        run = config.call(train.Run)
+        run = config.call(Experiment)
         run.data.prepare()
         batches = run.data.train_batches(batch_size=run.batch_size, seed=run.seed)
         count = -(-min(FLAGS.examples, run.data.num_train_examples()) // run.batch_size)

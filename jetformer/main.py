@@ -23,11 +23,12 @@ def main(argv: list[str]) -> None:
         machine = runtime.initialize(FLAGS.device)
         if not FLAGS["verbosity"].present:  # of several processes one says how it goes
             logging.set_verbosity(logging.INFO if machine.process_index == 0 else logging.WARNING)
-        from jetformer import config, train
+        from jetformer import config
+        from jetformer.experiment import Experiment
+        from jetformer.trainer import train
 
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
-        run = config.call(train.Run)
-        train.train(run, UPath(FLAGS.workdir), machine, FLAGS.allow_changes, FLAGS.verify)
+        train(config.call(Experiment), UPath(FLAGS.workdir), machine, FLAGS.allow_changes, FLAGS.verify)
 
 
 if __name__ == "__main__":

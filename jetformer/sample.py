@@ -172,7 +172,7 @@ def prompt_jobs(texts, prompts: list[str], whole: bool) -> list[Job]:
 
 def tokenizing(run, workdir: UPath):
     """How the run tokenizes texts: its own copy of the tokenizer, wherever the original is."""
-    from jetformer.train import TOKENIZER_FILE
+    from jetformer.run_files import TOKENIZER_FILE
 
     copy = workdir / TOKENIZER_FILE
     return run.data.texts(str(copy) if copy.exists() else None)
@@ -389,14 +389,14 @@ def sample_all(run, state, step: int, workdir: UPath, machine: runtime.Runtime, 
     import torch
     from tqdm import tqdm
 
-    from jetformer import prng, train
+    from jetformer import prng
     from jetformer.models.jet import Jet
     from jetformer.models.jetformer import JetFormer
     from jetformer.models.labelled import LabelledFlow
     from jetformer.models.language_model import LanguageModel
     from jetformer.sampling import gallery
 
-    model, loop = state.model, train.loop_of(machine)
+    model, loop = state.model, state.loop
     if not isinstance(model, JetFormer | LanguageModel | Jet | LabelledFlow):
         raise ValueError(f"a {type(model).__name__} alone has nothing to sample: give a JetFormer's or a flow's run")
     if (FLAGS.images is None) != (FLAGS.task is None):
@@ -435,7 +435,7 @@ def sample_all(run, state, step: int, workdir: UPath, machine: runtime.Runtime, 
     with (
         average,
         loop.gathered(state.runner),
-        loop.autocast(machine.device, run.autocast),
+        loop.autocast(),
         tqdm(
             total=sum(map(len, own)) * task.num_tokens,
             unit="tokens",
@@ -477,12 +477,12 @@ def main(argv: list[str]) -> None:
             raise ValueError("with --device=xla jetformer.sample is one process: start it on one host")
         # A process loads and runs the model as if it were alone, so that none waits for another within a batch.
         alone = machine if machine.process_count == 1 else runtime.Runtime(machine.device)
-        from jetformer import train
+        from jetformer.state import load
 
         workdir, step = source()
         if "://" in FLAGS.out:
             raise ValueError(f"--out={FLAGS.out}: give a local directory")
-        run, state, step = train.load(
+        run, state, step = load(
             workdir, FLAGS.gin_file, FLAGS.gin_bindings, alone, step, FLAGS.trust_imports, FLAGS.verify
         )
         sample_all(run, state, step, workdir, machine, pathlib.Path(FLAGS.out))

@@ -11,9 +11,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 from upath import UPath
 
-from jetformer import checkpoint, config, train
+from jetformer import checkpoint, config
 from jetformer.evaluators.base import Context
+from jetformer.experiment import Experiment
 from jetformer.runtime import Runtime
+from jetformer.state import build, evaluator_context, make_loop
+from jetformer.trainer import train
 
 # digits.gin, made small enough to train in seconds.
 SMALL = {
@@ -48,20 +51,20 @@ def bindings(data_dir, **overrides) -> list[str]:
 def run(workdir, data_dir, **overrides) -> None:
     """Trains in this process."""
     config.parse(["experiments/digits.gin"], bindings(data_dir, **overrides))
-    experiment = config.call(train.Run)
-    train.train(experiment, UPath(workdir), Runtime(torch.device("cpu")))
+    experiment = config.call(Experiment)
+    train(experiment, UPath(workdir), Runtime(torch.device("cpu")))
 
 
 def untrained(workdir, data_dir, gin_file="experiments/digits.gin", **overrides) -> Context:
     """What an evaluator is given for a small run with random parameters, and others as their moving average."""
     config.parse([gin_file], bindings(data_dir, **overrides))
-    experiment, machine = config.call(train.Run), Runtime(torch.device("cpu"))
-    state = experiment.build_state(machine)
+    experiment = config.call(Experiment)
+    state = build(experiment, make_loop(experiment, Runtime(torch.device("cpu"))))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in [*state.model.parameters(), *(state.ema or {}).values()]:
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return train.context(experiment, state, 7, "test", UPath(workdir), machine)
+    return evaluator_context(experiment, state, 7, "test", UPath(workdir))
 
 
 def command(workdir, gin_bindings, gin_file="experiments/digits.gin", *more) -> list[str]:
@@ -103,7 +106,8 @@ def results(workdir, name) -> list[dict[str, float]]:
 def checkpoint_tensors(workdir, step):
     """All tensors of a run's checkpoint by name."""
     config.parse([str(workdir / config.CONFIG_FILE)], [])
-    state = config.call(train.Run).build_state(Runtime(torch.device("cpu")))
+    experiment = config.call(Experiment)
+    state = build(experiment, make_loop(experiment, Runtime(torch.device("cpu"))))
     tensors = state.tensors()
     checkpoint.restore(workdir, step, tensors)
     return {f"{part}/{name}": value for part in ("model", "ema") for name, value in tensors.get(part, {}).items()} | {

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from jetformer import benchmark, config, train
+from jetformer import benchmark, config
+from jetformer.experiment import Experiment
 from jetformer.runtime import Runtime
 from runs import bindings, start
 
@@ -22,7 +23,7 @@ EXPERIMENTS = (
 def test_the_formula_is_what_torch_counts(name):
     """All products of a step, forward and backward. (The first layer's input has no gradient.)"""
     config.parse([f"experiments/{name}.gin"], ["train.batch_size = 4", "train.activation_checkpointing = 'none'"])
-    run = config.call(train.Run)
+    run = config.call(Experiment)
     with torch.device("meta"):
         model = run.model()
     text_length = benchmark.text_length_of(run, model)
@@ -33,7 +34,7 @@ def test_the_formula_is_what_torch_counts(name):
 @pytest.fixture(scope="module")
 def results(data_dir):
     config.parse(["experiments/digits.gin"], bindings(data_dir, train__grad_accum_steps=2))
-    run = config.call(train.Run)
+    run = config.call(Experiment)
     return benchmark.measure(run, Runtime(torch.device("cpu")), steps=3, warmup=1, samples=2, profile=None)
 
 
@@ -64,7 +65,7 @@ def test_what_is_measured_of_a_language_model():
         ["experiments/tinystories.gin"],
         ["train.batch_size = 2", "train.autocast = None", *(f"Decoder.{name} = {x}" for name, x in small.items())],
     )
-    run = config.call(train.Run)
+    run = config.call(Experiment)
     results = benchmark.measure(run, Runtime(torch.device("cpu")), steps=1, warmup=1, samples=2, profile=None)
     assert results["tokens"] == results["sampling"]["tokens"] == 2 * 512
     assert "flow" not in results

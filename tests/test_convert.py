@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from upath import UPath
 
 from golden_files import DIRECTORY, Golden, assert_log, assert_output, paths
-from jetformer import config, train
+from jetformer import config
 from jetformer.convert import big_vision, from_big_vision, image_head_order, jet_pytorch, jetformer_pytorch, sharing
 from jetformer.convert.sources import Source, assemble, fit, permutation
+from jetformer.experiment import Experiment
 from jetformer.models.decoder import Decoder, GatedMlp
 from jetformer.models.initializers import init_weights
 from jetformer.models.jet import Jet
@@ -161,7 +162,7 @@ def parsed(weights, *bindings):
     gin.clear_config()
     gin.parse_config(weights.gin)
     gin.parse_config(list(bindings))
-    return config.call(train.Run).check_model()
+    return config.call(Experiment).check_model()
 
 
 def converted(module, weights, *bindings):

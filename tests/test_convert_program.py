@@ -19,8 +19,11 @@ from safetensors.torch import save_file
 from upath import UPath
 
 from golden_files import DIRECTORY, Golden
-from jetformer import checkpoint, config, train
+from jetformer import checkpoint, config
+from jetformer.experiment import Experiment
 from jetformer.runtime import Runtime
+from jetformer.state import load, restore
+from jetformer.trainer import train
 from runs import bindings, results, start
 from test_convert import JET_BINDINGS, JETFORMER_PT, JETFORMER_YAML, Malicious, check_jet, check_jetformer, write_bv
 from test_sample import Hub
@@ -44,7 +47,7 @@ def bound(*gin_bindings):
 
 def loaded(workdir):
     """The experiment and its state as the other programs read them."""
-    experiment, state, _ = train.load(UPath(workdir), [], [], CPU)
+    experiment, state, _ = load(UPath(workdir), [], [], CPU)
     state.runner.eval()
     return experiment, state
 
@@ -189,7 +192,7 @@ def test_jet_pytorch_from_the_hub(jet_file, tmp_path):
     assert len((tmp_path / "samples" / "samples.jsonl").read_text().splitlines()) == 2
     config.parse([str(out / "config.gin")], ['Jet.gelu = "tanh"'])
     with pytest.raises(ValueError, match=r"its Jet.gelu is 'exact', this one's 'tanh'"):
-        train.restore(UPath(out), state, CPU)
+        restore(UPath(out), state)
 
 
 @pytest.mark.parametrize("form", ["npz", "bv"])
@@ -225,7 +228,7 @@ def test_a_run_to_the_hub_and_back(tmp_path, shapes_dir):
     """The same parameters, moving average, tokenizer, step and experiment; its figures are on the card."""
     small = bindings(shapes_dir, train__total_steps=4, train__evaluators='{"val": @Likelihood()}', Jet__num_heads=2)
     config.parse(["experiments/shapes.gin"], small)
-    train.train(config.call(train.Run), UPath(tmp_path / "run"), CPU)
+    train(config.call(Experiment), UPath(tmp_path / "run"), CPU)
     (tmp_path / "run" / "best.json").write_text('{"ranking": [{"step": 4}]}')
     repository = tmp_path / "repository"
     repository.mkdir()

@@ -6,8 +6,9 @@ import pathlib
 import pytest
 import torch
 
-from jetformer import config, train
+from jetformer import config
 from jetformer.data import preprocess, tokenizer
+from jetformer.experiment import Experiment
 
 DIRECTORY = pathlib.Path(__file__).parent.parent / "experiments"
 PARAMETERS = {
@@ -64,7 +65,7 @@ def test_every_experiment_is_here():
 )
 def test_on_photo_patches(name, bindings, count):
     config.parse([str(DIRECTORY / f"{file}.gin") for file in (name, ON_TOP)], bindings)
-    run = config.call(train.Run)
+    run = config.call(Experiment)
     assert run.data.name == "photo_patches"
     with torch.device("meta"):
         model = run.model()
@@ -79,7 +80,7 @@ def test_experiment(name, monkeypatch, tmp_path):
     monkeypatch.setattr(tokenizer, "PUBLIC", {"c4_en": (here, None)})
     monkeypatch.setattr(tokenizer, "load", functools.partial(tokenizer.load, cache_dir=str(tmp_path)))
     config.parse([str(DIRECTORY / f"{name}.gin")], [])
-    run = config.call(train.Run)
+    run = config.call(Experiment)
     with torch.device("meta"):
         model = run.model()
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from upath import UPath
 
-from jetformer import train
 from jetformer.runtime import Runtime
+from jetformer.state import load
 from runs import bindings, run, scalars, start
 
 
@@ -34,6 +34,6 @@ def test_fit_and_train(tmp_path, data_dir):
     assert 0 < scalars(tmp_path / "run")["train/bits_per_dim"][1] < 12
     # The checkpoint has the PCA: another machine needs no file of it.
     output.unlink()
-    _, state, _ = train.load(UPath(tmp_path / "run"), [], [], Runtime(torch.device("cpu")))
+    _, state, _ = load(UPath(tmp_path / "run"), [], [], Runtime(torch.device("cpu")))
     components = state.model.patches.components
     torch.testing.assert_close(components @ components.T, torch.eye(4), atol=1e-5, rtol=0)

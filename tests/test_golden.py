@@ -16,13 +16,14 @@ from golden_files import Golden, assert_gradients, assert_log, assert_output, pa
 from jetformer import optim
 from jetformer.convert import from_big_vision, image_head_order
 from jetformer.data import preprocess
-from jetformer.loops import torch_loop
+from jetformer.loops.torch_loop import TorchLoop
 from jetformer.models.decoder import Decoder
 from jetformer.models.jet import Jet
 from jetformer.models.jetformer import JetFormer
 from jetformer.models.mixture import MixtureHead, mixture_from_logits
 from jetformer.models.patches import Patchify, PatchPCA
 from jetformer.objectives import JetFormerObjective, JetObjective
+from jetformer.runtime import Runtime
 from jetformer.sampling.decode import CachedDecoder
 
 
@@ -219,7 +220,7 @@ def test_trajectory(file):
     parameters = dict(model.named_parameters())
     assert frozenset().union(*squares) == parameters.keys()
     for names, value in squares.items():
-        assert_output(torch_loop.global_norm([parameters[n] for n in names]), value.sqrt())
+        assert_output(TorchLoop(Runtime(torch.device("cpu"))).global_norm([parameters[n] for n in names]), value.sqrt())
 
 
 @golden("gmm")

@@ -6,8 +6,10 @@ import pytest
 import torch
 from upath import UPath
 
-from jetformer import checkpoint, config, train
+from jetformer import checkpoint, config, state
+from jetformer.experiment import Experiment
 from jetformer.runtime import Runtime
+from jetformer.state import build, build_model, initialize, load_weights, make_loop
 from runs import bindings, command, run, scalars, start, torchrun
 
 pytestmark = pytest.mark.slow
@@ -29,13 +31,14 @@ JET = {
 
 def experiment(data_dir, **overrides):
     config.parse(["experiments/digits.gin"], bindings(data_dir, **JET | overrides))
-    return config.call(train.Run)
+    return config.call(Experiment)
 
 
 def weights(workdir, part="model"):
     """A checkpoint's newest parameters by name."""
     config.parse([str(workdir / config.CONFIG_FILE)], [])
-    tensors = config.call(train.Run).build_state(CPU).tensors()
+    experiment = config.call(Experiment)
+    tensors = build(experiment, make_loop(experiment, CPU)).tensors()
     checkpoint.restore(workdir, checkpoint.latest(workdir), tensors)
     return tensors[part]
 
@@ -57,18 +60,18 @@ EQUAL = {"JetFormer__kmeans_init": False, "JetFormer__scale_init": 1.0}
 @pytest.mark.parametrize("std", [0.0, 0.3])
 def test_components_that_begin_equal_are_warned_of(data_dir, caplog, std):
     config.parse(["experiments/digits.gin"], bindings(data_dir, **EQUAL, JetFormer__mean_init_std=std))
-    experiment = config.call(train.Run)
-    experiment.initialize(experiment.build_model(), CPU)
+    experiment = config.call(Experiment)
+    initialize(experiment, CPU, build_model(experiment))
     assert ("mean_init_std" in caplog.text) == (std == 0)
 
 
 def test_components_that_begin_at_clusters(data_dir):
     """Of the first batch's tokens: as likely as none other, under the mixture of any hidden state."""
     config.parse(["experiments/digits.gin"], bindings(data_dir, JetFormer__num_mixtures=8, train__batch_size=64))
-    experiment = config.call(train.Run)
-    models = [experiment.build_model() for _ in range(3)]
+    experiment = config.call(Experiment)
+    models = [build_model(experiment) for _ in range(3)]
     for model in models[:2]:
-        experiment.initialize(model, CPU)
+        initialize(experiment, CPU, model)
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models[:2]), strict=True))
     head, equal = models[0].image_head, models[2].image_head
     assert not head.components_equal()
@@ -85,9 +88,9 @@ def test_the_mixture_of_another_run_is_kept(data_dir, tmp_path, caplog):
     run(tmp_path / "equal", data_dir, **EQUAL, train__total_steps=1, train__evaluators="{}")
     config.parse(["experiments/digits.gin"], bindings(data_dir, train__init_from=f'"{tmp_path}/equal"'))
     caplog.clear()
-    experiment = config.call(train.Run)
-    model = experiment.build_model()
-    experiment.initialize(model, CPU)
+    experiment = config.call(Experiment)
+    model = build_model(experiment)
+    initialize(experiment, CPU, model)
     assert model.image_head.components_equal()
     assert f"{tmp_path}/equal" in caplog.text.partition("components")[2]
 
@@ -97,9 +100,9 @@ def test_the_mixture_of_another_run_is_kept(data_dir, tmp_path, caplog):
 
 def test_actnorms_are_set_by_the_first_batch(data_dir):
     experiment_ = experiment(data_dir, train__batch_size=256)
-    model = experiment_.build_model()
+    model = build_model(experiment_)
     assert all((p == 0).all() for p in model.actnorms.parameters())
-    experiment_.initialize(model, CPU)
+    initialize(experiment_, CPU, model)
     batch = next(experiment_.data.train_batches(batch_size=256, seed=0))
     x = torch.tensor(batch["image"]).float().add(0.5) / 127.5 - 1
     tokens, _ = model.patchify(x)
@@ -107,14 +110,14 @@ def test_actnorms_are_set_by_the_first_batch(data_dir):
     # But for the noise between the 8-bit values.
     torch.testing.assert_close(z.mean((0, 1)), torch.zeros(4), atol=2e-3, rtol=0)
     torch.testing.assert_close(z.std((0, 1)), torch.ones(4), atol=5e-3, rtol=0)
-    again = experiment_.build_model()
-    experiment_.initialize(again, CPU)
+    again = build_model(experiment_)
+    initialize(experiment_, CPU, again)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_a_resumed_run_is_not_initialized_again(finished, tmp_path, data_dir, monkeypatch):
     shutil.copytree(finished, tmp_path / "run")
-    monkeypatch.setattr(train.Run, "initialize", lambda self, model, runtime: pytest.fail("initialized"))
+    monkeypatch.setattr(Experiment, "initialize", lambda self, model, runtime: pytest.fail("initialized"))
     run(tmp_path / "run", data_dir, **JET, train__total_steps=8)
     monkeypatch.undo()
     run(tmp_path / "whole", data_dir, **JET, train__total_steps=8)
@@ -147,8 +150,8 @@ def test_a_jetformers_flow_is_initialized_too(tmp_path, data_dir):
 def test_a_run_begins_with_the_average_of_another(finished, tmp_path, data_dir):
     expected = weights(finished, "ema")
     for path in (finished, f"{finished}/checkpoints/000000004/"):
-        model = (found := experiment(data_dir, train__init_from=f'"{path}"')).build_model()
-        found.initialize(model, CPU)
+        model = build_model(found := experiment(data_dir, train__init_from=f'"{path}"'))
+        initialize(found, CPU, model)
         parameters = dict(model.named_parameters())
         assert parameters.keys() == expected.keys()
         assert all(torch.equal(parameters[name], expected[name]) for name in expected)
@@ -165,8 +168,8 @@ def test_a_run_begins_with_the_average_of_another(finished, tmp_path, data_dir):
 
 def test_weights_are_those_of_the_checkpoint_named(tmp_path, data_dir):
     run(tmp_path, data_dir, **JET | {"train__ema_decay": 0.0}, train__total_steps=8, train__keep_last=2)
-    model = experiment(data_dir).build_model()
-    train.load_weights(str(tmp_path / "checkpoints" / "000000004"), model)
+    model = build_model(experiment(data_dir))
+    load_weights(str(tmp_path / "checkpoints" / "000000004"), model)
     expected = {"model": {name: torch.empty_like(value) for name, value in model.state_dict().items()}}
     checkpoint.restore(tmp_path, 4, expected)
     assert all(torch.equal(value, expected["model"][name]) for name, value in model.state_dict().items())
@@ -181,11 +184,11 @@ def test_weights_are_those_of_the_checkpoint_named(tmp_path, data_dir):
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(finished, data_dir, overrides, message, monkeypatch):
-    model = experiment(data_dir, **overrides).build_model()
+    model = build_model(experiment(data_dir, **overrides))
     # What it says of its architecture is compared first, where it says so.
-    monkeypatch.setattr(train, "_check_architecture", lambda *args: None)
+    monkeypatch.setattr(state, "_check_architecture", lambda *args: None)
     with pytest.raises(ValueError, match=message) as error:
-        train.load_weights(str(finished), model)
+        load_weights(str(finished), model)
     assert "\n" not in str(error.value)
 
 
@@ -204,6 +207,6 @@ def test_mistakes_are_found_before_anything_is_written(finished, tmp_path, data_
 
 
 def test_the_workdir_may_be_a_url(finished, data_dir):
-    model = experiment(data_dir).build_model()
-    train.load_weights(f"file://{UPath(finished)}", model)
+    model = build_model(experiment(data_dir))
+    load_weights(f"file://{UPath(finished)}", model)
     assert (model.actnorms[0].bias != 0).any()

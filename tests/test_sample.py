@@ -17,12 +17,15 @@ import torch
 from PIL import Image
 from upath import UPath
 
-from jetformer import config, prng, train
+from jetformer import config, prng
 from jetformer.data import preprocess
 from jetformer.data.dataset import Data
 from jetformer.data.pictures import MAX_PIXELS, read_pictures
+from jetformer.experiment import Experiment
 from jetformer.objectives import JetObjective
 from jetformer.runtime import Runtime
+from jetformer.state import load
+from jetformer.trainer import train
 from runs import bindings, start, torchrun
 from trees import png_of_zeros
 
@@ -33,7 +36,7 @@ PROMPT = "a large red circle at the left on a black background"
 
 def finished(workdir, gin_file, gin_bindings):
     config.parse([gin_file], gin_bindings)
-    train.train(config.call(train.Run), UPath(workdir), Runtime(torch.device("cpu")))
+    train(config.call(Experiment), UPath(workdir), Runtime(torch.device("cpu")))
     return workdir
 
 
@@ -430,7 +433,7 @@ def test_a_flow_at_two_temperatures(flow, tmp_path):
         code, log, records = sample(out, f"--workdir={flow}", "--num_images=3", f"--temperature={temperature}")
         assert code == 0, log
         assert [record["seed"] for record in records] == [0, 1, 2]
-        _, state, _ = train.load(UPath(flow), [], [], Runtime(torch.device("cpu")))
+        _, state, _ = load(UPath(flow), [], [], Runtime(torch.device("cpu")))
         with state.averaged(), torch.no_grad():
             keys = torch.stack([prng.key(seed) for seed in range(3)])
             latents = temperature * prng.normal(keys, (8, 8, 1))

@@ -248,25 +248,25 @@ import sys
 from absl import app
 from jetformer import main, runtime
 from jetformer.evaluators.likelihood import Likelihood
-from jetformer.loops import torch_loop
+from jetformer.loops.torch_loop import TorchLoop
 
 def fail(*args):
     raise OSError("no space left in a block")
 
-per_example, calls = torch_loop.per_example, []
+per_example, calls = TorchLoop.per_example, []
 
-def fails_in_a_block(*, runner, **kwargs):
+def fails_in_a_block(loop, runner, *args, **kwargs):
     calls.append(kwargs)
     hooks = []
     if failing == "in a block" and len(calls) == 2:  # with the moving average in the parameters' place
         hooks = [runner.model.decoder.blocks[0].register_forward_hook(fail)]
     try:
-        return per_example(runner=runner, **kwargs)
+        return per_example(loop, runner, *args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
 
-torch_loop.per_example = fails_in_a_block
+TorchLoop.per_example = fails_in_a_block
 call, failing = Likelihood.__call__, sys.argv.pop(1)
 runtime._PATIENCE = datetime.timedelta(seconds=3)
 

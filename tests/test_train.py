@@ -12,11 +12,14 @@ import torch
 from PIL import Image
 from upath import UPath
 
-from jetformer import checkpoint, config, metrics, train
+from jetformer import checkpoint, config, metrics
 from jetformer.evaluators import best
-from jetformer.loops import torch_loop
+from jetformer.experiment import Experiment
+from jetformer.loops.torch_loop import TorchLoop
 from jetformer.preemption import Preempted
 from jetformer.runtime import Runtime
+from jetformer.state import load
+from jetformer.trainer import NonFiniteLoss, train
 from runs import bindings, checkpoint_tensors, command, results, run, scalars, start
 
 
@@ -127,13 +130,13 @@ def test_a_run_mirrored_to_wandb(tmp_path, data_dir, monkeypatch):
 @pytest.mark.slow
 def test_sigterm_during_an_evaluation(tmp_path, data_dir, monkeypatch):
     """The step that it follows is saved, and the parameters are not those of the moving average."""
-    per_example = torch_loop.per_example
+    per_example = TorchLoop.per_example
 
-    def interrupted(*, batches, **kwargs):
+    def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
-        return per_example(batches=batches, **kwargs)
+        return per_example(*args, **kwargs)
 
-    monkeypatch.setattr(torch_loop, "per_example", interrupted)
+    monkeypatch.setattr(TorchLoop, "per_example", interrupted)
     with pytest.raises(Preempted):
         run(tmp_path / "interrupted", data_dir, train__total_steps=6, train__checkpoint_steps=6)
     monkeypatch.undo()
@@ -171,15 +174,15 @@ def test_a_full_disk_leaves_the_checkpoints(finished, tmp_path, data_dir):
 def test_an_evaluator_that_fails_leaves_the_run(finished, tmp_path, data_dir, monkeypatch, caplog):
     """In the midst of its first evaluation, with the moving average in the parameters' place. The others go on, the run
     ends as it would have, and says what failed."""
-    per_example, calls = torch_loop.per_example, []
+    per_example, calls = TorchLoop.per_example, []
 
-    def fails_once(*, batches, each_batch, **kwargs):
+    def fails_once(loop, runner, function, batches, **kwargs):
         calls.append(kwargs)
         if len(calls) == 2:
             batches = iter([next(batches), None])  # the second is no batch
-        return per_example(batches=batches, each_batch=each_batch, **kwargs)
+        return per_example(loop, runner, function, batches, **kwargs)
 
-    monkeypatch.setattr(torch_loop, "per_example", fails_once)
+    monkeypatch.setattr(TorchLoop, "per_example", fails_once)
     with pytest.raises(ValueError, match=r"^the run is complete, but 1 evaluation\(s\) failed, .*: val at step 6$"):
         run(tmp_path, data_dir)
     assert "val at step 6: " in caplog.text
@@ -312,7 +315,7 @@ def test_the_best_checkpoint_and_early_stopping(tmp_path, data_dir, monkeypatch,
     run(killed, data_dir, **STOPPING)
     assert checkpoint.steps(killed) == [2, 8]
     assert (killed / checkpoint.BEST_FILE).read_text() == (whole / checkpoint.BEST_FILE).read_text()
-    state = train.load(UPath(killed), [], [], Runtime(torch.device("cpu")), step="best")[1]
+    state = load(UPath(killed), [], [], Runtime(torch.device("cpu")), step="best")[1]
     expected = checkpoint_tensors(whole, 2)
     assert all(torch.equal(x, expected[f"model/{name}"]) for name, x in state.model.state_dict().items())
 
@@ -391,7 +394,7 @@ def test_a_run_resumed_with_other_settings(tmp_path, data_dir, caplog):
     # A moving average may begin later: as the parameters are then.
     changes = quick | {"train__ema_decay": 0.999, "train__ema_warmup": False, "make_optimizer__lr": 1e-3}
     config.parse(["experiments/digits.gin"], bindings(data_dir, train__total_steps=4, train__seed=1, **changes))
-    train.train(config.call(train.Run), UPath(tmp_path), Runtime(torch.device("cpu")), allow_changes=True)
+    train(config.call(Experiment), UPath(tmp_path), Runtime(torch.device("cpu")), allow_changes=True)
     assert "make_optimizer.lr = 0.001, was 0.002" in caplog.text
     assert "train.seed = 1, was not bound" in caplog.text
     configs = {file.name: file.read_text() for file in (tmp_path / "configs").iterdir()}
@@ -443,7 +446,7 @@ def test_an_infinite_gradient_stops_the_run(tmp_path, data_dir, monkeypatch):
         return clip(parameters, max_norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_with_one_infinite_entry)
-    with pytest.raises(train.NonFiniteLoss, match="not finite at step 3: grad_norm"):
+    with pytest.raises(NonFiniteLoss, match="not finite at step 3: grad_norm"):
         run(tmp_path, data_dir, train__checkpoint_steps=1, train__total_steps=3, train__log_steps=3)
     assert checkpoint.steps(tmp_path) == [2]
 
@@ -490,7 +493,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
     overrides = {"train__checkpoint_steps": 1, "train__log_steps": 5, "train__keep_last": 9}
     run(tmp_path, data_dir, train__total_steps=2, **overrides)
     # From here on the noise is infinite, and the loss no number.
-    with pytest.raises(train.NonFiniteLoss, match=r"not finite at step 3: loss, grad_norm, bits_per_dim") as error:
+    with pytest.raises(NonFiniteLoss, match=r"not finite at step 3: loss, grad_norm, bits_per_dim") as error:
         run(tmp_path, data_dir, train__total_steps=8, train__noise_scale=1e39, **overrides)
     assert "\n" not in str(error.value)
     assert checkpoint.steps(tmp_path) == [1, 2]

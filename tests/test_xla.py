@@ -321,9 +321,9 @@ import sys
 from jetformer import runtime
 machine = runtime.initialize("xla")
 import torch
-from jetformer import checkpoint, train
-loop = train.loop_of(machine)
-loop.set_up({"fsdp": -1}, None, "highest")
+from jetformer import checkpoint
+from jetformer.loops.xla_loop import XlaLoop
+loop = XlaLoop(machine, {"fsdp": -1})
 checkpointer = checkpoint.Checkpointer(sys.argv[1], keep_last=10, **loop.checkpointing())
 
 def in_the_midst_of_a_step():
@@ -355,12 +355,15 @@ import sys
 from jetformer import runtime
 device = runtime.initialize(sys.argv[1]).device
 import torch
-from jetformer import prng, train
+from jetformer import prng
 from jetformer.sampling import decode
 from jetformer.sampling.guidance import Guidance
 from small_models import small_model
-loop = train.loop_of(runtime.Runtime(device))
-loop.set_up(None, None, "highest")
+if device.type == "xla":
+    from jetformer.loops.xla_loop import XlaLoop as Loop
+else:
+    from jetformer.loops.torch_loop import TorchLoop as Loop
+loop = Loop(runtime.Runtime(device))
 model = small_model(untie_output_vocab=True, num_mixtures=3).float().eval().to(device)
 mask = torch.tensor([[True, False, False], [True, True, True]])
 results = []
@@ -438,12 +441,13 @@ torch.save([x.cpu() for x in drawn], sys.argv[1])
 def test_a_fall_back_is_warned_of_by_name():
     code = """
 from jetformer import runtime
-device = runtime.initialize("xla").device
+machine = runtime.initialize("xla")
 import torch
-from jetformer.loops import xla_loop
-assert xla_loop.counters()["xla/fallbacks"] == 0
-torch.ones(3, device=device).sum().item()  # waits for the device
-assert xla_loop.counters()["xla/fallbacks"] == 1
+from jetformer.loops.xla_loop import XlaLoop
+loop = XlaLoop(machine)
+assert loop.counters()["xla/fallbacks"] == 0
+torch.ones(3, device=machine.device).sum().item()  # waits for the device
+assert loop.counters()["xla/fallbacks"] == 1
 """
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert process.returncode == 0, process.stderr

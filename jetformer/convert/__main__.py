@@ -174,14 +174,16 @@ def state_dicts(source: str, weights, model) -> dict[str, dict]:
 
 def to_workdir(source: str) -> None:
     """Converts weights to a workdir."""
-    from jetformer import checkpoint, config, train
+    from jetformer import checkpoint, config
+    from jetformer.experiment import Experiment
+    from jetformer.run_files import TOKENIZER_FILE
 
     workdir = UPath(FLAGS.out)
     if (workdir / config.CONFIG_FILE).exists() or checkpoint.steps(workdir):
         raise ValueError(f"--out={workdir} holds a run already: give another directory")
     weights = read(source)
     parse(weights)
-    run = config.call(train.Run)
+    run = config.call(Experiment)
     model = run.check_model()
     states = state_dicts(source, weights, model)
     tokenizer = weights.tokenizer
@@ -193,7 +195,7 @@ def to_workdir(source: str) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     config.save(workdir)
     if tokenizer is not None:
-        (workdir / train.TOKENIZER_FILE).write_bytes(tokenizer)
+        (workdir / TOKENIZER_FILE).write_bytes(tokenizer)
     checkpointer.save(step, states, info={"architecture": config.architecture()})
     checkpointer.wait()
     for note in weights.notes:
@@ -210,17 +212,19 @@ def to_workdir(source: str) -> None:
 
 def to_safetensors(machine: runtime.Runtime) -> None:
     """Writes a run as safetensors with a model card, and uploads it."""
-    from jetformer import config, train
+    from jetformer import config
     from jetformer.convert import hub, sharing
+    from jetformer.run_files import TOKENIZER_FILE
+    from jetformer.state import load
 
     workdir = UPath(FLAGS.workdir)
     if FLAGS.out is not None and UPath(FLAGS.out).exists() and any(UPath(FLAGS.out).iterdir()):
         raise ValueError(f"--out={FLAGS.out} is not empty: give another directory")
-    run, state, step = train.load(
+    run, state, step = load(
         workdir, FLAGS.gin_file, FLAGS.gin_bindings, machine, FLAGS.step, FLAGS.trust_imports, FLAGS.verify
     )
     tensors = {name: {k: v.detach() for k, v in part.items()} for name, part in state.tensors().items()}
-    names = (config.CONFIG_FILE, train.TOKENIZER_FILE)
+    names = (config.CONFIG_FILE, TOKENIZER_FILE)
     files = {name: (workdir / name).read_bytes() for name in names if (workdir / name).exists()}
     card = sharing.card(
         state.model,

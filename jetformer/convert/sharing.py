@@ -66,14 +66,15 @@ def read(directory: UPath) -> Weights:
     Raises:
       ValueError: if a file is missing or damaged.
     """
-    from jetformer import config, train
+    from jetformer import config
+    from jetformer.run_files import TOKENIZER_FILE
 
     for name in (MODEL_FILE, config.CONFIG_FILE):
         if not (directory / name).exists():
             raise ValueError(f"{directory} has no {name}: give what --to=safetensors has written")
     tensors, notes = load_safetensors(str(directory / MODEL_FILE))
     ema = load_safetensors(str(directory / EMA_FILE))[0] if (directory / EMA_FILE).exists() else None
-    step, tokenizer = notes.get("step", ""), directory / train.TOKENIZER_FILE
+    step, tokenizer = notes.get("step", ""), directory / TOKENIZER_FILE
     return Weights(
         tensors,
         gin=(directory / config.CONFIG_FILE).read_text(),

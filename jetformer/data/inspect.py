@@ -14,9 +14,10 @@ import numpy as np
 from absl import app, flags, logging
 from upath import UPath
 
-from jetformer import config, program, train
+from jetformer import config, program
 from jetformer.data import pipeline
 from jetformer.data.dataset import Data, MixtureData
+from jetformer.experiment import Experiment
 from jetformer.sampling.grid import enlarged, labelled, save_png, tile
 
 flags.adopt_module_key_flags(program)
@@ -160,7 +161,7 @@ def main(argv: list[str]) -> None:
     program.no_arguments(argv)
     with program.one_line_errors():
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
-        run = config.call(train.Run)
+        run = config.call(Experiment)
         run.data.prepare()
         lines, picture = report(run.data, run.batch_size, run.seed, FLAGS.examples)
         print("\n".join(lines))

@@ -31,7 +31,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,15 +38,16 @@ from absl import logging
 from upath import UPath
 
 from jetformer.data.dataset import Data
-from jetformer.loops import steps
+from jetformer.loops.base import Function, Loop, Rows
 from jetformer.ranges import PositiveInt
 from jetformer.runtime import Runtime, derive_seed
 from jetformer.sampling.grid import save_png
 from jetformer.storage import write_whole
 
 if TYPE_CHECKING:
+    from jetformer.experiment import Experiment
     from jetformer.metrics import Metrics
-    from jetformer.train import Run, State
+    from jetformer.state import State
 
 RESULTS_FILE = "results.jsonl"
 
@@ -108,25 +108,25 @@ class Context:
       each_batch: called after every batch of examples.
     """
 
-    run: "Run"
+    run: "Experiment"
     state: "State"
     step: int
     runtime: Runtime
-    loop: ModuleType
+    loop: Loop
     directory: UPath
     each_batch: Callable[[], None] = lambda: None
 
     def per_example(
         self,
-        function: steps.Function,
+        function: Function,
         batches: Iterator[dict[str, np.ndarray]],
         *,
         seed: int,
         averaged: bool = True,
         staged: bool = False,
-        to_rows: Callable[[steps.Rows], steps.Rows] = lambda rows: rows,
-    ) -> steps.Rows:
-        """What a function gives for every example of `batches`, over all processes; see `torch_loop.per_example`.
+        to_rows: Callable[[Rows], Rows] = lambda rows: rows,
+    ) -> Rows:
+        """What a function gives for every example of `batches`, over all processes; see `Loop.per_example`.
 
         Args:
           function, batches, staged, to_rows: see there.
@@ -134,12 +134,10 @@ class Context:
           averaged: with the moving average of the parameters, if there is one.
         """
         score = lambda: self.loop.per_example(
-            runner=self.state.runner,
-            function=function,
-            batches=batches,
-            runtime=self.runtime,
+            self.state.runner,
+            function,
+            batches,
             seed=derive_seed(self.run.seed, seed),
-            autocast_dtype=self.run.autocast,
             staged=staged,
             to_rows=to_rows,
             each_batch=self.each_batch,
@@ -178,7 +176,7 @@ class Context:
 
     def first_examples(
         self, count: int, names: tuple[str, ...], data: Data | None = None, split: str | None = None
-    ) -> steps.Rows:
+    ) -> Rows:
         """The first examples of a split, or all where it has fewer, on every process: arrays `[N, ...]` by name."""
         data = self.run.data if data is None else data
         prepare(data, self.runtime)
@@ -192,7 +190,7 @@ class Context:
         return {name: np.concatenate([part[name] for part in parts])[:count] for name in names}
 
     def batches_of(
-        self, rows: steps.Rows, batch_size: int | None = None, numbers: np.ndarray | None = None
+        self, rows: Rows, batch_size: int | None = None, numbers: np.ndarray | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
         """Examples that every process has, as batches of which each process gets its part.
 

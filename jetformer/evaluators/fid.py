@@ -23,7 +23,7 @@ from jetformer.evaluators.features import (
     write_arrays,
 )
 from jetformer.evaluators.samples import sampling_function
-from jetformer.loops.steps import Rows
+from jetformer.loops.base import Rows
 from jetformer.models.jetformer import JetFormer
 from jetformer.ranges import PositiveFloat, PositiveInt
 from jetformer.sampling import grid

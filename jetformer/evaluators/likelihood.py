@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from jetformer import objectives, prng
 from jetformer.data.dataset import Data
 from jetformer.evaluators.base import Context, Evaluator, Results
-from jetformer.loops.steps import Rows
+from jetformer.loops.base import Rows
 from jetformer.models.mixture import count_components
 from jetformer.ranges import PositiveInt, Probability
 

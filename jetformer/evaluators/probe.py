@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jetformer.data.dataset import Data
 from jetformer.evaluators.base import Context, Evaluator, Results
-from jetformer.loops import steps
+from jetformer.loops.base import Rows, gather
 from jetformer.models.jetformer import JetFormer
 from jetformer.objectives import labels_of
 from jetformer.ranges import NonNegativeInt, PositiveInt
@@ -69,7 +69,7 @@ class Probe(Evaluator):
         return self.train_split or (self.data or context.run.data).train_split
 
     def __call__(self, context: Context) -> Results:
-        def labels_alone(batch: steps.Rows) -> steps.Rows:
+        def labels_alone(batch: Rows) -> Rows:
             return {"_index": batch["_index"], "label": labels_of(batch, "Probe.pp")}
 
         train_split = self._train_split(context)
@@ -98,16 +98,16 @@ class Probe(Evaluator):
                 results.scalars[f"{name}/{layer}"] = accuracy
         return results
 
-    def _gathered(self, context: Context, split: str | None, keep: Callable[[steps.Rows], steps.Rows]) -> steps.Rows:
+    def _gathered(self, context: Context, split: str | None, keep: Callable[[Rows], Rows]) -> Rows:
         """What `keep` leaves of the examples of a split, on every process, in their order."""
         parts = []
         for batch in context.batches(self.data, split, self.pp):
             mask = batch.pop("_mask")
             parts.append(keep({name: array[mask] for name, array in batch.items()}))
             context.each_batch()
-        return steps.gather(parts, context.runtime)
+        return gather(parts, context.runtime)
 
-    def _represent(self, context: Context, split: str | None, taken: np.ndarray | None = None) -> steps.Rows:
+    def _represent(self, context: Context, split: str | None, taken: np.ndarray | None = None) -> Rows:
         """`label` `[N]` and the representations `[N, …]` by name: of the examples of these numbers; None: of all."""
         text_first = context.run.objective.text_prefix_prob == 1
         text_length = context.run.data.text_length() if text_first else 0
@@ -142,7 +142,7 @@ class Probe(Evaluator):
             batches = context.batches(self.data, split, self.pp)
         else:
 
-            def some(batch: steps.Rows) -> steps.Rows:
+            def some(batch: Rows) -> Rows:
                 rows = np.isin(batch["_index"], taken)
                 return {name: array[rows] for name, array in batch.items()}
 

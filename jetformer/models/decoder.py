@@ -120,6 +120,8 @@ class GatedMlp(nn.Module):
 class DecoderBlock(nn.Module):
     """One pre-norm block, `[B, T, E]` to `[B, T, E]`."""
 
+    is_block = True
+
     def __init__(
         self,
         width: int,

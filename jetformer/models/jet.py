@@ -226,6 +226,8 @@ class Coupling(nn.Module):
       **sizes: the predictor's `depth`, `emb_dim`, `num_heads`, `context_dim`, `gelu`, `norm_eps`.
     """
 
+    is_block = True
+
     def __init__(
         self,
         kind: str,

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import trees
-from jetformer import config, train
+from jetformer import config
 from jetformer.data import pipeline
 from jetformer.data.dataset import Data, MixtureData
+from jetformer.experiment import Experiment
 
 PP = "decode|resize(8)|flip_lr|label_as_text|keep('image', 'text', 'text_mask')"
 PP_EVAL = PP.replace("|flip_lr", "")
@@ -169,7 +170,7 @@ def test_gin(parts):
             "y/Data.classes = ('cat',)",
         ],
     )
-    run = config.call(train.Run)
+    run = config.call(Experiment)
     assert [data.name for data in run.data.datasets] == [a.name, b.name]
     assert run.data.datasets[1].classes == ("cat",)
-    assert hash(run.data) == hash(config.call(train.Run).data)
+    assert hash(run.data) == hash(config.call(Experiment).data)

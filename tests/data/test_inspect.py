@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 import trees
-from jetformer import config, train
+from jetformer import config
 from jetformer.data import inspect
 from jetformer.data.dataset import Data, MixtureData
+from jetformer.experiment import Experiment
 
 PP = "decode|resize(16)|label_as_text|keep('image', 'text')"
 
@@ -54,7 +55,7 @@ def test_mixtures(data, data_dir):
 
 def test_texts(shapes_dir):
     config.parse(["experiments/shapes.gin"], [f"Data.data_dir = '{shapes_dir}'"])
-    data = config.call(train.Run).data
+    data = config.call(Experiment).data
     lines, picture = inspect.report(data, batch_size=8, seed=0, count=16)
     text = "\n".join(lines)
     assert re.search(

@@ -12,14 +12,16 @@ import torch
 from PIL import Image
 from upath import UPath
 
-from jetformer import config, train
+from jetformer import config
 from jetformer.data.dataset import Data
 from jetformer.evaluators import features, fid
 from jetformer.evaluators.base import Context, prepare
 from jetformer.evaluators.features import ClassifierFeatures, InceptionFeatures
 from jetformer.evaluators.fid import METRICS, Fid
+from jetformer.experiment import Experiment
 from jetformer.runtime import Runtime
 from jetformer.sampling.guidance import Guidance
+from jetformer.state import build, evaluator_context, make_loop
 from runs import bindings
 
 CPU = Runtime(torch.device("cpu"))
@@ -44,11 +46,10 @@ def make_context(data_dir, tmp_path_factory):
 
     def make(runtime=CPU, **overrides):
         config.parse(["experiments/digits.gin"], bindings(data_dir, **overrides))
-        run = config.call(train.Run)
+        run = config.call(Experiment)
         prepare(run.data, CPU)
-        train.loop_of(runtime).set_up(None, None, "highest")
-        state = run.build_state(runtime)
-        return train.context(run, state, 7, "fid", UPath(tmp_path_factory.mktemp("run")), runtime)
+        state = build(run, make_loop(run, runtime))
+        return evaluator_context(run, state, 7, "fid", UPath(tmp_path_factory.mktemp("run")))
 
     return make
 

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-import torch.utils._triton
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from jetformer import prng
-from jetformer.loops import steps, torch_loop
+from jetformer.loops import torch_loop
+from jetformer.loops.base import Runner
+from jetformer.loops.torch_loop import TorchLoop
 from jetformer.runtime import Runtime
 from jetformer.sampling import decode
 from jetformer.sampling.guidance import Guidance
@@ -22,17 +23,17 @@ def place(device, compile):
     # `device` is only asked for its type: there is none to place the model on.
     model = nn.Linear(2, 2)
     model.to = lambda device: model
-    return torch_loop.place(model, Runtime(torch.device(device)), mesh=None, compile=compile, autocast_dtype=None)
+    return TorchLoop(Runtime(torch.device(device))).place(model, compile)
 
 
 @pytest.mark.parametrize("compile", ["blocks", "step"])
 def test_compiling_on_a_gpu_without_triton_is_refused(monkeypatch, compile):
-    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: False)
+    monkeypatch.setattr(torch_loop, "has_triton", lambda: False)
     with pytest.raises(
         ValueError, match=r"train\.compile needs Triton on a GPU, and there is none: pip install triton"
     ):
         place("cuda", compile)
-    assert isinstance(place("cuda", None), steps.Runner)
+    assert isinstance(place("cuda", None), Runner)
 
 
 def test_compiling_on_a_cpu_without_a_compiler_is_refused(monkeypatch):
@@ -65,13 +66,11 @@ def test_rows_are_of_examples_in_their_order():
         seen.append(rows["x"].tolist())
         return rows | {"twice": 2 * rows["x"]}
 
-    rows = torch_loop.per_example(
-        runner=steps.Runner(model),
-        function=function,
-        batches=iter(batches),
-        runtime=CPU,
+    rows = TorchLoop(CPU).per_example(
+        Runner(model),
+        function,
+        iter(batches),
         seed=5,
-        autocast_dtype=None,
         to_rows=to_rows,
         each_batch=lambda: calls.append(1),
     )
@@ -179,7 +178,7 @@ def test_what_cannot_be_a_graph(graphs, function):
 
 def test_graphs_are_for_one_process_on_a_gpu(graphs, monkeypatch):
     def run():
-        function = torch_loop.compile(lambda *args: len(args))
+        function = TorchLoop(CPU).compile(lambda *args: len(args))
         assert function() == 0
         return [function(torch.ones(2)) for _ in range(20)]
 
@@ -198,7 +197,7 @@ def test_graphs_are_for_one_process_on_a_gpu(graphs, monkeypatch):
 
 
 def graphed(function):
-    """As `torch_loop.compile` does it on a GPU."""
+    """As `TorchLoop.compile` does it on a GPU."""
     replayed = torch_loop.Graphed(function)
     return lambda *args: (replayed if args else function)(*args)
 

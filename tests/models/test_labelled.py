@@ -8,10 +8,10 @@ import torch
 
 from flows import assert_invertible, randomized
 from jetformer import prng
+from jetformer.experiment import Experiment
 from jetformer.models.jet import Jet
 from jetformer.models.labelled import LabelledFlow
 from jetformer.objectives import JetObjective
-from jetformer.train import Run
 
 
 @pytest.fixture
@@ -87,4 +87,4 @@ def test_a_label_that_there_is_not_is_named(model, key):
     labels = np.array([0, 3], np.int32)
     batch = {"image": np.zeros((2, 4, 4, 1), np.uint8), key: labels if key == "label" else labels[:, None]}
     with pytest.raises(ValueError, match=r"there is a label 3 in the data, but LabelledFlow\.num_labels is 3"):
-        Run.check_text(batch, model)
+        Experiment.check_text(batch, model)

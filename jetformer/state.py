@@ -1,0 +1,353 @@
+"""What training changes: built from an experiment, placed on devices, saved, restored, and loaded for sampling."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+from absl import logging
+from torch import Tensor, nn
+from upath import UPath
+
+from jetformer import checkpoint, config, objectives, optim, prng
+from jetformer.evaluators.base import Context, directory_of
+from jetformer.experiment import Experiment
+from jetformer.loops.base import Loop, Runner
+from jetformer.models import invertible, remat
+from jetformer.models.initializers import init_weights
+from jetformer.models.jetformer import JetFormer
+from jetformer.models.mixture import CLUSTERED_TOKENS, MixtureHead
+from jetformer.runtime import Runtime, derive_seed
+
+# Seeds the initial weights, together with the run's seed.
+_INIT = 1
+
+# Number of examples of the first batch that initialize what depends on data.
+_INIT_EXAMPLES = 256
+
+
+@dataclasses.dataclass
+class State:
+    """What training changes.
+
+    Attributes:
+      loop: the loop that runs the model.
+      runner: the model, as the loop has placed it.
+      optimizer: None for a model that is not trained.
+      ema: moving average of the parameters by name; None for none.
+    """
+
+    loop: Loop
+    runner: Runner
+    optimizer: torch.optim.Optimizer | None
+    ema: dict[str, Tensor] | None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.runner.model
+
+    def tensors(self) -> dict[str, Any]:
+        """Returns nested dictionaries of all tensors, to save and to restore in place."""
+        state = {"model": self.model.state_dict()}
+        if self.optimizer is not None:
+            state["optimizer"] = optim.state_tensors(self.optimizer, self.model)
+        if self.ema is not None:
+            state["ema"] = self.ema
+        return state
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Uses the moving average in the place of the parameters while the context lasts, if there is one."""
+        if self.ema is None:
+            yield
+            return
+        self.loop.swap(self.model, self.ema)
+        try:
+            yield
+        finally:
+            self.loop.swap(self.model, self.ema)
+
+
+def make_loop(experiment: Experiment, runtime: Runtime, cache_dir: str | None = None) -> Loop:
+    """Returns the loop for the devices of a runtime.
+
+    Args:
+      experiment: its mesh and precision are the loop's.
+      runtime: the devices and processes.
+      cache_dir: local directory where XLA keeps compiled graphs; None for none.
+    """
+    if runtime.device.type == "xla":
+        from jetformer.loops.xla_loop import XlaLoop as Kind  # torch_xla need not be installed
+    else:
+        from jetformer.loops.torch_loop import TorchLoop as Kind
+    return Kind(runtime, experiment.mesh, experiment.matmul_precision, experiment.autocast, cache_dir)
+
+
+def build_model(experiment: Experiment) -> nn.Module:
+    """Returns the model on the CPU, with initial weights that depend on the seed alone."""
+    model = experiment.check_model().to_empty(device="cpu")
+    with torch.no_grad():
+        init_weights(model, torch.Generator().manual_seed(derive_seed(experiment.seed, _INIT)))
+    return model
+
+
+def build(experiment: Experiment, loop: Loop, initialize: Callable[[nn.Module], None] = lambda model: None) -> State:
+    """Returns the state at step 0.
+
+    Args:
+      experiment: what to build.
+      loop: places it on its devices.
+      initialize: called with the model while it is on the CPU.
+    """
+    model = build_model(experiment)
+    initialize(model)
+    runner = _place(experiment, loop, model)
+    optimizer = experiment.optimizer(model)
+    loop.place_state(x for state in optimizer.state.values() for x in state.values())
+    return State(loop, runner, optimizer, _new_ema(experiment, loop, model))
+
+
+def build_to_load(experiment: Experiment, loop: Loop) -> State:
+    """Returns a state without optimizer, whose weights a checkpoint is to fill: they are not initialized, so what
+    initializes them (a file of a PCA) need not be on this machine."""
+    model = experiment.check_model().to_empty(device="cpu")
+    return State(loop, _place(experiment, loop, model), None, _new_ema(experiment, loop, model))
+
+
+def _place(experiment: Experiment, loop: Loop, model: nn.Module) -> Runner:
+    remat.set_policy(model, experiment.activation_checkpointing)
+    return loop.place(model, experiment.compile)
+
+
+def _new_ema(experiment: Experiment, loop: Loop, model: nn.Module) -> dict[str, Tensor] | None:
+    if not experiment.ema_decay:
+        return None
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+    loop.place_state(ema.values())
+    return ema
+
+
+def initialize(experiment: Experiment, runtime: Runtime, model: nn.Module) -> None:
+    """Sets those initial weights of a new model that are not random: all of them from `init_from`, or those of ActNorms
+    and of an image head with kmeans_init from the first batch.
+
+    Process 0 computes them and broadcasts them.
+
+    Raises:
+      ValueError: if there are no such weights, or they are another model's.
+    """
+    if experiment.init_from is not None:
+        load_weights(experiment.init_from, model)
+    elif invertible.needs_data(model):
+        runtime.first_does(lambda: _initialize_from_data(experiment, model))
+        values = [p.data for p in invertible.parameters_from_data(model)]
+        found = runtime.of_first(values if runtime.process_index == 0 else None)
+        for value, theirs in zip(values, found, strict=True):
+            value.copy_(theirs)
+    heads = [module for module in model.modules() if isinstance(module, MixtureHead)]
+    if runtime.process_index == 0 and any(head.num_mixtures > 1 and head.components_equal() for head in heads):
+        remedy = "set JetFormer.kmeans_init, or JetFormer.mean_init_std above 0"
+        if experiment.init_from is not None:
+            remedy = f"they are so in {experiment.init_from}, whose weights JetFormer.kmeans_init does not change"
+        logging.warning(
+            "All %d components of the image head are equal, and stay so in training, as one Gaussian: %s",
+            heads[0].num_mixtures,
+            remedy,
+        )
+
+
+def _initialize_from_data(experiment: Experiment, model: nn.Module) -> None:
+    from jetformer.data.pipeline import peek  # brings TensorFlow, which sampling does without
+
+    of_jetformer = isinstance(model, JetFormer)
+    count = math.ceil(CLUSTERED_TOKENS / model.num_image_tokens) if of_jetformer else _INIT_EXAMPLES
+    with closing(experiment.data.train_batches(batch_size=experiment.batch_size, seed=experiment.seed)) as batches:
+        first_batch, _ = peek(batches, "the training split")
+    experiment.check_batch(first_batch)
+    batch = {name: torch.tensor(array[:count]) for name, array in first_batch.items()}
+    examples = torch.arange(objectives.batch_size(batch), dtype=torch.int32)
+    keys = prng.example_keys(derive_seed(experiment.seed, 0), examples)
+    draws = experiment.objective.draw(model, batch, keys, train=True)
+    with invertible.initializing(model):
+        if not of_jetformer:
+            experiment.objective(model, batch, draws, noise_scale=experiment.noise_scale)
+            return
+        encoded = experiment.objective.encode(model, batch, draws, noise_scale=experiment.noise_scale)
+        if isinstance(model.image_head, MixtureHead) and model.image_head.kmeans_init:
+            model.image_head.start_at_clusters(encoded.tokens.flatten(0, 1))
+
+
+def load_weights(path: str, model: nn.Module) -> None:
+    """Loads the weights of another run into a model on the CPU: those of its moving average if it has one.
+
+    Args:
+      path: the run's workdir, for its newest checkpoint, or one of its checkpoints.
+      model: the model.
+
+    Raises:
+      ValueError: if there is no checkpoint, or it is of another architecture.
+    """
+    workdir, step = UPath(path.rstrip("/")), None
+    if workdir.name.isdigit() and workdir.parent.name == "checkpoints":
+        workdir, step = workdir.parent.parent, int(workdir.name)
+    if step is None and (step := checkpoint.latest(workdir)) is None:
+        raise ValueError(f"train.init_from = {path!r}: there is no complete checkpoint")
+    info = checkpoint.verify(workdir, step)["info"]
+    _check_architecture(f"train.init_from = {path!r}", info, "start from another run")
+    checkpoint.load_weights(workdir, step, model.state_dict())
+    logging.info("Weights of step %d of %s", step, workdir)
+
+
+def _check_architecture(what: str, info: Mapping[str, Any], remedy: str) -> None:
+    """Compares the architecture in a checkpoint's `info` with the configured one."""
+    ours = config.architecture()
+    for name, value in info.get("architecture", {}).items():
+        if ours.get(name) != value:
+            raise ValueError(
+                f"{what} holds a run with another architecture: its {name} is {value}, the configured one "
+                f"{ours.get(name)}; {remedy}, or use that run's configuration"
+            )
+
+
+def restore(workdir: UPath, state: State, step: int | None = None, verify: bool = True) -> int:
+    """Restores a complete checkpoint of a workdir into a state.
+
+    The checkpoint may come from other devices, and from more or fewer of them.
+
+    Args:
+      workdir: the run's.
+      state: changed in place.
+      step: of the checkpoint; None: the newest.
+      verify: compare the checksums of the files first; each process compares those of its share of them.
+
+    Returns:
+      The checkpoint's step, 0 if there is none.
+
+    Raises:
+      ValueError: if the checkpoint is damaged or of another architecture.
+    """
+    if step is None and (step := checkpoint.latest(workdir)) is None:
+        return 0
+    _check_architecture(str(workdir), checkpoint.verify(workdir, step)["info"], "use another --workdir")
+    if verify:
+        runtime = state.loop.runtime
+        checkpoint.verify_checksums(workdir, step, runtime.process_index, runtime.process_count)
+    tensors = state.tensors()
+    to_train = state.optimizer is not None
+    if to_train and state.ema is not None and "ema" not in checkpoint.parts(workdir, step):
+        logging.warning("The moving average begins at step %d: the checkpoint has none", step)
+        del tensors["ema"]
+        parameters = {"model": tensors["model"] | state.ema}
+        checkpoint.restore(workdir, step, parameters, state.loop.load_planner())
+    checkpoint.restore(workdir, step, tensors, state.loop.load_planner())
+    return step
+
+
+def evaluator_context(
+    experiment: Experiment,
+    state: State,
+    step: int,
+    name: str,
+    workdir: UPath,
+    each_batch: Callable[[], None] = lambda: None,
+) -> Context:
+    """Returns what the evaluator `name` is given at a step."""
+    return Context(
+        run=experiment,
+        state=state,
+        step=step,
+        runtime=state.loop.runtime,
+        loop=state.loop,
+        directory=directory_of(workdir, name),
+        each_batch=each_batch,
+    )
+
+
+def saved_config(workdir: UPath) -> str:
+    """Returns the configuration that a run has saved.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    file = workdir / config.CONFIG_FILE
+    if not file.exists():
+        raise ValueError(f"{workdir} holds no run: it has no {config.CONFIG_FILE}")
+    return file.read_text()
+
+
+def configured(
+    saved: str, gin_files: Sequence[str], gin_bindings: Sequence[str], trust_imports: Sequence[str] = ()
+) -> Experiment:
+    """Returns the experiment of a saved configuration, with files and bindings on top.
+
+    Args:
+      saved: the configuration. It may be somebody else's, so it may import only the modules of `trust_imports`.
+      gin_files, gin_bindings: the user's own; they may import any module.
+      trust_imports: names of modules.
+
+    Raises:
+      ValueError: if `saved`, or what comes on top, cannot be used.
+    """
+    config.parse(gin_files, gin_bindings, saved, trust_imports)
+    return config.call(Experiment)
+
+
+def load(
+    workdir: UPath,
+    gin_files: Sequence[str],
+    gin_bindings: Sequence[str],
+    runtime: Runtime,
+    step: int | str | None = None,
+    trust_imports: Sequence[str] = (),
+    verify: bool = True,
+) -> tuple[Experiment, State, int]:
+    """Loads a run to sample from or to evaluate; see `configured` and `load_state`.
+
+    Returns:
+      The experiment as it was saved in the workdir, with files and bindings on top; its state; and its step.
+
+    Raises:
+      ValueError: if there is no run or checkpoint, or it does not fit.
+    """
+    experiment = configured(saved_config(workdir), gin_files, gin_bindings, trust_imports)
+    return load_state(experiment, workdir, runtime, step, verify)
+
+
+def load_state(
+    experiment: Experiment, workdir: UPath, runtime: Runtime, step: int | str | None = None, verify: bool = True
+) -> tuple[Experiment, State, int]:
+    """Loads a checkpoint without its optimizer, sharded over all devices, whatever the run's mesh is.
+
+    Args:
+      experiment: as `configured` returns it.
+      workdir: the run's.
+      runtime: the devices and processes.
+      step: of a complete checkpoint, or "best", see `train.keep_best`; None: the newest.
+      verify: see `restore`.
+
+    Raises:
+      ValueError: if there is no such checkpoint, or it does not fit.
+    """
+    experiment = dataclasses.replace(experiment, mesh={"fsdp": -1})
+    steps = checkpoint.steps(workdir)
+    if not steps:
+        raise ValueError(f"{workdir} has no complete checkpoint")
+    if step == "best":
+        step = checkpoint.best(workdir)
+    if step is not None and step not in steps:
+        raise ValueError(f"{workdir} has no complete checkpoint of step {step}, but of {', '.join(map(str, steps))}")
+    loop = make_loop(experiment, runtime, compilation_cache(experiment, workdir))
+    state = build_to_load(experiment, loop)
+    return experiment, state, restore(workdir, state, step, verify)
+
+
+def compilation_cache(experiment: Experiment, workdir: UPath) -> str:
+    """Returns the local directory where XLA keeps compiled graphs."""
+    if experiment.compilation_cache is not None:
+        return experiment.compilation_cache
+    if isinstance(workdir, os.PathLike):
+        return os.fspath(workdir / "compilation_cache")
+    return os.path.expanduser("~/.cache/jetformer/compilation_cache")
