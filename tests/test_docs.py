@@ -140,7 +140,7 @@ def script(page: pathlib.Path, directory: pathlib.Path) -> str:
             lines.append(f"python {file}")
         else:
             file.with_suffix(".gin").write_text(elsewhere)
-            file.write_text(f"from jetformer import config, train  # noqa: F401\nconfig.parse(['{on}', '{file}.gin'], [])\n")
+            file.write_text(f"from jetformer import config, experiment  # noqa: F401\nconfig.parse(['{on}', '{file}.gin'], [])\n")
             lines.append(f"python {file}")
     return "\n".join(lines)
 
