@@ -1,7 +1,7 @@
 """Starts Python programs by forking a process that has imported torch and TensorFlow, which otherwise takes seconds.
 
-    python preloaded.py --serve SOCKET    the server: one program at a time
-    python preloaded.py SOCKET ARGS...    the client: like `python ARGS...` for `-m MODULE ...` and `FILE ...`
+python preloaded.py --serve SOCKET    the server: one program at a time
+python preloaded.py SOCKET ARGS...    the client: like `python ARGS...` for `-m MODULE ...` and `FILE ...`
 """
 
 import json
