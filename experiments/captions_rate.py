@@ -11,8 +11,9 @@ import time
 
 from absl import app, flags
 
-from jetformer import config, train
+from jetformer import config
 from jetformer.data import pipeline
+from jetformer.experiment import Experiment
 
 flags.DEFINE_string("data_dir", None, "Where TFDS keeps prepared data; its default by default.")
 BATCH_SIZE, BATCHES, REPETITIONS = 64, 200, 5
@@ -20,7 +21,7 @@ BATCH_SIZE, BATCHES, REPETITIONS = 64, 200, 5
 
 def main(_):
     config.parse(["experiments/shapes.gin"], [])
-    data = config.call(train.Run).data
+    data = config.call(Experiment).data
     captions = " | ".join(data.pp.split(" | ")[1:-1])
     strings = {
         "captions alone": f"{captions} | keep('text')",

@@ -34,7 +34,11 @@ flags.DEFINE_list(
 )
 flags.DEFINE_boolean("verify", True, "Compare the checksums of a checkpoint's files before loading it.")
 
+_PACKAGE = os.path.dirname(__file__) + os.sep
 _STORE_TIMEOUT = datetime.timedelta(seconds=5)
+
+
+FLAGS = flags.FLAGS
 
 
 class StepParser(flags.ArgumentParser):
@@ -92,6 +96,29 @@ def one_line_errors() -> Iterator[None]:
         logging.debug("", exc_info=True)
         _say("error: another process of this run has ended; its own error message says why")
         sys.exit(1)
+
+
+def initialize(device: str | None = None) -> runtime.Runtime:
+    """Returns the runtime of this process, and sets up logging.
+
+    Without --verbosity, process 0 logs what this package says at INFO, the other processes errors; libraries are heard
+    from WARNING on.
+
+    Args:
+      device: see `runtime.initialize`; None: --device.
+    """
+    chosen = FLAGS["verbosity"].present
+    if not chosen:
+        logging.set_verbosity(logging.INFO)
+        logging.get_absl_handler().addFilter(_is_of_this_package_or_serious)
+    machine = runtime.initialize(device or FLAGS.device)
+    if not chosen and machine.process_index > 0:
+        logging.set_verbosity(logging.ERROR)
+    return machine
+
+
+def _is_of_this_package_or_serious(record: std_logging.LogRecord) -> bool:
+    return record.levelno >= std_logging.WARNING or record.pathname.startswith(_PACKAGE)
 
 
 def _is_not_raised_again(record: std_logging.LogRecord) -> bool:

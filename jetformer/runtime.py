@@ -272,7 +272,7 @@ def resolve_mesh(mesh: dict[str, int] | None, device_count: int) -> dict[str, in
         sizes[rest[0]], remainder = divmod(device_count, product)
     if (rest and remainder) or (not rest and product != device_count):
         raise ValueError(
-            f"train.mesh = {mesh} does not fit {device_count} device(s): their number must be the product of the sizes; "
+            f"train.mesh = {mesh} does not fit {device_count} device(s): the sizes must multiply to their number; "
             "-1 takes the remaining devices"
         )
     return sizes

@@ -141,7 +141,7 @@ def initialize(experiment: Experiment, runtime: Runtime, model: nn.Module) -> No
     """
     if experiment.init_from is not None:
         load_weights(experiment.init_from, model)
-    elif invertible.needs_data(model):
+    elif invertible.parameters_from_data(model):
         runtime.first_does(lambda: _initialize_from_data(experiment, model))
         values = [p.data for p in invertible.parameters_from_data(model)]
         found = runtime.of_first(values if runtime.process_index == 0 else None)

@@ -123,7 +123,13 @@ def train(
     checkpointer = checkpoint.Checkpointer(
         workdir, keep_last=experiment.keep_last, keep_every=experiment.keep_every, **loop.checkpointing()
     )
-    written = metrics.Metrics(workdir, runtime.process_index, experiment.wandb_project, start_step=start_step)
+    written = metrics.Metrics(
+        workdir,
+        runtime.process_index,
+        experiment.wandb_project,
+        start_step=start_step,
+        total_steps=total_steps,
+    )
     written.writer.write_texts(start_step, {"config": _preformatted(gin.operative_config_str())})
     metrics.log_parameters(state.model)
     num_examples = experiment.data.num_train_examples()
