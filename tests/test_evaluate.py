@@ -12,8 +12,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from upath import UPath
 
-from jetformer import checkpoint, evaluate, metrics
+from jetformer import checkpoint, evaluation, metrics
 from jetformer.evaluators import base
+from jetformer.evaluators import results as files
 from jetformer.evaluators.likelihood import Likelihood
 from jetformer.evaluators.probe import Probe
 from jetformer.preemption import Preempted
@@ -50,7 +51,7 @@ def save(finished, workdir, step):
 
 
 def job(workdir, *gin_bindings, names=None):
-    return evaluate.Job(UPath(workdir), [], gin_bindings, CPU, names)
+    return evaluation.Job(UPath(workdir), [], gin_bindings, CPU, names)
 
 
 def follow(workdir, *gin_bindings, names=None, **how):
@@ -105,7 +106,7 @@ def test_checkpoints_are_evaluated_as_they_come(finished, tmp_path, monkeypatch)
         save(finished, workdir, 8)
         shutil.rmtree(workdir / "checkpoints" / "000000004")
 
-    monkeypatch.setattr(evaluate.time, "sleep", sleep)
+    monkeypatch.setattr(evaluation.time, "sleep", sleep)
     follow(workdir)
     assert len(waited) == 1
     assert evaluated(workdir) == [4, 8]
@@ -113,7 +114,7 @@ def test_checkpoints_are_evaluated_as_they_come(finished, tmp_path, monkeypatch)
 
 def deleting(monkeypatch, when, delete):
     """Has training delete a checkpoint before or after what reading one begins with."""
-    check = checkpoint.check_compatible
+    check = checkpoint.Checkpoint.check_compatible
 
     def delete_then_check(*args):
         if when == "before":
@@ -122,7 +123,7 @@ def deleting(monkeypatch, when, delete):
         if when == "after":
             delete()
 
-    monkeypatch.setattr(checkpoint, "check_compatible", delete_then_check)
+    monkeypatch.setattr(checkpoint.Checkpoint, "check_compatible", delete_then_check)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -147,7 +148,7 @@ def test_a_checkpoint_that_is_being_written_is_waited_for(finished, tmp_path, mo
     marker = workdir / "checkpoints" / "000000008" / checkpoint.MARKER
     whole = marker.read_bytes()
     marker.unlink()
-    monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: marker.write_bytes(whole))
+    monkeypatch.setattr(evaluation.time, "sleep", lambda seconds: marker.write_bytes(whole))
     follow(workdir)
     assert evaluated(workdir) == [8]
 
@@ -173,7 +174,7 @@ def test_some_checkpoints_only(finished, tmp_path, how, steps):
     ],
 )
 def test_which_checkpoints_are_due(steps, period, newest, expected):
-    assert evaluate.due(steps, 45, period, newest) == expected
+    assert evaluation.due(steps, 45, period, newest) == expected
 
 
 def test_one_step(finished, tmp_path):
@@ -186,10 +187,10 @@ def test_one_step(finished, tmp_path):
         assert f"Step {step}: val took" in log
         assert evaluated(workdir) == steps
     for flags, message in (
-        (["--step=8"], "has no complete checkpoint of step 8, but of 2, 4, 6 (see train.keep_last)"),
+        (["--step=8"], "has no complete checkpoint of step 8, only of 2, 4, 6 (see train.keep_last)"),
         (["--step=2", "--once"], "give --once or --step"),
-        (["--once", "--newest"], "--newest is of a job that follows a run"),
-        (["--evaluators="], "--evaluators names none"),
+        (["--once", "--newest"], "--newest does not apply"),
+        (["--evaluators="], "--evaluators is empty"),
         (["--evaluators=vall"], "there is no evaluator 'vall'; train.evaluators has val"),
         (["--gin_bindings=train.evaluators = {}"], "has no evaluators"),
     ):
@@ -224,9 +225,9 @@ def test_one_that_fails_leaves_the_others(finished, tmp_path, monkeypatch):
     assert [line.partition(":")[0] for line in following.evaluations.failures if line.startswith("lacking")] == [
         "lacking at step 4"
     ]
-    assert "there is no data set 'coco_capshuns'" in following.evaluations.failures[0]
+    assert "'coco_capshuns'" in following.evaluations.failures[0]
     (misspelt,) = [line for line in following.evaluations.failures if line.startswith("misspelt")]
-    assert misspelt.startswith("misspelt at step 4: Fid.metrics: there is no 'frechet'; there are fid, ")
+    assert misspelt.startswith("misspelt at step 4: Fid.metrics: there is no 'frechet'")
     assert [line.partition(":")[0] for line in following.evaluations.failures if "failing" in line] == [
         "failing at step 4",
         "failing at step 8",
@@ -243,8 +244,8 @@ def test_the_exit_code_tells(finished, tmp_path):
     _, log = process.communicate(timeout=600)
     assert process.returncode == 1
     assert evaluated(workdir) == [8]
-    assert log.count("lacking at step 8: data set digits/1.0.0 has no split 'nope'") == 1
-    assert log.splitlines()[-1] == "error: 1 evaluation(s) failed, as said before: lacking at step 8"
+    assert log.count("has no split 'nope'") == 1
+    assert log.splitlines()[-1] == "error: 1 evaluation(s) failed, see the errors above: lacking at step 8"
     assert "Traceback" not in log
 
 
@@ -273,9 +274,9 @@ def test_a_run_that_does_not_go_on_is_given_up(finished, tmp_path, monkeypatch):
         if clock[0] in (2.0, 5.0):
             save(finished, workdir, {2.0: 4, 5.0: 6}[clock[0]])
 
-    monkeypatch.setattr(evaluate.time, "sleep", sleep)
-    monkeypatch.setattr(evaluate.time, "monotonic", lambda: clock[0])
-    with pytest.raises(ValueError, match=r"^no checkpoint after step 6 of 8 has come for 4 s: start the run again, or"):
+    monkeypatch.setattr(evaluation.time, "sleep", sleep)
+    monkeypatch.setattr(evaluation.time, "monotonic", lambda: clock[0])
+    with pytest.raises(ValueError, match=r"after step 6 of 8 for 4 s: .*--timeout_seconds"):
         follow(workdir, timeout_seconds=3.5)
     assert evaluated(workdir) == [2, 4, 6]
     assert clock[0] == 9.0
@@ -296,10 +297,13 @@ def test_a_new_evaluator_is_a_new_file(tmp_path, data_dir):
         from jetformer import evaluators
         evaluators.__path__.append({str(tmp_path)!r})
         sys.path.append("tests")
+        from jetformer import config
+        from jetformer.experiment import Experiment
         from runs import untrained
         overrides = {{"train__evaluators": '{{"latents": @LatentStd()}}', "LatentStd__split": '"validation[:20]"'}}
         context = untrained({str(tmp_path)!r}, {str(data_dir)!r}, **overrides)
-        (std,) = context.run.evaluators["latents"](context).scalars.values()
+        evaluator = config.call(Experiment).evaluators["latents"]
+        (std,) = evaluator(context).scalars.values()
         print(0.1 < std < 10)"""
     _, log = start([sys.executable, "-c", code]).communicate(timeout=100)
     message = "ImportError: jetformer/evaluators/broken.py cannot be imported: No module named 'nothing_like_it'"
@@ -328,22 +332,22 @@ def test_results_are_made_of_what_all_jobs_have_found(tmp_path):
     workdir = UPath(tmp_path)
     written = metrics.Metrics(workdir, process_index=0)
     found = lambda value: base.Results(scalars={"x": value}, ema_scalars={"x": -value})
-    add = lambda step, value: base.write(found(value), "e", step, 1.0, Likelihood(), workdir, written, CPU)
+    add = lambda step, value: files.write(found(value), "e", step, 1.0, Likelihood(), workdir, written, CPU)
     add(4, 1.0)
     stale = (tmp_path / "eval_e" / "results.jsonl").read_text()
     add(2, 2.0)
     (tmp_path / "eval_e" / "results.jsonl").write_text(stale)
-    assert base.evaluated_steps(workdir, "e") == {2, 4}
+    assert files.evaluated_steps(workdir, "e") == {2, 4}
     (tmp_path / "eval_e" / "steps" / "notes.json").write_text("mine")
-    base.write_results(workdir, "e")  # as a job does at its start and end
+    files.build(workdir, "e")  # as a job does at its start and end
     assert [line["step"] for line in results(tmp_path, "e")] == [2, 4]
-    read = base._read
+    loads = json.loads
     with pytest.MonkeyPatch.context() as patch:
-        seen = []
-        patch.setattr(base, "_read", lambda path: seen.append(path.stem) or read(path))
+        read = []
+        patch.setattr(files.json, "loads", lambda text: read.append(loads(text)) or read[-1])
         add(6, 3.0)
         add(4, 4.0)
-    assert seen == ["000000006", "000000004"]  # the others' lines are there: on gs:// each record takes its time
+    assert [record["step"] for record in read] == [6, 4]  # and no others: on gs:// each takes its time
     written.close()
     assert [(line["step"], line["e/x"], line["e_ema/x"]) for line in results(tmp_path, "e")] == [
         (2, 2.0, -2.0), (4, 4.0, -4.0), (6, 3.0, -3.0)]  # fmt: skip
@@ -357,7 +361,7 @@ def test_a_run_with_a_configuration_that_cannot_be_used_ends_the_job(finished, t
         text = (finished / "config.gin").read_text()
         (workdir / "config.gin").write_text(text.replace("'val': @Likelihood()", "'other': @Likelihood()"))
 
-    monkeypatch.setattr(evaluate.time, "sleep", sleep)
+    monkeypatch.setattr(evaluation.time, "sleep", sleep)
     with pytest.raises(ValueError, match=r"there is no evaluator 'val'; train\.evaluators has other"):
         follow(workdir, names=["val"])
     assert evaluated(workdir) == [4]
@@ -381,7 +385,7 @@ def test_a_run_with_a_new_configuration_is_read_anew(finished, tmp_path, monkeyp
             save(finished, workdir, 6)
             (workdir / "run.json").write_text(facts)
 
-    monkeypatch.setattr(evaluate.time, "sleep", sleep)
+    monkeypatch.setattr(evaluation.time, "sleep", sleep)
     follow(workdir)
     assert len(waited) == 2
     assert evaluated(workdir) == [6, 8]
@@ -419,8 +423,8 @@ def test_a_dataset_that_is_lacking_in_several_processes(finished, tmp_path):
     process = start(torchrun(args, 2), OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
     _, log = process.communicate(timeout=600)
     assert process.returncode == 1
-    assert log.count("error: 1 evaluation(s) failed, as said before: lacking at step 8") == 1
-    assert log.count("lacking at step 8: data set digits/1.0.0 has no split 'nope'") == 1
+    assert log.count("error: 1 evaluation(s) failed, see the errors above: lacking at step 8") == 1
+    assert log.count("has no split 'nope'") == 1
     assert evaluated(workdir) == [8]
 
 
@@ -440,7 +444,7 @@ def test_what_a_run_takes_anew_is_evaluated_anew(finished, tmp_path, data_dir, c
     caplog.set_level("WARNING")
     run(workdir, data_dir, train__total_steps=8, train__checkpoint_steps=2, train__keep_last=9, train__evaluators=VAL,
         Likelihood__every_steps=8, make_optimizer__lr=1e-5)  # fmt: skip
-    assert "val: deleted figures of 2 step(s) that come again" in caplog.text
+    assert "val: deleted the results of 2 step(s)" in caplog.text
     assert [path.name for path in (workdir / "eval_val" / "grid").iterdir()] == ["000000004.png"]
     assert [path.name for path in (workdir / "eval_val" / "images").iterdir()] == ["000000004"]
     assert evaluated(workdir) == [2, 4, 8]
@@ -459,7 +463,7 @@ def test_what_a_job_finds_of_a_course_that_was_left_does_not_count(
     """The run goes back behind a checkpoint while the job evaluates it: once, or again from its new step 8; or it is
     another run."""
     workdir = copy_of(finished, tmp_path / "run", 8)
-    call, write = Likelihood.__call__, base.write
+    call, write = Likelihood.__call__, files.write
     facts = json.loads((workdir / "run.json").read_text())
     assert facts["start_steps"] == [0]
 
@@ -477,14 +481,14 @@ def test_what_a_job_finds_of_a_course_that_was_left_does_not_count(
         write(*args)
 
     monkeypatch.setattr(Likelihood, "__call__", evaluating)
-    monkeypatch.setattr(base, "write", writing)
+    monkeypatch.setattr(files, "write", writing)
     following = job(workdir)
     caplog.set_level("WARNING")
     assert following.evaluate(8)
-    assert "Step 8 is taken anew by the run" in caplog.text
-    assert base.evaluated_steps(UPath(workdir), "val") == set()
+    assert "repeats step 8" in caplog.text
+    assert files.evaluated_steps(UPath(workdir), "val") == set()
     starts = [*starts, 8]
-    assert following._read_config()  # as a job that follows does
+    assert following.reload()  # as a job that follows does
     assert following.evaluate(8)  # now it goes on from there
     following.close()
     assert evaluated(workdir) == [8]
@@ -507,7 +511,7 @@ def test_what_is_not_finite_is_null(tmp_path):
     workdir = UPath(tmp_path)
     written = metrics.Metrics(workdir, process_index=0)
     found = base.Results(scalars={"x": float("nan"), "y": float("-inf"), "z": 1.0})
-    base.write(found, "e", 3, 1.0, Likelihood(), workdir, written, CPU)
+    files.write(found, "e", 3, 1.0, Likelihood(), workdir, written, CPU)
     written.close()
     (line,) = (tmp_path / "eval_e" / "results.jsonl").read_text().splitlines()
     assert line == '{"step": 3, "seconds": 1.0, "e/x": null, "e/y": null, "e/z": 1.0}'
@@ -519,14 +523,14 @@ def test_records_that_cannot_be_read(tmp_path, caplog):
     written = metrics.Metrics(workdir, process_index=0)
     caplog.set_level("WARNING")
     for step in (2, 4):
-        base.write(base.Results(scalars={"x": 1.0}), "e", step, 1.0, Likelihood(), workdir, written, CPU)
+        files.write(base.Results(scalars={"x": 1.0}), "e", step, 1.0, Likelihood(), workdir, written, CPU)
     written.close()
     steps = tmp_path / "eval_e" / "steps"
     (steps / "000000003.json").write_text("")
     (steps / "000000005.json").symlink_to(tmp_path / "deleted")
-    base.write_results(workdir, "e")
+    files.build(workdir, "e")
     assert [line["step"] for line in results(tmp_path, "e")] == [2, 4]
-    assert base.other_settings(workdir, "e", Likelihood(num_draws=2)) == [2, 4]
+    assert files.other_settings(workdir, "e", Likelihood(num_draws=2)) == [2, 4]
     (said,) = {record.message for record in caplog.records}
     assert "000000003.json is damaged" in said
 
@@ -570,7 +574,7 @@ def test_a_damaged_checkpoint_that_comes_again(finished, tmp_path, monkeypatch):
             save(finished, workdir, 4)
             save(finished, workdir, 8)
 
-    monkeypatch.setattr(evaluate.time, "sleep", sleep)
+    monkeypatch.setattr(evaluation.time, "sleep", sleep)
     (failure,) = follow(workdir)
     assert failure.startswith("the checkpoint of step 4: the checkpoint of step 4 is damaged")
     assert evaluated(workdir) == [4, 8]
@@ -619,13 +623,13 @@ def test_results_of_other_settings_are_named(finished, tmp_path, caplog):
     assert "other settings" not in caplog.text
     other = "Likelihood.num_draws = 2"
     follow(workdir, other)
-    assert "val: 1 step(s) were evaluated with other settings and stay as they are" in caplog.text
+    assert "val: 1 step(s) were evaluated with other settings" in caplog.text
     caplog.clear()
     following = job(workdir, other)  # --once
     assert following.evaluate(8)
     following.close()
     assert [record.message.partition(":")[0] for record in caplog.records] == ["val"]
-    assert "the figures of step 8, which were of other settings, have been replaced" in caplog.text
+    assert "replaced the results of step 8" in caplog.text
     caplog.clear()
     following = job(workdir, "Likelihood.split = 'nope'")
     assert following.evaluate(8)

@@ -24,7 +24,7 @@ def test_scenes_are_those_that_were_drawn(context):
     for i in range(21_000, 22_000):
         image, captions, scene = example(i, held_out=True)
         scenes[captions[0], image.tobytes()] = scene
-    examples = context.run.data.examples("test", 20)
+    examples = context.data.examples("test", 20)
     assert len(examples) == 20
     for found in examples:
         key = ShapesChecker().caption(found), found["image"].tobytes()
@@ -42,10 +42,10 @@ def test_an_untrained_model_and_real_images(context):
 
 def test_full_marks_for_what_is_right(context, monkeypatch):
     """And where every second image is another's, half of them are right at the most."""
-    examples = context.run.data.examples("test", 6)
+    examples = context.data.examples("test", 6)
     images, captions = np.stack([e["image"] for e in examples]), [ShapesChecker().caption(e) for e in examples]
     monkeypatch.setattr(attributes, "sample_images", lambda context, rows, **kwargs: images)
-    monkeypatch.setattr(Attributes, "_captions", lambda self, context, shown: captions)
+    monkeypatch.setattr(Attributes, "captions", lambda self, context, shown: captions)
     scalars = evaluator()(context).scalars
     assert (scalars["images"], scalars["captions"]) == (1.0, 1.0)
     assert scalars["images/shape"] == 1.0
@@ -70,5 +70,5 @@ def test_what_the_model_does_not_learn_is_left_out(tmp_path, shapes_dir):
 
 
 def test_classes_are_no_captions(tmp_path, data_dir):
-    with pytest.raises(ValueError, match="of a JetFormer that reads texts"):
+    with pytest.raises(ValueError, match="Attributes needs a JetFormer"):
         evaluator().check(untrained(tmp_path, data_dir))

@@ -45,15 +45,15 @@ def test_labels_that_are_tokens(tmp_path, data_dir):
     evaluator.check(context)
     scalars = evaluator(context).scalars
     right, labels = [], []
-    with context.state.averaged(), torch.no_grad():
+    with context.averaged(), torch.no_grad():
         for batch in context.batches():
             from jetformer import prng
             from jetformer.runtime import derive_seed
 
             keys = prng.example_keys(derive_seed(0, 7), torch.tensor(batch["_index"]))
-            tokens = decode.encode_images(context.state.model, torch.tensor(batch["image"]), keys).tokens
-            hidden, _ = context.state.model(torch.tensor(batch["text"]), tokens, text_first=False)
-            predicted = context.state.model.text_logits(hidden)[:, 0, :10].argmax(-1).numpy()
+            tokens = decode.encode_images(context.model, torch.tensor(batch["image"]), keys).tokens
+            hidden, _ = context.model(torch.tensor(batch["text"]), tokens, text_first=False)
+            predicted = context.model.text_logits(hidden)[:, 0, :10].argmax(-1).numpy()
             right += (predicted == batch["text"][:, 0])[batch["_mask"]].tolist()
             labels += batch["text"][:, 0][batch["_mask"]].tolist()
     assert scalars["accuracy"] == pytest.approx(np.mean(right))
@@ -69,8 +69,8 @@ def test_a_text_for_each_label(tmp_path, shapes_dir, monkeypatch):
     pp = "decode | copy('background', 'label') | keep('image', 'label')"
     evaluator = Classify(labels=labels, pp=pp)
     evaluator.check(context)
-    ids, counts = evaluator._texts(context)
-    eos = context.run.data.texts().tokenizer.eos_id
+    ids, counts = evaluator.texts(context)
+    eos = context.data.texts().tokenizer.eos_id
     for row, counted in zip(ids, counts, strict=True):
         assert counted.sum() == (row == eos).nonzero()[0, 0] + 1
     prefilled, prefill = [], decode.CachedDecoder.prefill
@@ -86,8 +86,8 @@ def test_a_text_for_each_label(tmp_path, shapes_dir, monkeypatch):
 @pytest.mark.parametrize(
     ("evaluator", "overrides", "message"),
     [
-        (Classify(num_classes=10), {}, "does not learn texts that come after images"),
-        (Classify(num_classes=99), IMAGES_FIRST, "has 99 labels, the model a vocabulary of 13"),
+        (Classify(num_classes=10), {}, "does not learn texts after images"),
+        (Classify(num_classes=99), IMAGES_FIRST, "99 labels, .* 13 tokens"),
         (Classify(num_classes=10, pp="decode(channels=1) | keep('image')"), IMAGES_FIRST, "have no label"),
     ],
 )

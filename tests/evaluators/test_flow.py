@@ -34,8 +34,8 @@ def test_rows_of_temperature_have_the_same_latents(tmp_path, data_dir):
     picture = samples(context).pictures["grid"]
     assert picture.shape == (3 * (14 + 10 * FACTOR), WIDTH * FACTOR, 1)
     keys = prng.example_keys(derive_seed(0, 7), torch.arange(4, dtype=torch.int32))
-    with context.state.averaged(), torch.no_grad():
-        x, _ = context.state.model.inverse(0.5 * prng.normal(keys, (8, 8, 1)))
+    with context.averaged(), torch.no_grad():
+        x, _ = context.model.inverse(0.5 * prng.normal(keys, (8, 8, 1)))
     expected = ((x + 1) * 127.5).floor().clamp(0, 255).numpy()
     for column in range(4):
         assert np.abs(image_at(picture, 1, column) - expected[column]).max() <= 1
@@ -62,10 +62,10 @@ def test_figures_of_the_round_trip(tmp_path, data_dir):
     context = context_of(tmp_path, data_dir)
     results = FlowSamples(num_interpolations=0, num_round_trips=4)(context)
     assert results.scalars["round_trip_error"] < 0.01
-    with context.state.averaged(), torch.no_grad():
+    with context.averaged(), torch.no_grad():
         image = torch.from_numpy(context.first_examples(4, ("image",))["image"])
         noise = prng.uniform(prng.example_keys(derive_seed(0, 7), torch.arange(4, dtype=torch.int32)), (8, 8, 1))
-        latents, _ = context.state.model((image + noise) / 127.5 - 1)
+        latents, _ = context.model((image + noise) / 127.5 - 1)
     assert results.scalars["latents_mean"] == pytest.approx(latents.mean().item(), abs=1e-5)
     assert results.scalars["latents_std"] == pytest.approx(latents.std(correction=0).item(), abs=1e-5)
     picture = results.pictures["round_trip"]
@@ -88,7 +88,7 @@ def test_classes_of_a_labelled_flow(tmp_path, data_dir):
 
 def test_it_is_of_flows_alone(tmp_path, data_dir):
     context = untrained(tmp_path, data_dir)
-    with pytest.raises(ValueError, match="FlowSamples are of a flow alone, not of a JetFormer"):
+    with pytest.raises(ValueError, match=r"FlowSamples needs .* not a JetFormer"):
         FlowSamples().check(context)
 
 
@@ -97,7 +97,7 @@ def test_it_is_of_flows_alone(tmp_path, data_dir):
     [
         ({"temperatures": ()}, "temperatures"),
         ({"temperatures": (1.0, -0.1)}, "temperatures"),
-        ({"num_images": 1}, "num_images has to be 2 or more"),
+        ({"num_images": 1}, "num_images = 1: "),
     ],
 )
 def test_arguments_that_mean_nothing(arguments, message):

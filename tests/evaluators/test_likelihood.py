@@ -18,23 +18,23 @@ SHAPES = {"gin_file": "experiments/shapes.gin", "Jet__num_heads": 2, "Data__eval
 
 def by_hand(context, averaged, draw=0):
     """Bits per dim of all 40 examples, scored one by one."""
-    run, scores = context.run, []
+    scores = []
     batches = context.batches()
     for batch in batches:
         for i in np.flatnonzero(batch["_mask"]):
             one = {name: torch.tensor(batch[name][i : i + 1]) for name in ("image", "text", "text_mask", "text_loss")
                    if name in batch}  # fmt: skip
-            keys = prng.example_keys(derive_seed(run.seed, 2), torch.tensor(batch["_index"][i : i + 1]))
-            draws = run.objective.draw(context.state.model, one, keys, train=False)
+            keys = prng.example_keys(derive_seed(context.seed, 2), torch.tensor(batch["_index"][i : i + 1]))
+            draws = context.objective.draw(context.model, one, keys, train=False)
             if draw:
-                again = run.objective.draw(context.state.model, one, prng.fold_in(keys, 1000 + draw), train=False)
+                again = context.objective.draw(context.model, one, prng.fold_in(keys, 1000 + draw), train=False)
                 draws["dequant"] = again["dequant"]
             if averaged:
-                with context.state.averaged(), torch.no_grad():
-                    _, terms = run.objective(context.state.model, one, draws, train=False)
+                with context.averaged(), torch.no_grad():
+                    _, terms = context.objective(context.model, one, draws, train=False)
             else:
                 with torch.no_grad():
-                    _, terms = run.objective(context.state.model, one, draws, train=False)
+                    _, terms = context.objective(context.model, one, draws, train=False)
             scores.append(terms["bits_per_dim"][0].item())
     return np.array(scores)
 
@@ -55,12 +55,12 @@ def test_components_are_counted_over_all_examples(tmp_path, data_dir):
     """Whatever the batches, as of all tokens in one."""
     context = untrained(tmp_path, data_dir, train__eval_batch_size=7)
     scalars = Likelihood()(context).scalars
-    model = context.state.model
+    model = context.model
     batch = next(untrained(tmp_path, data_dir, train__eval_batch_size=40).batches())
     tensors = {name: torch.tensor(array) for name, array in batch.items()}
     keys = prng.example_keys(derive_seed(0, 2), tensors["_index"])
     with torch.no_grad():
-        image = tensors["image"] + context.run.objective.draw(model, tensors, keys, train=False)["dequant"]
+        image = tensors["image"] + context.objective.draw(model, tensors, keys, train=False)["dequant"]
         tokens = model.encode_image(image / 127.5 - 1).tokens
         _, hidden = model(tensors["text"], tokens, text_first=True, text_mask=tensors.get("text_mask"))
         mixture = model.image_head.distribution(model.image_head.logits(hidden))
@@ -99,13 +99,13 @@ def test_texts(tmp_path, shapes_dir):
     """Bits per character are all bits over all characters; prefix and suffix are apart."""
     context = untrained(tmp_path, shapes_dir, **SHAPES)
     results = Likelihood(text_prefix_prob=0.0)(context)
-    texts, bits, characters, num_tokens, means = context.run.data.texts(), 0.0, 0, 0, []
+    texts, bits, characters, num_tokens, means = context.data.texts(), 0.0, 0, 0, []
     for batch in context.batches():
         with torch.no_grad():
             tensors = {name: torch.tensor(array) for name, array in batch.items() if not name.startswith("_")}
-            model = context.state.model
+            model = context.model
             keys = prng.example_keys(derive_seed(0, 2), torch.tensor(batch["_index"]))
-            dequant = context.run.objective.draw(model, tensors, keys, train=False)["dequant"]
+            dequant = context.objective.draw(model, tensors, keys, train=False)["dequant"]
             tokens = model.encode_image((tensors["image"] + dequant) / 127.5 - 1).tokens
             hidden, _ = model(tensors["text"], tokens, text_first=False, text_mask=tensors["text_mask"])
             nats = -model.text_logits(hidden).log_softmax(-1).gather(2, tensors["text"].long()[..., None]).squeeze(2)
@@ -148,7 +148,7 @@ def test_another_split(tmp_path, data_dir):
     ("evaluator", "message"),
     [
         (lambda: Likelihood(split="nope"), "no split 'nope'"),
-        (lambda: Likelihood(text_prefix_prob=0.0), "does not learn texts that come after images"),
+        (lambda: Likelihood(text_prefix_prob=0.0), "does not learn texts after images"),
         (lambda: Likelihood(split="test[:0]"), r"split 'test\[:0\]' of 'digits' has no examples"),
     ],
 )

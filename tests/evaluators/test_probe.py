@@ -32,8 +32,8 @@ def test_representations_are_the_models_own(tmp_path, data_dir, monkeypatch, tex
     monkeypatch.setattr(probe, "ridge_accuracy", lambda x, y, test_x, test_y: seen.setdefault(len(seen), test_x)[0, 0])
     Probe(shots=(None,), **SPLITS)(context)
     assert [x.shape for x in seen.values()] == [(30, 4), (30, 16), (30, 16)]  # latents, then two layers
-    model, batch = context.state.model.eval(), next(context.batches(split="validation[:30]"))
-    with context.state.averaged(), torch.no_grad():
+    model, batch = context.model.eval(), next(context.batches(split="validation[:30]"))
+    with context.averaged(), torch.no_grad():
         keys = prng.example_keys(derive_seed(0, 8), torch.arange(16, dtype=torch.int32))
         latents = decode.encode_images(model, torch.tensor(batch["image"]), keys)
         torch.testing.assert_close(torch.from_numpy(seen[0][:16]), torch.cat(latents, -1).mean(1), atol=1e-5, rtol=1e-4)
@@ -80,7 +80,7 @@ def test_few_shots_embed_few_examples(tmp_path, data_dir, monkeypatch):
     assert sum(embedded) == 32 + 32
     assert few == {name: value for name, value in all_of_them.items() if "2_shot" in name}
     taken, probe_all = np.array([3, 17, 18, 40, 59]), Probe(shots=(None,), **SPLITS)
-    whole, part = (probe_all._represent(context, "train[:60]", numbers) for numbers in (None, taken))
+    whole, part = (probe_all.represent(context, "train[:60]", numbers) for numbers in (None, taken))
     for name in whole:
         np.testing.assert_allclose(part[name], whole[name][taken], rtol=1e-5, atol=1e-6)
 

@@ -30,10 +30,8 @@ def test_a_row_for_each_class(tmp_path, data_dir):
     picture = results.pictures["grid"]
     assert picture.shape == (4 * (14 + 10 * FACTOR), WIDTH * FACTOR, 1)
     keys = prng.example_keys(derive_seed(0, 3), torch.arange(12, dtype=torch.int32))
-    with context.state.averaged():
-        expected, _ = decode.sample_images(
-            context.state.model.eval(), torch.arange(4).repeat_interleave(3)[:, None], keys
-        )
+    with context.averaged():
+        expected, _ = decode.sample_images(context.model.eval(), torch.arange(4).repeat_interleave(3)[:, None], keys)
     for row in range(4):
         for column in range(3):
             assert (image_at(picture, row, column) == expected[3 * row + column].numpy()).all()
@@ -71,10 +69,10 @@ def test_the_round_trip_without_what_is_factored_out(tmp_path, data_dir):
     rows = 512 // (5 * 9 + 1) * 10 + 14
     assert results.pictures["round_trip"].shape[0] == 4 * rows  # images, back, their tokens alone, latents
     latents = []
-    with context.state.averaged(), torch.no_grad():
+    with context.averaged(), torch.no_grad():
         image = torch.from_numpy(context.first_examples(5, ("image",))["image"])
         noise = prng.uniform(prng.example_keys(derive_seed(0, 4), torch.arange(5, dtype=torch.int32)), image.shape[1:])
-        latents = torch.cat(context.state.model.encode_image((image + noise) / 127.5 - 1)[:2], dim=-1)
+        latents = torch.cat(context.model.encode_image((image + noise) / 127.5 - 1)[:2], dim=-1)
     assert results.scalars["latents_mean"] == pytest.approx(latents.mean().item(), abs=1e-5)
 
 
