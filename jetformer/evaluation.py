@@ -126,7 +126,7 @@ class Job:
                     logging.warning("The checkpoint of step %d was deleted before it was evaluated", step)
             todo = next((step for step in waiting if missing[step]), None)
             if todo is not None:
-                if not self.evaluate(todo, missing[todo], again=False):
+                if not self.evaluate(todo, again=False):
                     waiting.remove(todo)  # that it was deleted is logged
                 self._waiting = None
             elif steps and steps[-1] >= self._last_step:
@@ -146,12 +146,11 @@ class Job:
         while not self.evaluate(self._find(step)):
             pass  # it was deleted meanwhile: another one is the newest
 
-    def evaluate(self, step: int, names: Sequence[str] | None = None, again: bool = True) -> bool:
+    def evaluate(self, step: int, again: bool = True) -> bool:
         """Runs evaluators on the checkpoint of a step, one after the other.
 
         Args:
           step: of the checkpoint.
-          names: of evaluators; None: all of the job's.
           again: also those that have evaluated it.
 
         Returns:
@@ -170,8 +169,8 @@ class Job:
                 raise
             self.evaluations.fail(f"the checkpoint of step {step}", error, [(name, step) for name in self._names])
             return True
-        for name in names or self._names:
-            if again or self._runtime.of_first(name in self._missing(step)[step]):  # or another job was faster
+        for name in self._names:
+            if again or self._runtime.of_first(name in self._missing(step)[step]):
                 self._run(name, step, state, again)
         return True
 
@@ -308,12 +307,9 @@ class Job:
         if name not in self._written:
             directory = results.directory_of(self._workdir, name)
             directory.mkdir(parents=True, exist_ok=True)
-            self._written[name] = Metrics(
-                directory,
-                self._runtime.process_index,
-                self._experiment.wandb_project,
-                training_workdir=self._workdir,
-            )
+            project = self._experiment.wandb_project
+            process = self._runtime.process_index
+            self._written[name] = Metrics(directory, process, project, training_workdir=self._workdir)
         return self._written[name]
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint is bit for bit what was saved, whole or not there, and kept by the rules."""
+"""A checkpoint equals what was saved bit for bit, is whole or absent, and is kept by the rules."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from jetformer import checkpoint
 from jetformer.checkpoint import Checkpoint, Checkpointer
 
-# A warning of DCP's would come with every save of a run.
+# A run would log a warning of DCP's with every save.
 pytestmark = pytest.mark.filterwarnings("error")
 
 fresh = itertools.count()
@@ -147,7 +147,7 @@ def test_a_part_can_be_restored(tmp_path):
     assert leaves(part) == leaves({"model": a_state(0)["model"]})
 
 
-def test_training_goes_on_during_a_save(tmp_path, monkeypatch):
+def test_training_continues_during_a_save(tmp_path, monkeypatch):
     may_write = threading.Event()
     write_data = dcp.FileSystemWriter.write_data
 
@@ -170,7 +170,7 @@ def test_training_goes_on_during_a_save(tmp_path, monkeypatch):
     assert leaves(Checkpoint(tmp_path, 1).restore(a_state(2))) == leaves(a_state(0))
 
 
-def test_the_marker_says_what_it_marks(workdir):
+def test_the_marker_describes_the_checkpoint(workdir):
     checkpointer = Checkpointer(workdir)
     checkpointer.save(12000, {"w": torch.ones(3)}, info={"examples": 5})
     checkpointer.wait()
@@ -214,7 +214,7 @@ def test_a_flipped_bit_is_found(workdir, file):
     with pytest.raises(ValueError, match="XXH3") as error:
         Checkpoint(workdir, 2).verify_checksums()
     assert file in one_line(error)
-    # Shared out, one process of two finds it.
+    # If two processes share the files, one of them finds it.
     found = 0
     for index in range(2):
         try:
@@ -224,7 +224,7 @@ def test_a_flipped_bit_is_found(workdir, file):
     assert found == 1
 
 
-def test_a_checkpoint_of_before_checksums(workdir):
+def test_an_older_checkpoint_without_checksums(workdir):
     save(workdir, 2)
     fs, root = storage(workdir)
     record = marker(workdir, 2)
@@ -235,7 +235,7 @@ def test_a_checkpoint_of_before_checksums(workdir):
 
 
 class Malicious:
-    """What runs a program when it is unpickled."""
+    """Runs a program when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -247,11 +247,11 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-def test_nothing_is_run_that_a_checkpoint_holds(tmp_path):
+def test_loading_a_checkpoint_runs_no_program(tmp_path):
     save(tmp_path, 1)
     metadata = tmp_path / "checkpoints" / "000000001" / ".metadata"
     size = metadata.stat().st_size
-    ours = "torch.distributed.checkpoint.metadata"  # which has more in it than its own classes
+    ours = "torch.distributed.checkpoint.metadata"  # which names more than its own classes
     for pickled, named in (
         (pickle.dumps(Malicious(tmp_path / "ran")), "mkdir"),
         *((f"c{ours}\n{name}\n.".encode(), name) for name in ("dataclass", "field", "os", "torch")),
@@ -260,7 +260,7 @@ def test_nothing_is_run_that_a_checkpoint_holds(tmp_path):
         with pytest.raises(ValueError, match=named) as error:
             Checkpoint(tmp_path, 1).restore({"w": torch.zeros(4)})
         assert "not unpickled" in one_line(error)
-    # A value that is no tensor.
+    # A value that is not a tensor.
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(2, {"w": Malicious(tmp_path / "ran")})
     checkpointer.wait()
@@ -271,12 +271,12 @@ def test_nothing_is_run_that_a_checkpoint_holds(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata"])
-def test_a_file_of_the_right_size_that_cannot_be_read(workdir, file):
+def test_an_unreadable_file_of_the_right_size(workdir, file):
     save(workdir, 2)
     fs, root = storage(workdir)
     path = f"{root}/000000002/{file}"
     fs.pipe_file(path, bytes(len(fs.cat_file(path))))
-    with pytest.raises(ValueError, match="the checkpoint of step 2 cannot be read, it is damaged or") as error:
+    with pytest.raises(ValueError, match="step 2 cannot be read") as error:
         Checkpoint(workdir, 2).restore({"w": torch.zeros(4)})
     assert f"delete {directory(workdir, 2)}" in one_line(error)
 
@@ -314,7 +314,7 @@ def test_a_broken_marker_is_named(workdir):
     one_line(error)
 
 
-def test_an_incomplete_checkpoint_is_none(workdir):
+def test_an_incomplete_checkpoint_does_not_count(workdir):
     assert checkpoint.steps(workdir) == []
     assert checkpoint.latest(workdir) is None
     save(workdir, 1)
@@ -360,26 +360,26 @@ def test_keeps_the_last_and_every_kth(saved, keep_last, keep_every, leftover):
         save(workdir, step, keep_last=keep_last, keep_every=keep_every)
         every = [s for s in saved[:n] if keep_every and s % keep_every == 0]
         assert checkpoint.steps(workdir) == sorted({*every, *saved[:n][-keep_last:]})
-    # Incomplete ones go once they are in the past.
+    # Older incomplete ones are deleted.
     is_there = fs.exists(f"{root}/{leftover:09d}/.metadata")
     assert is_there == (leftover in checkpoint.steps(workdir) or leftover > saved[-1])
 
 
-def test_keeps_what_it_just_saved(workdir):
+def test_keeps_the_checkpoint_it_just_saved(workdir):
     save(workdir, 100)
     save(workdir, 50)
     assert checkpoint.steps(workdir) == [50, 100]
 
 
 def rank(workdir, *steps):
-    """As an evaluation does; the best step first."""
+    """Writes best.json as an evaluation does; the best step first."""
     fs, root = storage(workdir)
     fs.makedirs(root, exist_ok=True)
     fs.pipe_file(f"{root.rpartition('/')[0]}/best.json", json.dumps({"ranking": [{"step": s} for s in steps]}).encode())
 
 
 def test_keeps_the_best(workdir):
-    """That of the first ranked step that has a checkpoint: of 9 there is none."""
+    """That of the first ranked step that has a checkpoint; 9 has none."""
     save(workdir, 1)
     with pytest.raises(ValueError, match=r"best\.json.*\[1\].*train\.keep_best") as error:
         checkpoint.best(workdir)
@@ -396,7 +396,7 @@ def test_keeps_the_best(workdir):
 
 @pytest.mark.parametrize("content", [b"{", b"{}", b"[1]", b"\xff"])
 def test_a_damaged_ranking_is_named_and_fails_no_save(tmp_path, content, caplog):
-    """Any checkpoint may be the best one then: none is deleted until the file is whole."""
+    """Any checkpoint may be the best: none is deleted until the file is whole."""
     save(tmp_path, 1)
     (tmp_path / "best.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"best\.json") as error:
@@ -430,7 +430,7 @@ def test_rules_that_keep_nothing_are_refused(tmp_path, rules):
         ({"b": None}, "model.b is float32[3] in its checkpoint of step 5 and absent in this run"),
     ],
 )  # fmt: skip
-def test_another_architecture_is_told_in_one_line(workdir, change, says):
+def test_another_architecture_is_one_line(workdir, change, says):
     model = {"w": torch.ones(2, 3), "b": torch.ones(3)}
     save(workdir, 5, state={"model": model, "optimizer": {"m": torch.ones(2)}})
     other = {name: value for name, value in {**model, **change}.items() if value is not None}
@@ -455,7 +455,7 @@ def test_the_same_architecture_is_compatible(workdir):
 
 
 @pytest.mark.parametrize("where", ["write_data", "finish"])
-def test_what_a_save_raised_is_raised(tmp_path, monkeypatch, where):
+def test_the_error_of_a_save_is_raised(tmp_path, monkeypatch, where):
     def full(self, *args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -467,7 +467,7 @@ def test_what_a_save_raised_is_raised(tmp_path, monkeypatch, where):
             with pytest.raises(OSError, match="No space left"):
                 surfaces()
         assert checkpoint.steps(tmp_path) == []
-    # It is raised once, and the next save has nothing to do with it.
+    # It is raised once, and does not affect the next save.
     checkpointer.wait()
     checkpointer.save(1, {"w": torch.ones(4)})
     checkpointer.wait()
@@ -508,7 +508,7 @@ def finish_then(action):
 
 
 def kill_during_save(workdir, where):
-    """Saves step 1, and dies in the middle of saving step 2."""
+    """Saves step 1, and kills itself while saving step 2."""
     checkpointer = Checkpointer(workdir)
     checkpointer.save(1, a_state(1))
     checkpointer.wait()
@@ -580,7 +580,7 @@ def two_processes(rank, workdir):
     for value in two.values():
         if isinstance(value, torch.Tensor):
             value.zero_()
-    for _ in range(20):  # collectives of training, meanwhile
+    for _ in range(20):  # meanwhile collectives of training
         one = torch.ones(3)
         dist.all_reduce(one)
         assert one.tolist() == [2.0] * 3
@@ -605,7 +605,7 @@ def test_two_processes_write_one_checkpoint(tmp_path):
     assert checkpoint.steps(tmp_path) == [1, 2]
     sizes = marker(tmp_path, 2)["sizes"]
     assert {"__0_0.distcp", "__1_0.distcp"} <= set(sizes)
-    assert sum(sizes.values()) < 1.5 * 4 * 50_000  # what is replicated is saved once
+    assert sum(sizes.values()) < 1.5 * 4 * 50_000  # a replicated tensor is saved once
     # One process reads what two have written.
     state = {"sharded": torch.zeros(7), "scalar": torch.tensor(0.0), "step": 0}
     Checkpoint(tmp_path, 2).restore(state)
@@ -614,7 +614,7 @@ def test_two_processes_write_one_checkpoint(tmp_path):
     assert state["step"] == 2
 
 
-def test_files_that_process_0_does_not_see_are_no_checkpoint(tmp_path, monkeypatch):
+def test_files_must_be_visible_to_process_0(tmp_path, monkeypatch):
     monkeypatch.setattr(dcp.FileSystemWriter, "finish", dcp.FileSystemWriter.finish)  # restored after the test
     finish_then((tmp_path / "checkpoints/000000001/__0_0.distcp").unlink)
     with pytest.raises(ValueError, match="storage that all processes share") as error:

@@ -1,5 +1,5 @@
-"""Evaluation as a job of its own: the figures of training, each checkpoint once, deletions and restarts survived, one
-process equals two."""
+"""Evaluation jobs: the metrics of training, each checkpoint once, through deletions and restarts, one process equals
+several."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ VAL = '{"val": @Likelihood()}'
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data_dir):
-    """A run of 8 steps with checkpoints at 2, 4, 6 and 8, evaluated in training at 4 and 8."""
+    """A run of 8 steps with checkpoints at 2, 4, 6 and 8, evaluated during training at 4 and 8."""
     workdir = tmp_path_factory.mktemp("finished")
     run(workdir, data_dir, train__total_steps=8, train__checkpoint_steps=2, train__keep_last=9, train__evaluators=VAL,
         Likelihood__every_steps=4, train__keep_best='"val_ema/bits_per_dim"')  # fmt: skip
@@ -37,7 +37,7 @@ def finished(tmp_path_factory, data_dir):
 
 
 def copy_of(finished, to, *steps):
-    """The run as it is when it has saved these steps, and nothing is evaluated."""
+    """Copies the run as it is when it has saved these steps, without evaluations."""
     shutil.copytree(finished, to, ignore=shutil.ignore_patterns("eval_*"))
     for step in {2, 4, 6, 8} - set(steps):
         shutil.rmtree(to / "checkpoints" / f"{step:09d}")
@@ -45,7 +45,7 @@ def copy_of(finished, to, *steps):
 
 
 def save(finished, workdir, step):
-    """Training saves a step."""
+    """Saves a step, as training does."""
     name = f"checkpoints/{step:09d}"
     shutil.copytree(finished / name, workdir / name)
 
@@ -55,7 +55,7 @@ def job(workdir, *gin_bindings, names=None):
 
 
 def follow(workdir, *gin_bindings, names=None, **how):
-    """Follows a run to its end; what failed."""
+    """Follows a run to its end; returns the failures."""
     following = job(workdir, *gin_bindings, names=names)
     following.follow(poll_seconds=0.0, **how)
     following.close()
@@ -71,7 +71,7 @@ def program(workdir, *flags):
     return start(args, OMP_NUM_THREADS="1")
 
 
-def test_the_figures_are_those_of_training(finished, tmp_path):
+def test_metrics_equal_those_of_training(finished, tmp_path):
     workdir = copy_of(finished, tmp_path / "run", 2, 4, 6, 8)
     assert follow(workdir) == []
     assert evaluated(workdir) == [2, 4, 6, 8]
@@ -87,7 +87,7 @@ def test_the_figures_are_those_of_training(finished, tmp_path):
     assert evaluated(workdir) == [2, 4, 6, 8]
 
 
-def test_what_training_has_evaluated_is_not_done_again(finished, tmp_path):
+def test_steps_that_training_evaluated_are_skipped(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     before = (workdir / "eval_val" / "steps" / "000000004.json").stat().st_mtime_ns
@@ -96,12 +96,12 @@ def test_what_training_has_evaluated_is_not_done_again(finished, tmp_path):
     assert (workdir / "eval_val" / "steps" / "000000004.json").stat().st_mtime_ns == before
 
 
-def test_checkpoints_are_evaluated_as_they_come(finished, tmp_path, monkeypatch):
+def test_checkpoints_are_evaluated_as_they_appear(finished, tmp_path, monkeypatch):
     workdir = copy_of(finished, tmp_path / "run", 4)
     waited = []
 
     def sleep(seconds):
-        """Training saves its last step meanwhile, and deletes the one before."""
+        """Saves the last step and deletes the one before, as training does meanwhile."""
         waited.append(seconds)
         save(finished, workdir, 8)
         shutil.rmtree(workdir / "checkpoints" / "000000004")
@@ -113,7 +113,7 @@ def test_checkpoints_are_evaluated_as_they_come(finished, tmp_path, monkeypatch)
 
 
 def deleting(monkeypatch, when, delete):
-    """Has training delete a checkpoint before or after what reading one begins with."""
+    """Deletes a checkpoint, as training does, before or after the check that precedes reading it."""
     check = checkpoint.Checkpoint.check_compatible
 
     def delete_then_check(*args):
@@ -127,7 +127,7 @@ def deleting(monkeypatch, when, delete):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_checkpoint_that_is_deleted_while_it_is_read(finished, tmp_path, monkeypatch, caplog, when):
+def test_a_checkpoint_deleted_while_it_is_read(finished, tmp_path, monkeypatch, caplog, when):
     workdir = copy_of(finished, tmp_path / "run", 4)
 
     def delete():
@@ -139,11 +139,11 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read(finished, tmp_path, monke
     caplog.set_level("WARNING")
     assert follow(workdir) == []
     assert evaluated(workdir) == [8]
-    (said,) = [record.message for record in caplog.records if record.name == "absl"]
-    assert said.startswith("The checkpoint of step 4 was deleted while it was read")
+    (warning,) = [record.message for record in caplog.records if record.name == "absl"]
+    assert "step 4 was deleted while it was read" in warning
 
 
-def test_a_checkpoint_that_is_being_written_is_waited_for(finished, tmp_path, monkeypatch):
+def test_waits_for_a_checkpoint_that_is_being_written(finished, tmp_path, monkeypatch):
     workdir = copy_of(finished, tmp_path / "run", 8)
     marker = workdir / "checkpoints" / "000000008" / checkpoint.MARKER
     whole = marker.read_bytes()
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_is_being_written_is_waited_for(finished, tmp_path, mo
 @pytest.mark.parametrize(
     ("how", "steps"), [({"every": 3}, [6, 8]), ({"every": 2}, [4, 8]), ({"newest": True}, [8])], ids=str
 )
-def test_some_checkpoints_only(finished, tmp_path, how, steps):
+def test_selected_checkpoints(finished, tmp_path, how, steps):
     workdir = copy_of(finished, tmp_path / "run", 2, 4, 6, 8)
     follow(workdir, **how)
     assert evaluated(workdir) == steps
@@ -179,7 +179,7 @@ def test_which_checkpoints_are_due(steps, period, newest, expected):
 
 def test_one_step(finished, tmp_path):
     workdir = copy_of(finished, tmp_path / "run", 2, 4, 6)
-    shutil.copytree(finished / "eval_val", workdir / "eval_val")  # of 4 and 8, which is gone
+    shutil.copytree(finished / "eval_val", workdir / "eval_val")  # of 4, and of 8, whose checkpoint is gone
     for flag, step, steps in (("--step=best", 4, [4, 8]), ("--once", 6, [4, 6, 8]), ("--step=2", 2, [2, 4, 6, 8])):
         process = program(workdir, flag)
         _, log = process.communicate(timeout=600)
@@ -201,8 +201,8 @@ def test_one_step(finished, tmp_path):
         assert "Traceback" not in log
 
 
-def test_one_that_fails_leaves_the_others(finished, tmp_path, monkeypatch):
-    """An evaluator of a dataset that the machine lacks, and one that fails at every step."""
+def test_the_others_run_if_an_evaluator_fails(finished, tmp_path, monkeypatch):
+    """One lacks its dataset, one fails at every step, one has a misspelt metric."""
     workdir = copy_of(finished, tmp_path / "run", 4, 8)
     several = (
         'train.evaluators = {"lacking": @lacking/Likelihood(), "failing": @failing/Likelihood(), "misspelt": @Fid(), '
@@ -234,7 +234,7 @@ def test_one_that_fails_leaves_the_others(finished, tmp_path, monkeypatch):
     ]
 
 
-def test_the_exit_code_tells(finished, tmp_path):
+def test_a_failure_shows_in_the_exit_code(finished, tmp_path):
     workdir = copy_of(finished, tmp_path / "run", 8)
     process = program(
         workdir,
@@ -249,8 +249,8 @@ def test_the_exit_code_tells(finished, tmp_path):
     assert "Traceback" not in log
 
 
-def test_the_job_says_which_is_the_best(finished, tmp_path, caplog):
-    """By a metric of its own. Training, which has none, keeps it, and ends the job where it has stopped early."""
+def test_a_job_ranks_the_checkpoints(finished, tmp_path, caplog):
+    """By its own metric. Training, which has none, keeps the best, and the job ends where training stopped early."""
     workdir = copy_of(finished, tmp_path / "run", 2, 4, 6)
     facts = json.loads((workdir / "run.json").read_text())
     (workdir / "run.json").write_text(json.dumps(facts | {"stopped_at": 6}))
@@ -265,8 +265,8 @@ def test_the_job_says_which_is_the_best(finished, tmp_path, caplog):
     assert checkpoint.steps(workdir) == [first, 7]
 
 
-def test_a_run_that_does_not_go_on_is_given_up(finished, tmp_path, monkeypatch):
-    """Not while checkpoints come."""
+def test_a_run_without_new_checkpoints_times_out(finished, tmp_path, monkeypatch):
+    """But not while checkpoints appear."""
     workdir, clock = copy_of(finished, tmp_path / "run", 2), [0.0]
 
     def sleep(seconds):
@@ -283,7 +283,7 @@ def test_a_run_that_does_not_go_on_is_given_up(finished, tmp_path, monkeypatch):
 
 
 def test_a_new_evaluator_is_a_new_file(tmp_path, data_dir):
-    """The example of `base.py`, as it stands there."""
+    """The example in the docstring of `base.py`."""
     example = base.__doc__[base.__doc__.index("    @dataclasses") : base.__doc__.index("`Context.per_example`")]
     imports = """
         import dataclasses
@@ -326,8 +326,8 @@ def test_two_jobs_at_once_lose_nothing(finished, tmp_path):
     assert len(list(workdir.glob(".*"))) == 0
 
 
-def test_results_are_made_of_what_all_jobs_have_found(tmp_path):
-    """Where one job has written its list before it saw what another one found, the next to write has both."""
+def test_results_include_those_of_all_jobs(tmp_path):
+    """If a job wrote results.jsonl without a record of another job, the next to write includes both."""
 
     workdir = UPath(tmp_path)
     written = metrics.Metrics(workdir, process_index=0)
@@ -353,8 +353,8 @@ def test_results_are_made_of_what_all_jobs_have_found(tmp_path):
         (2, 2.0, -2.0), (4, 4.0, -4.0), (6, 3.0, -3.0)]  # fmt: skip
 
 
-def test_a_run_with_a_configuration_that_cannot_be_used_ends_the_job(finished, tmp_path, monkeypatch):
-    """And does not pass for one that has ended."""
+def test_an_unusable_configuration_ends_the_job(finished, tmp_path, monkeypatch):
+    """With an error, unlike the end of the run."""
     workdir = copy_of(finished, tmp_path / "run", 4)
 
     def sleep(seconds):
@@ -367,8 +367,8 @@ def test_a_run_with_a_configuration_that_cannot_be_used_ends_the_job(finished, t
     assert evaluated(workdir) == [4]
 
 
-def test_a_run_with_a_new_configuration_is_read_anew(finished, tmp_path, monkeypatch, data_dir):
-    """Training is started again for longer, while the job waits."""
+def test_a_changed_configuration_is_read(finished, tmp_path, monkeypatch, data_dir):
+    """Training is restarted for longer, while the job waits."""
     workdir = copy_of(finished, tmp_path / "run", 8)
     facts = (workdir / "run.json").read_text()
     longer = facts.replace('"total_steps": 8', '"total_steps": 100')
@@ -393,8 +393,8 @@ def test_a_run_with_a_new_configuration_is_read_anew(finished, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(("processes", "batch_size"), [(2, 16), (3, 18)])
-def test_several_processes_are_one(finished, tmp_path, processes, batch_size):
-    """41 examples: of the last batch the first process has a part, the second a smaller one or nothing."""
+def test_several_processes_equal_one(finished, tmp_path, processes, batch_size):
+    """With 41 examples: the last batch is smaller on the second process, or empty."""
     gin = [f"train.eval_batch_size = {batch_size}", "Data.eval_split = 'validation[:41]'",
            "Samples.num_images = 3", "Samples.num_classes = 3",
            'train.evaluators = {"val": @Likelihood(), "samples": @Samples(), "probe": @Probe()}',
@@ -414,7 +414,7 @@ def test_several_processes_are_one(finished, tmp_path, processes, batch_size):
             assert actual[tag] == pytest.approx(expected[tag], rel=1e-5, abs=0.0 if name == "val" else 1e-4), tag
 
 
-def test_a_dataset_that_is_lacking_in_several_processes(finished, tmp_path):
+def test_a_missing_split_with_several_processes(finished, tmp_path):
     """All leave out the same evaluator, and none waits for another."""
     workdir = copy_of(finished, tmp_path / "run", 8)
     args = [sys.executable, "-m", "jetformer.evaluate", f"--workdir={workdir}", "--device=cpu",
@@ -428,8 +428,8 @@ def test_a_dataset_that_is_lacking_in_several_processes(finished, tmp_path):
     assert evaluated(workdir) == [8]
 
 
-def test_what_a_run_takes_anew_is_evaluated_anew(finished, tmp_path, data_dir, caplog):
-    """Its last checkpoints are deleted, and it goes on from before with a lower learning rate."""
+def test_repeated_steps_are_evaluated_again(finished, tmp_path, data_dir, caplog):
+    """Its last checkpoints are deleted, and it resumes from the one before with a lower learning rate."""
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     follow(workdir)
@@ -457,10 +457,8 @@ def test_what_a_run_takes_anew_is_evaluated_anew(finished, tmp_path, data_dir, c
 
 @pytest.mark.parametrize("starts", [[0, 4], [0, 4, 8], [4]], ids=str)
 @pytest.mark.parametrize("when", ["evaluating", "writing"])
-def test_what_a_job_finds_of_a_course_that_was_left_does_not_count(
-    finished, tmp_path, monkeypatch, caplog, when, starts
-):
-    """The run goes back behind a checkpoint while the job evaluates it: once, or again from its new step 8; or it is
+def test_results_of_steps_that_a_run_repeats_do_not_count(finished, tmp_path, monkeypatch, caplog, when, starts):
+    """The run goes back to before a checkpoint while the job evaluates it: once, or again from its new step 8; or it is
     another run."""
     workdir = copy_of(finished, tmp_path / "run", 8)
     call, write = Likelihood.__call__, files.write
@@ -476,7 +474,7 @@ def test_what_a_job_finds_of_a_course_that_was_left_does_not_count(
         return call(self, context)
 
     def writing(*args):
-        if when == "writing":  # too late for the first look, and the run finds nothing to delete
+        if when == "writing":  # after the first check, and the run finds nothing to delete
             go_back()
         write(*args)
 
@@ -489,12 +487,12 @@ def test_what_a_job_finds_of_a_course_that_was_left_does_not_count(
     assert files.evaluated_steps(UPath(workdir), "val") == set()
     starts = [*starts, 8]
     assert following.reload()  # as a job that follows does
-    assert following.evaluate(8)  # now it goes on from there
+    assert following.evaluate(8)  # now the run resumes from there
     following.close()
     assert evaluated(workdir) == [8]
 
 
-def test_figures_and_pictures_are_in_the_event_files(finished, tmp_path):
+def test_metrics_and_pictures_are_in_the_event_files(finished, tmp_path):
     workdir = copy_of(finished, tmp_path / "run", 8)
     follow(workdir, 'train.evaluators = {"samples": @Samples()}', "Samples.num_images = 1")
     accumulator = EventAccumulator(str(workdir / "eval_samples"), size_guidance={"tensors": 0})
@@ -506,8 +504,8 @@ def test_figures_and_pictures_are_in_the_event_files(finished, tmp_path):
     assert event.tensor_proto.string_val[2].startswith(b"\x89PNG")
 
 
-def test_what_is_not_finite_is_null(tmp_path):
-    """Which any reader of JSON knows; the event file has what it is."""
+def test_values_that_are_not_finite_are_null(tmp_path):
+    """JSON has no NaN; the event file has the value."""
     workdir = UPath(tmp_path)
     written = metrics.Metrics(workdir, process_index=0)
     found = base.Results(scalars={"x": float("nan"), "y": float("-inf"), "z": 1.0})
@@ -517,8 +515,8 @@ def test_what_is_not_finite_is_null(tmp_path):
     assert line == '{"step": 3, "seconds": 1.0, "e/x": null, "e/y": null, "e/z": 1.0}'
 
 
-def test_records_that_cannot_be_read(tmp_path, caplog):
-    """One is damaged, another is deleted just now: training goes on, and the rest counts."""
+def test_unreadable_records_are_left_out(tmp_path, caplog):
+    """One is damaged, another was just deleted: training continues, and the others count."""
     workdir = UPath(tmp_path)
     written = metrics.Metrics(workdir, process_index=0)
     caplog.set_level("WARNING")
@@ -531,8 +529,8 @@ def test_records_that_cannot_be_read(tmp_path, caplog):
     files.build(workdir, "e")
     assert [line["step"] for line in results(tmp_path, "e")] == [2, 4]
     assert files.other_settings(workdir, "e", Likelihood(num_draws=2)) == [2, 4]
-    (said,) = {record.message for record in caplog.records}
-    assert "000000003.json is damaged" in said
+    (warning,) = {record.message for record in caplog.records}
+    assert "000000003.json is damaged" in warning
 
 
 def test_a_workdir_at_a_url(finished):
@@ -559,8 +557,8 @@ def test_a_damaged_checkpoint_is_left_out(finished, tmp_path):
         job(workdir).evaluate(4)
 
 
-def test_a_damaged_checkpoint_that_comes_again(finished, tmp_path, monkeypatch):
-    """It is deleted, as the message says, and the run saves it once more."""
+def test_a_damaged_checkpoint_that_is_saved_again(finished, tmp_path, monkeypatch):
+    """It is deleted, as the message says, and the run saves it again."""
     workdir = copy_of(finished, tmp_path / "run", 4)
     (file,) = (workdir / "checkpoints" / "000000004").glob("*.distcp")
     file.write_bytes(bytes(file.stat().st_size))
@@ -580,7 +578,7 @@ def test_a_damaged_checkpoint_that_comes_again(finished, tmp_path, monkeypatch):
     assert evaluated(workdir) == [4, 8]
 
 
-def test_sigterm_while_a_checkpoint_is_read_is_no_damage(finished, tmp_path, monkeypatch):
+def test_sigterm_while_a_checkpoint_is_read(finished, tmp_path, monkeypatch):
     workdir = copy_of(finished, tmp_path / "run", 4, 8)
 
     def load(*args, **kwargs):
@@ -591,7 +589,7 @@ def test_sigterm_while_a_checkpoint_is_read_is_no_damage(finished, tmp_path, mon
         follow(workdir)
 
 
-def test_a_bug_in_an_evaluator_leaves_the_others(finished, tmp_path, monkeypatch, caplog):
+def test_the_others_run_if_an_evaluator_has_a_bug(finished, tmp_path, monkeypatch, caplog):
     workdir = copy_of(finished, tmp_path / "run", 8)
     monkeypatch.setattr(Probe, "__call__", lambda self, context: [][0])
     failures = follow(workdir, 'train.evaluators = {"probe": @Probe(), "val": @Likelihood()}')
@@ -600,7 +598,7 @@ def test_a_bug_in_an_evaluator_leaves_the_others(finished, tmp_path, monkeypatch
     assert evaluated(workdir) == [8]
 
 
-def test_a_checkpoint_that_goes_before_its_turn_is_named(finished, tmp_path, monkeypatch, caplog):
+def test_a_checkpoint_deleted_before_its_turn_is_named(finished, tmp_path, monkeypatch, caplog):
     workdir = copy_of(finished, tmp_path / "run", 2, 4, 8)
     call = Likelihood.__call__
 
@@ -615,7 +613,7 @@ def test_a_checkpoint_that_goes_before_its_turn_is_named(finished, tmp_path, mon
     assert evaluated(workdir) == [2, 8]
 
 
-def test_results_of_other_settings_are_named(finished, tmp_path, caplog):
+def test_results_with_other_settings_are_named(finished, tmp_path, caplog):
     workdir = copy_of(finished, tmp_path / "run", 8)
     follow(workdir)
     caplog.set_level("WARNING")
@@ -639,7 +637,7 @@ def test_results_of_other_settings_are_named(finished, tmp_path, caplog):
     assert "val/bits_per_dim_importance_weighted" in line
 
 
-def test_once_takes_the_next_where_the_newest_goes(finished, tmp_path, monkeypatch):
+def test_a_deleted_checkpoint_is_reported_to_the_caller(finished, tmp_path, monkeypatch):
     workdir = copy_of(finished, tmp_path / "run", 4)
 
     def delete():
@@ -655,7 +653,7 @@ def test_once_takes_the_next_where_the_newest_goes(finished, tmp_path, monkeypat
     assert evaluated(workdir) == [8]
 
 
-def test_a_job_that_is_started_before_its_run(finished, tmp_path):
+def test_a_job_started_before_its_run(finished, tmp_path):
     process = program(tmp_path / "run", "--poll_seconds=0.1")
     for line in process.stderr:
         if "Waiting up to 60 s for a run" in line:

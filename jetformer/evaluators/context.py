@@ -109,15 +109,12 @@ class Context:
         _, batches = peek(batches, f"split {split or data.eval_split!r} of {data.name!r}")
         return batches
 
-    def first_examples(
-        self, count: int, names: tuple[str, ...], data: Data | None = None, split: str | None = None
-    ) -> Rows:
-        """Returns the first `count` examples of a split, or all if it has fewer, on every process: arrays `[N, ...]` by
-        name; other arguments as in `batches`."""
-        data = self.data if data is None else data
-        prepare(data, self.loop.runtime)
+    def first_examples(self, count: int, names: tuple[str, ...], split: str | None = None) -> Rows:
+        """Returns the first `count` examples of a split of the run's dataset, or all if it has fewer, on every process:
+        arrays `[N, ...]` by name."""
+        prepare(self.data, self.loop.runtime)
         parts, found = [], 0
-        with contextlib.closing(data.eval_batches(batch_size=min(count, 64), split=split)) as batches:
+        with contextlib.closing(self.data.eval_batches(batch_size=min(count, 64), split=split)) as batches:
             for batch in batches:
                 parts.append({name: batch[name][batch["_mask"]] for name in names})
                 found += int(batch["_mask"].sum())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from jetformer import prng
 from jetformer.evaluators.base import Evaluator, Results
 from jetformer.evaluators.context import Context
+from jetformer.evaluators.samples import add_round_trip, to_pixels
 from jetformer.models.jet import Jet
 from jetformer.models.labelled import LabelledFlow
 from jetformer.objectives import to_unit_range
@@ -133,15 +134,8 @@ class FlowSamples(Evaluator):
 
         first = context.first_examples(self.num_round_trips, ("image",))
         rows = context.per_example(function, context.batches_of(first, self.batch_size), seed=_SEED)
-        latents = rows["latents"]
-        results.scalars |= {
-            "round_trip_error": float(rows["error"].max()),
-            "latents_mean": float(latents.mean()),
-            "latents_std": float(latents.std()),
-        }
-        as_pixels = ((latents / 6 + 0.5) * 255).clip(0, 255).astype(np.uint8)
-        images = np.concatenate([rows["image"], rows["back"], as_pixels])
-        results.pictures["round_trip"] = grid.labelled(images, len(latents), ["images", "reconstructions", "latents"])
+        shown = {"images": rows["image"], "reconstructions": rows["back"], "latents": to_pixels(rows["latents"])}
+        add_round_trip(results, rows, shown)
 
 
 def great_circle(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:

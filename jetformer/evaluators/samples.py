@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from jetformer import prng
 from jetformer.evaluators.base import Evaluator, Results
 from jetformer.evaluators.context import Context
+from jetformer.loops.base import Rows
 from jetformer.models.jetformer import JetFormer
 from jetformer.objectives import to_unit_range
 from jetformer.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -133,17 +134,32 @@ class Samples(Evaluator):
 
         first = context.first_examples(self.num_round_trips, ("image",))
         rows = context.per_example(reconstruct, context.batches_of(first), seed=_ROUND_TRIP_SEED, averaged=self.ema)
-        latents, model = rows["latents"], context.model
-        results.scalars |= {
-            "round_trip_error": float(rows["error"].max()),
-            "latents_mean": float(latents.mean()),
-            "latents_std": float(latents.std()),
-        }
-        images = [rows["image"], rows["back"], rows["coarse"], _as_pixels(latents, model)]
-        labels = ["images", "reconstructions", "from tokens alone", "latents"]
-        if not model.factored_dim:
-            del images[2], labels[2]
-        results.pictures["round_trip"] = grid.labelled(np.concatenate(images), len(rows["image"]), labels)
+        shown = {"images": rows["image"], "reconstructions": rows["back"], "from tokens alone": rows["coarse"]}
+        if not context.model.factored_dim:
+            del shown["from tokens alone"]
+        add_round_trip(results, rows, shown | {"latents": _tokens_as_images(rows["latents"], context.model)})
+
+
+def add_round_trip(results: Results, rows: Rows, shown: dict[str, np.ndarray]) -> None:
+    """Adds the metrics and the picture of round trips through a flow.
+
+    Args:
+      results: of the evaluator.
+      rows: "error" `[N]`, in pixel values, and "latents" `[N, ...]`.
+      shown: rows of the picture by label, uint8 `[N, H, W, C]`.
+    """
+    results.scalars |= {
+        "round_trip_error": float(rows["error"].max()),
+        "latents_mean": float(rows["latents"].mean()),
+        "latents_std": float(rows["latents"].std()),
+    }
+    images = np.concatenate(list(shown.values()))
+    results.pictures["round_trip"] = grid.labelled(images, len(rows["error"]), list(shown))
+
+
+def to_pixels(latents: np.ndarray) -> np.ndarray:
+    """Returns latents as pixel values uint8, from -3 (black) to 3 (white)."""
+    return ((latents / 6 + 0.5) * 255).clip(0, 255).astype(np.uint8)
 
 
 def sample_images(
@@ -195,11 +211,10 @@ def _weight(guidance: Guidance, count: int) -> str:
     return f", guidance {guidance.weight:g}" if count > 1 else ""
 
 
-def _as_pixels(latents: np.ndarray, model: JetFormer) -> np.ndarray:
+def _tokens_as_images(latents: np.ndarray, model: JetFormer) -> np.ndarray:
     """Returns latents `[N, L, D]` as images uint8 `[N, H, W, C]`. Each token is a square, whose colour is its first
-    dimensions, from -3 (black) to 3 (white)."""
+    dimensions."""
     height, width, channels = model.image_shape
     values = latents[..., :channels].reshape(len(latents), *model.patches.grid, -1)
     values = values.repeat(height // values.shape[1], 1).repeat(width // values.shape[2], 2)
-    values = np.pad(values, ((0, 0), (0, 0), (0, 0), (0, channels - values.shape[-1])), mode="edge")
-    return ((values / 6 + 0.5) * 255).clip(0, 255).astype(np.uint8)
+    return to_pixels(np.pad(values, ((0, 0), (0, 0), (0, 0), (0, channels - values.shape[-1])), mode="edge"))

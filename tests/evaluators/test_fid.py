@@ -1,4 +1,4 @@
-"""FID and its like: torch-fidelity's figures, whatever batches and processes; what extractors load and refuse."""
+"""FID and related metrics equal torch-fidelity's, for any batches and processes; extractors load and refuse files."""
 
 import dataclasses
 import sys
@@ -43,7 +43,7 @@ def torch_fidelity():
 
 @pytest.fixture(scope="module")
 def make_context(data_dir, tmp_path_factory):
-    """Makes what an evaluator is given, of a run of digits.gin that has learned nothing."""
+    """Makes contexts of an untrained run of digits.gin."""
 
     def make(runtime=CPU, **overrides):
         config.parse(["experiments/digits.gin"], bindings(data_dir, **overrides))
@@ -62,7 +62,7 @@ def context(make_context):
 
 @pytest.fixture(scope="module")
 def classifier(context, tmp_path_factory):
-    """A classifier of few features, trained."""
+    """A trained classifier with few features."""
     extractor = ClassifierFeatures(hidden_dim=8, path=str(tmp_path_factory.mktemp("classifier") / "small.npz"))
     extractor.load(context)
     return extractor
@@ -86,7 +86,7 @@ class Images(torch.utils.data.Dataset):
         return self._images[i]
 
 
-# ---- Figures. ------------------------------------------------------------------------------------
+# ---- Metrics. ------------------------------------------------------------------------------------
 
 
 def test_the_distance_of_two_gaussians(torch_fidelity):
@@ -96,8 +96,8 @@ def test_the_distance_of_two_gaussians(torch_fidelity):
     assert fid.frechet_distance(ours, ours) == pytest.approx(0, abs=1e-12)
 
 
-def test_the_figures_are_torch_fidelitys(torch_fidelity):
-    """Its `calculate_metrics` from end to end, with an extractor that passes on the features that images hold."""
+def test_metrics_equal_torch_fidelitys(torch_fidelity):
+    """Compares with its `calculate_metrics`, with an extractor that takes pixels as features."""
 
     class Passing(torch_fidelity.FeatureExtractorBase):
         def __init__(self, name, features_list, **kwargs):
@@ -138,17 +138,17 @@ def test_statistics_are_in_float64(torch_fidelity):
     np.testing.assert_allclose(found["sigma"], (x - x.mean(0)).T @ (x - x.mean(0)) / 499, rtol=1e-9)
 
 
-def test_precision_and_recall_are_not_exchanged(torch_fidelity):
+def test_precision_and_recall_are_not_swapped(torch_fidelity):
     real = np.concatenate([gaussian_features(50, 1), 1000 + gaussian_features(50, 2)])
     found = fid.precision_and_recall(real[:50] + 0.001, real)
     assert found["precision"] == 1
-    assert found["recall"] <= 0.55  # of real images half are far from all that was generated
+    assert found["recall"] <= 0.55  # half of the real images are far from all generated ones
 
 
 # ---- The evaluator. ------------------------------------------------------------------------------
 
 
-def test_figures_do_not_depend_on_batches(torch_fidelity, context, make_context, classifier):
+def test_metrics_do_not_depend_on_batches(torch_fidelity, context, make_context, classifier):
     evaluator = Fid(num_images=50, metrics=METRICS, features=classifier)
     evaluator.check(context)
     figures = evaluator(context).scalars
@@ -159,8 +159,8 @@ def test_figures_do_not_depend_on_batches(torch_fidelity, context, make_context,
     assert other.scalars == pytest.approx(figures, rel=1e-3)
 
 
-def test_the_real_images_are_looked_at_once(torch_fidelity, context, classifier, monkeypatch):
-    """At all steps and by all evaluators of the same split; by another one anew."""
+def test_real_images_are_read_once(torch_fidelity, context, classifier, monkeypatch):
+    """For all steps and evaluators of the same split."""
     splits, batches = [], Context.batches
     monkeypatch.setattr(Context, "batches", lambda self, *args: splits.append(args[1]) or batches(self, *args))
     evaluator = Fid(num_images=10, metrics=("fid", "kid"), features=classifier, split="validation[:20]")
@@ -172,7 +172,7 @@ def test_the_real_images_are_looked_at_once(torch_fidelity, context, classifier,
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InThread(Runtime):
-    """Threads of this process in place of processes."""
+    """Threads of this process in the place of processes."""
 
     values: list = dataclasses.field(default_factory=list)
     barrier: threading.Barrier | None = None
@@ -186,7 +186,7 @@ class InThread(Runtime):
 
 
 @pytest.mark.slow
-def test_figures_do_not_depend_on_processes(torch_fidelity, context, make_context, classifier):
+def test_metrics_do_not_depend_on_processes(torch_fidelity, context, make_context, classifier):
     evaluator = Fid(num_images=45, split="validation[:35]", metrics=METRICS, features=classifier, keep_images=True)
     expected = evaluator(context).scalars
     values, barrier = [None, None], threading.Barrier(2)
@@ -212,14 +212,14 @@ def test_figures_do_not_depend_on_processes(torch_fidelity, context, make_contex
     for thread in threads:
         thread.join()
     assert found[0] == found[1] == pytest.approx(expected, rel=1e-3)
-    # Each has written the images that it has made.
+    # Each has written the images that it has generated.
     for of in (context.directory, directory):
         written = sorted(path.name for path in (of / "images" / "000000007").iterdir())
         assert written == [f"{i:06d}.png" for i in range(45)]
 
 
-def test_conditions_are_the_texts_of_the_split_again_and_again(context, classifier):
-    """The model's images are replaced by such that show the class asked for, which then is known."""
+def test_the_texts_of_the_split_are_repeated(context, classifier):
+    """Replaces the model's images by real ones of the given class, which the classifier recognizes."""
     rows = context.first_examples(12, ("image", "text"), split="validation[:12]")
     evaluator = Fid(num_images=30, split="validation[:12]", metrics=("class_accuracy",), features=classifier)
     asked = []
@@ -287,7 +287,7 @@ def test_images_of_another_job_stay(context, tmp_path):
     assert extractor.seen[-1] == [f"{i:06d}.png" for i in range(20)]
 
 
-def test_statistics_that_were_saved(torch_fidelity, context, classifier, tmp_path):
+def test_saved_statistics(torch_fidelity, context, classifier, tmp_path):
     path = str(tmp_path / "deeper" / "real.npz")
     metrics = tuple(name for name in METRICS if name != "class_accuracy")
     evaluator = Fid(num_images=20, metrics=metrics, features=classifier, save_statistics=path)
@@ -301,11 +301,11 @@ def test_statistics_that_were_saved(torch_fidelity, context, classifier, tmp_pat
         other.check(context)
 
 
-def test_what_adm_publishes(torch_fidelity, context, classifier, tmp_path):
+def test_statistics_as_adm_publishes_them(torch_fidelity, context, classifier, tmp_path):
     real = gaussian_features(100, 4, size=8)
     arrays = fid.statistics(real) | {"mu_s": np.zeros(5), "sigma_s": np.eye(5)}
     path = tmp_path / "adm.npz"
-    # arr_0 of published files is gigabytes, which nobody is to read: here reading it would fail.
+    # arr_0 of published files takes gigabytes and must not be read: here reading it would fail.
     np.savez(path, arr_0=np.array([None]), **arrays)
     evaluator = Fid(num_images=20, features=classifier, statistics=str(path), metrics=("fid", "inception_score"))
     evaluator.check(context)
@@ -340,7 +340,7 @@ def test_unfit_statistics(torch_fidelity, context, classifier, tmp_path, arrays,
     assert "\n" not in str(raised.value)
 
 
-def test_one_array_is_no_statistics(torch_fidelity, context, classifier, tmp_path):
+def test_one_array_is_not_a_file_of_statistics(torch_fidelity, context, classifier, tmp_path):
     np.save(tmp_path / "mu.npy", np.zeros(8))
     evaluator = Fid(num_images=20, features=classifier, metrics=("fid",), statistics=str(tmp_path / "mu.npy"))
     with pytest.raises(ValueError, match=r"not a file of statistics.*holds one array"):
@@ -357,12 +357,12 @@ def test_one_array_is_no_statistics(torch_fidelity, context, classifier, tmp_pat
         ({"statistics": "a", "save_statistics": "b"}, "not both"),
     ],
 )
-def test_arguments_that_cannot_be(arguments, message):
+def test_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         Fid(**arguments)
 
 
-def test_runs_that_cannot_be_evaluated(torch_fidelity, context, classifier):
+def test_check_finds_unsuitable_runs(torch_fidelity, context, classifier):
     flow = dataclasses.replace(context, runner=Runner(torch.nn.Linear(1, 1)))
     with pytest.raises(ValueError, match="Fid needs a JetFormer, not a Linear"):
         Fid().check(flow)
@@ -385,7 +385,7 @@ def test_runs_that_cannot_be_evaluated(torch_fidelity, context, classifier):
 
 @pytest.mark.slow
 def test_in_training(torch_fidelity, make_context, data_dir):
-    """By gin."""
+    """Configured by gin."""
     context = make_context(
         train__evaluators='{"fid": @Fid()}',
         Fid__num_images=12,
@@ -440,7 +440,7 @@ def inception_weights(torch_fidelity, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_inception_is_torch_fidelitys(torch_fidelity, inception_weights, context):
+def test_inception_equals_torch_fidelitys(torch_fidelity, inception_weights, context):
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
     extract = InceptionFeatures(weights_path=inception_weights).load(context)
     found = extract(images)
@@ -456,9 +456,9 @@ def test_inception_is_torch_fidelitys(torch_fidelity, inception_weights, context
 
 
 @pytest.mark.slow
-def test_images_that_are_kept_give_the_same_figures(torch_fidelity, inception_weights, make_context):
+def test_kept_images_have_the_same_metrics(torch_fidelity, inception_weights, make_context):
     """By torch-fidelity's own program: generated images from their directory, real ones from the dataset."""
-    metrics = ("kid", "precision", "recall")  # of random weights all images are of one class
+    metrics = ("kid", "precision", "recall")  # with random weights all images have one class
     evaluator = Fid(
         num_images=11,
         split="validation[:10]",
@@ -491,7 +491,7 @@ def test_images_that_are_kept_give_the_same_figures(torch_fidelity, inception_we
 
 
 class Unpickled:
-    """Says when it is unpickled."""
+    """Fails the test when it is unpickled."""
 
     def __reduce__(self):
         return pytest.fail, ("a file of weights was unpickled",)
@@ -575,8 +575,8 @@ def with_data(context, **changes):
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize(("data_class", "num_classes"), [(Data, 10), (OddAndEven, 2)])
-def test_the_classifier_is_scikit_learns(context, tmp_path, data_class, num_classes):
-    """Of two classes it has one logit, of which we make two."""
+def test_the_classifier_equals_scikit_learns(context, tmp_path, data_class, num_classes):
+    """With two classes scikit-learn has one logit, from which we make two."""
     data = data_class(**dataclasses.asdict(context.data))
     extractor = ClassifierFeatures(hidden_dim=5, max_epochs=20, path=str(tmp_path / "own.npz"))
     pp = "decode(channels=1) | keep('image', 'label')"
@@ -598,7 +598,7 @@ def test_the_classifier_is_scikit_learns(context, tmp_path, data_class, num_clas
         ("decode(channels=1) | keep('image', 'name')", r"the example has no 'name', it has"),
     ],
 )
-def test_data_that_a_classifier_cannot_learn(context, pp, message):
+def test_unsuitable_data_for_a_classifier(context, pp, message):
     with pytest.raises(ValueError, match=message) as raised:
         ClassifierFeatures(pp=pp).check(context)
     assert "ClassifierFeatures cannot learn from 'digits'" in str(raised.value)
@@ -613,7 +613,7 @@ def test_classes_without_examples(context, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_files_that_hold_another_classifier(context, classifier, tmp_path):
+def test_files_of_another_classifier(context, classifier, tmp_path):
     other = dataclasses.replace(classifier, max_epochs=3)
     with pytest.raises(ValueError, match=r"small\.npz is a classifier for other data"):
         other.load(context)

@@ -1,4 +1,4 @@
-"""Likelihoods: each example once whatever the batch size, parts that add up, bounds that are bounds."""
+"""Likelihoods: each example counts once for any batch size, terms add up, bounds hold."""
 
 import math
 
@@ -17,7 +17,7 @@ SHAPES = {"gin_file": "experiments/shapes.gin", "Jet__num_heads": 2, "Data__eval
 
 
 def by_hand(context, averaged, draw=0):
-    """Bits per dim of all 40 examples, scored one by one."""
+    """Returns bits per dim of all examples, scored one by one."""
     scores = []
     batches = context.batches()
     for batch in batches:
@@ -52,7 +52,7 @@ def test_every_example_counts_once(tmp_path, data_dir, batch_size):
 
 
 def test_components_are_counted_over_all_examples(tmp_path, data_dir):
-    """Whatever the batches, as of all tokens in one."""
+    """For any batch size, as of all tokens in one batch."""
     context = untrained(tmp_path, data_dir, train__eval_batch_size=7)
     scalars = Likelihood()(context).scalars
     model = context.model
@@ -87,7 +87,7 @@ def test_several_draws(tmp_path, data_dir):
 @given(bits=st.lists(st.floats(-2, 10), min_size=1, max_size=6), num_dims=st.integers(1, 40))
 @settings(max_examples=50, deadline=None)
 def test_the_importance_weighted_bound_is_the_log_of_the_mean(bits, num_dims):
-    """And lies between the mean of the draws' bits and the least of them."""
+    """And is between the mean of the draws' bits and the smallest of them."""
     draws = np.array(bits)[:, None]
     bound = importance_weighted(draws, num_dims)
     assert bound == pytest.approx(-math.log2(np.mean(2.0 ** (-draws * num_dims))) / num_dims, abs=1e-9)
@@ -96,7 +96,7 @@ def test_the_importance_weighted_bound_is_the_log_of_the_mean(bits, num_dims):
 
 
 def test_texts(tmp_path, shapes_dir):
-    """Bits per character are all bits over all characters; prefix and suffix are apart."""
+    """Bits per character are all bits over all characters, also for prefixes and suffixes alone."""
     context = untrained(tmp_path, shapes_dir, **SHAPES)
     results = Likelihood(text_prefix_prob=0.0)(context)
     texts, bits, characters, num_tokens, means = context.data.texts(), 0.0, 0, 0, []
@@ -120,19 +120,19 @@ def test_texts(tmp_path, shapes_dir):
     assert results.scalars["text_bits_per_character"] == pytest.approx(bits / characters, rel=1e-5)
     assert results.scalars["text_bits_per_token"] == pytest.approx(np.mean(means), rel=1e-5)
     assert results.scalars["text_bits_per_token_overall"] == pytest.approx(bits / num_tokens, rel=1e-5)
-    assert "bits_per_dim" not in results.scalars  # of images that come first
+    assert "bits_per_dim" not in results.scalars  # images come first, and are not scored
 
     mixed = Likelihood()(context).scalars
     assert {"bits_per_dim_prefix", "bits_per_dim_suffix", "text_prefix_bits_per_token", "text_suffix_bits_per_token",
             "bits_per_dim_factored"} <= mixed.keys()  # fmt: skip
-    # What comes second is all that the loss of this experiment has; the order of each is drawn from its key.
+    # The loss of this experiment scores only what comes second; the order of each example is drawn from its key.
     for unit in ("bits_per_character", "bits_per_token_overall", "bits_per_token"):
         assert mixed[f"text_suffix_{unit}"] == pytest.approx(mixed[f"text_{unit}"], rel=1e-6)
         assert mixed[f"text_prefix_{unit}"] != pytest.approx(mixed[f"text_suffix_{unit}"], rel=1e-5)
     shares = [mixed[f"text_{where}_bits_per_character"] / mixed[f"text_{where}_bits_per_token_overall"]
               for where in ("prefix", "suffix")]  # fmt: skip
     assert all(0.05 < share < 1 for share in shares)  # a token has more than one character
-    # Texts first: none is scored, for only what comes second is.
+    # With texts first none is scored.
     assert "text_bits_per_character" not in Likelihood(text_prefix_prob=1.0)(context).scalars
 
 
@@ -152,7 +152,7 @@ def test_another_split(tmp_path, data_dir):
         (lambda: Likelihood(split="test[:0]"), r"split 'test\[:0\]' of 'digits' has no examples"),
     ],
 )
-def test_what_is_wrong_is_found_before(tmp_path, data_dir, evaluator, message):
+def test_check_finds_errors(tmp_path, data_dir, evaluator, message):
     context = untrained(tmp_path, data_dir)
     with pytest.raises(ValueError, match=message) as error:
         evaluator().check(context)

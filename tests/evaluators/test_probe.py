@@ -1,4 +1,4 @@
-"""Probes: representations are the model's own, and the regression reads off them what is there."""
+"""Probes: representations are the model's own, and the regression finds what they contain."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from runs import untrained
 SPLITS = {"train_split": "train[:60]", "split": "validation[:30]"}
 
 
-def test_ridge_reads_what_is_there_and_nothing_else():
+def test_ridge_finds_labels_only_if_features_contain_them():
     generator = np.random.default_rng(0)
     labels = np.arange(400) % 4
     there = np.eye(4)[labels] @ generator.normal(size=(4, 10)) + 0.1 * generator.normal(size=(400, 10))
@@ -25,7 +25,7 @@ def test_ridge_reads_what_is_there_and_nothing_else():
 
 @pytest.mark.parametrize("text_prefix_prob", [0.5, 1.0])
 def test_representations_are_the_models_own(tmp_path, data_dir, monkeypatch, text_prefix_prob):
-    """The last layer's is what the final norm gets, for an image after a dropped text, or before any."""
+    """The last layer's is the input of the final norm, for an image after a dropped text, or without one."""
     overrides = {"JetFormerObjective__text_prefix_prob": text_prefix_prob, "Decoder__depth": 2, "JetFormer__out_dim": 3}
     context = untrained(tmp_path, data_dir, **overrides)
     seen = {}
@@ -67,7 +67,7 @@ def test_shots(tmp_path, data_dir, monkeypatch):
 
 
 def test_few_shots_embed_few_examples(tmp_path, data_dir, monkeypatch):
-    """And find what they find where all are embedded."""
+    """And have the same accuracy as if all are embedded."""
     context, embedded = untrained(tmp_path, data_dir), []
     encode = decode.encode_images
     monkeypatch.setattr(
@@ -85,13 +85,13 @@ def test_few_shots_embed_few_examples(tmp_path, data_dir, monkeypatch):
         np.testing.assert_allclose(part[name], whole[name][taken], rtol=1e-5, atol=1e-6)
 
 
-def test_digits_can_be_read_off_an_untrained_model(tmp_path, data_dir):
+def test_an_untrained_model_separates_digits(tmp_path, data_dir):
     scalars = Probe(shots=(None,), train_split="train[:500]")(untrained(tmp_path, data_dir)).scalars
     assert scalars["accuracy_all/layer_00"] > 0.2
 
 
 @pytest.mark.parametrize("shots", [(), (0,), (1, -2)])
-def test_shots_that_mean_nothing(shots):
+def test_invalid_shots(shots):
     with pytest.raises(ValueError, match=r"Probe\.shots"):
         Probe(shots=shots)
 
