@@ -38,7 +38,8 @@ def _evaluators() -> Iterator[type]:
         except ImportError as error:
             raise ImportError(f"jetformer/evaluators/{file.name}.py cannot be imported: {error}") from error
         for value in vars(module).values():
-            if file.name != "base" and dataclasses.is_dataclass(value) and value.__module__ == module.__name__:
+            is_own = dataclasses.is_dataclass(value) and value.__module__ == module.__name__
+            if is_own and file.name not in ("base", "context"):
                 yield value
 
 

@@ -154,6 +154,34 @@ class JetFormerObjective:
     stop_grad_image_prefix: bool = False
     dequantize: bool = True
 
+    def check_guidance(self, mode: str) -> None:
+        """Checks that the model learns the unconditional distribution that guidance needs.
+
+        Args:
+          mode: of `Guidance`; "none" needs nothing.
+
+        Raises:
+          ValueError: if it does not.
+        """
+        if mode != "none" and not self.drop_labels_prob:
+            raise ValueError(
+                f"guidance {mode} needs a model that was also trained without text, and this one was not: its "
+                "JetFormerObjective.drop_labels_prob is 0. Sample without guidance, or train with 0.1"
+            )
+
+    def check_order(self, text_first: bool) -> None:
+        """Checks that the model learns the modality that comes second: images after texts, or texts after images.
+
+        Raises:
+          ValueError: if it does not.
+        """
+        if self.text_prefix_prob == (0 if text_first else 1):
+            first, second = ("texts", "images") if text_first else ("images", "texts")
+            raise ValueError(
+                f"the model does not learn {second} after {first}: its JetFormerObjective.text_prefix_prob is "
+                f"{self.text_prefix_prob}"
+            )
+
     def draw(self, model: JetFormer, batch: Batch, keys: Tensor, train: bool) -> Draws:
         """Makes the random draws of one step.
 

@@ -199,7 +199,7 @@ class Images:
         from jetformer.sampling import decode
         from jetformer.sampling.guidance import Guidance
 
-        run.check_order(text_first=True)
+        run.objective.check_order(text_first=True)
         self._compile = compile
         self._guidance = Guidance(
             FLAGS.guidance or ("density" if FLAGS.guidance_weight else "none"),
@@ -207,7 +207,7 @@ class Images:
             FLAGS.guidance_schedule,
         )
         self._guidance.check(model.image_head)
-        run.check_guidance(self._guidance)
+        run.objective.check_guidance(self._guidance.mode)
         self.settings = {
             "temperature": FLAGS.temperature,
             "temperature_probs": FLAGS.temperature_probs,
@@ -319,7 +319,7 @@ class Texts:
         if FLAGS.classes is not None or (FLAGS.images is not None and prompts):
             raise ValueError("--task=caption reads images only: leave out --classes, --prompt and --prompts")
         if FLAGS.images is not None:
-            run.check_order(text_first=False)
+            run.objective.check_order(text_first=False)
             images, self.unreadable = read_pictures(FLAGS.images, model.image_shape, run.data.background())
             self.jobs = [Job(path, FLAGS.seed, image=image) for path, image in images.items()]
             return

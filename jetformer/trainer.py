@@ -18,7 +18,8 @@ from upath import UPath
 from jetformer import checkpoint, config, metrics, optim, run_files
 from jetformer.data.pipeline import peek
 from jetformer.evaluators import best
-from jetformer.evaluators.base import evaluated_steps, forget, prepare
+from jetformer.evaluators.context import prepare
+from jetformer.evaluators.results import evaluated_steps, forget
 from jetformer.evaluators.running import Evaluations
 from jetformer.experiment import Experiment
 from jetformer.loops.base import Loop, Step, Training, means
@@ -67,7 +68,7 @@ def train(
     if latest is not None:
         run_files.check_changes(experiment, workdir, latest, allow_changes or complete)
     if complete and runtime.of_first(all(latest in evaluated_steps(workdir, name) for name in in_training)):
-        runtime.first_does(lambda: checkpoint.verify(workdir, latest))
+        runtime.first_does(lambda: checkpoint.Checkpoint(workdir, latest))
         logging.info("The run in %s is already complete at step %d: nothing to do", workdir, latest)
         return
 
@@ -95,7 +96,7 @@ def train(
     )
     first_batch, batches = peek(batches, "the training split")
     experiment.check_batch(first_batch)
-    evaluations = Evaluations(runtime)
+    evaluations = Evaluations(runtime, workdir, in_training, experiment.keep_best, experiment.best_mode())
     check = evaluations.check if start_step == 0 else evaluations.try_check
     for name in in_training:
         check(name, evaluator_context(experiment, state, start_step, name, workdir))
@@ -115,9 +116,9 @@ def train(
         # After run.json, from which an evaluation job learns that its results of later steps do not count.
         forget(workdir, start_step)
         if experiment.keep_best is None:
-            best.record_again(workdir)  # an evaluation job's
+            best.rewrite(workdir)  # an evaluation job's
         else:
-            best.record(workdir, experiment.keep_best, experiment.best_mode())
+            evaluations.write_best()
 
     runtime.first_does(begin)
     checkpointer = checkpoint.Checkpointer(
@@ -176,15 +177,15 @@ def train(
             meter.check()
             given = evaluator_context(experiment, state, number, name, workdir, preemption.check)
             with meter.paused(), progress.timed(f"eval_{name}", wait_jax_async_dispatch=False):
-                if not evaluations.evaluate(name, given, lambda: written):
+                evaluated = evaluations.evaluate(name, given, lambda: written)
+                if not evaluated:
                     preemption.catch_up()
-            if name == decides and saved < number and runtime.of_first(is_best(number)):
+            if evaluated and name == decides and saved < number and runtime.of_first(is_best(number)):
                 save()
 
     def is_best(number: int) -> bool:
         """Returns whether a step is the best of those that have a checkpoint, or are getting one."""
-        among = {*checkpoint.steps(workdir), saved, number}
-        return next((step for step in checkpoint.ranked(workdir) if step in among), None) == number
+        return checkpoint.best_of(workdir, {*checkpoint.steps(workdir), saved, number}) == number
 
     def stop_early() -> bool:
         """Ends the run after this step if its patience is over; returns whether it is."""

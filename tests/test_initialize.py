@@ -40,7 +40,7 @@ def weights(workdir, part="model"):
     config.parse([str(workdir / config.CONFIG_FILE)], [])
     experiment = config.call(Experiment)
     tensors = build(experiment, make_loop(experiment, CPU)).tensors()
-    checkpoint.restore(workdir, checkpoint.latest(workdir), tensors)
+    checkpoint.Checkpoint(workdir, checkpoint.latest(workdir)).restore(tensors)
     return tensors[part]
 
 
@@ -172,7 +172,7 @@ def test_weights_are_those_of_the_checkpoint_named(tmp_path, data_dir):
     model = build_model(experiment(data_dir))
     load_weights(str(tmp_path / "checkpoints" / "000000004"), model)
     expected = {"model": {name: torch.empty_like(value) for name, value in model.state_dict().items()}}
-    checkpoint.restore(tmp_path, 4, expected)
+    checkpoint.Checkpoint(tmp_path, 4).restore(expected)
     assert all(torch.equal(value, expected["model"][name]) for name, value in model.state_dict().items())
 
 

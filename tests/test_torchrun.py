@@ -272,7 +272,7 @@ call, failing = Likelihood.__call__, sys.argv.pop(1)
 runtime._PATIENCE = datetime.timedelta(seconds=3)
 
 def fails(self, context):
-    rank = context.runtime.process_index
+    rank = context.loop.runtime.process_index
     if context.step == 4 and str(rank) in failing:
         if rank == 1:
             context.each_batch()
@@ -298,7 +298,7 @@ def run_failing(tmp_path, data_dir, failing, **overrides):
 def test_an_evaluator_that_fails_in_all_processes_leaves_the_run(one, tmp_path, data_dir):
     log = run_failing(tmp_path, data_dir, "0 and 1")
     assert log.count("val at step 4: no space left for 0") == 1
-    assert log.count("error: the run is complete, but 1 evaluation(s) failed, as said before: val at step 4") == 1
+    assert log.count("error: the run is complete, but 1 evaluation(s) failed, see the errors above: val at step 4") == 1
     assert sorted(scalars(tmp_path / "run")["val/bits_per_dim"]) == [8]
     assert_equal_from(8, one, tmp_path / "run")
 

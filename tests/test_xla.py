@@ -337,10 +337,11 @@ def in_the_midst_of_a_step():
 for step in range(1, 11):
     checkpointer.save(step, in_the_midst_of_a_step())
 checkpointer.wait()
-expected = checkpoint.restore(sys.argv[1], 1, {"w": torch.empty(512, 512)})["w"]
+expected = checkpoint.Checkpoint(sys.argv[1], 1).restore({"w": torch.empty(512, 512)})["w"]
 assert expected.abs().max() > 0
 for step in range(1, 11):
-    loaded = checkpoint.restore(sys.argv[1], step, in_the_midst_of_a_step(), loop.load_planner())["w"]
+    saved = checkpoint.Checkpoint(sys.argv[1], step)
+    loaded = saved.restore(in_the_midst_of_a_step(), loop.load_planner())["w"]
     assert torch.equal(loaded.cpu(), expected), step
 """
     args = [sys.executable, "-c", code, str(tmp_path)]

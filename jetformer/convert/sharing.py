@@ -92,7 +92,7 @@ def table(model: nn.Module, weights: Weights) -> tuple[Table, set[str]]:
 
 def evaluations(workdir: UPath, step: int) -> dict[str, float]:
     """What evaluators have found at a step, by tag; without what is not finite."""
-    from jetformer.evaluators.base import RESULTS_FILE
+    from jetformer.evaluators.results import RESULTS_FILE
 
     found: dict[str, float] = {}
     if not workdir.exists():

@@ -150,6 +150,18 @@ class Loop(abc.ABC):
     def swap(self, model: nn.Module, ema: dict[str, Tensor]) -> None:
         """Swaps the values of the parameters and of `ema`."""
 
+    @contextlib.contextmanager
+    def averaged(self, model: nn.Module, ema: dict[str, Tensor] | None) -> Iterator[None]:
+        """Uses the moving average in the place of the parameters while the context lasts, if there is one."""
+        if ema is None:
+            yield
+            return
+        self.swap(model, ema)
+        try:
+            yield
+        finally:
+            self.swap(model, ema)
+
     def gathered(self, runner: Runner) -> contextlib.AbstractContextManager:
         """Returns a context in which every process holds all parameters, for decoding."""
         del runner
