@@ -238,6 +238,17 @@ def train(
         # All processes finish writing first: when one ends with an error, its launcher stops the others.
         runtime.of_all(None)
         raise ValueError(f"the run is complete, but {evaluations.summary()}")
+    _log_results(experiment, workdir, last_step)
+
+
+def _log_results(experiment: Experiment, workdir: UPath, step: int) -> None:
+    """Logs where a finished run has its results, how they compare with the expected values, and what comes next."""
+    for metric, expected in experiment.expected.items():
+        if (value := best.values(workdir, metric).get(step)) is not None:
+            logging.info("%s is %.4g; the experiment expects %.4g", metric, value, expected)
+    if images := sorted(map(str, workdir.glob(f"eval_*/*/{step:09d}.png"))):
+        logging.info("Images: %s", ", ".join(images))
+    logging.info("The run as a page: python -m jetformer.report --workdir=%s", workdir)
 
 
 def _is_out_of_patience(experiment: Experiment, workdir: UPath, step: int) -> bool:
