@@ -61,7 +61,7 @@ class Experiment:
       keep_best_mode: which values of keep_best are better, "lower" or "higher"; None: as its name implies.
       patience: stop the run after this many evaluations during training without a new best value of keep_best; None:
         never.
-      expected: metrics of evaluators and the values to expect at the end of the run, which are logged beside the results.
+      expected: metrics of evaluators and their values to expect at the end of the run, logged beside the results.
       wandb_project: project of Weights & Biases that gets metrics and images, too; None for none.
       autocast: "bfloat16" to multiply in it, with parameters, gradients and likelihoods in float32; None: in float32.
       matmul_precision: of products of float32: "highest", float32; "high", TensorFloat32 on GPUs and three bfloat16
