@@ -278,7 +278,7 @@ await_machine() {
     last=$state
     case $state in
       READY)
-        ((workers <= MAX_WORKERS)) || die "$NAME has $workers hosts, this job runs on $MAX_WORKERS: use a smaller machine"
+        ((workers <= MAX_WORKERS)) || die "$NAME has $workers hosts, this job needs $MAX_WORKERS: use another machine"
         return ;;
       UNKNOWN)
         ((++unknown <= MAX_FAILURES)) ||
@@ -395,7 +395,7 @@ poll_workers() {
 # Packs the committed source, so that a commit identifies what runs.
 pack_source() {
   local dirty=''
-  commit=$(git -C "$root" rev-parse HEAD 2>/dev/null) || die "$root is not a git checkout: the source is copied from one"
+  commit=$(git -C "$root" rev-parse HEAD 2>/dev/null) || die "$root is not a git checkout: there is no source to copy"
   tarball=$local_dir/source-${commit:0:12}.tar.gz
   dirty=$(git -C "$root" status --porcelain | head -n 3 | cut -c 4- | tr '\n' ' ') || true
   [[ -z $dirty ]] || say "warning: only committed files are copied, without: $dirty…" >&2

@@ -8,6 +8,7 @@ repository's root, with /tmp and /data elsewhere.
                                               such as jetformer.main; several programs stand on lines of their own
     <!-- run: with NAME=VALUE -->             from here on to the end of the page set an environment variable
     <!-- run: on experiments/digits.gin -->   of a block of gin: parse it on top of this experiment
+    <!-- run: write /tmp/FILE -->             write the block to this file
     <!-- not run: REASON -->
 
 `python` is the interpreter of the tests, which starts programs from a process that has imported the large packages;
@@ -34,7 +35,9 @@ BLOCK = re.compile(
     r"(?:^<!--\s*(?P<marker>(?:run|not run)\b.*?)\s*-->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
 LANGUAGES = ("bash", "python", "gin")  # of what is run
-SETTING = re.compile(r"with (?P<name>\w+)=(?P<value>\S*)|on (?P<file>\S+)|(?P<program>\w[\w.]*) (?P<args>.*)", re.S)
+SETTING = re.compile(
+    r"with (?P<name>\w+)=(?P<value>\S*)|on (?P<on>\S+)|write (?P<write>\S+)|(?P<program>\w[\w.]*) (?P<args>.*)", re.S
+)
 
 identify = lambda path: path.relative_to(ROOT).as_posix()
 
@@ -118,34 +121,32 @@ def photographs(directory: pathlib.Path) -> None:
 
 def script(page: pathlib.Path, directory: pathlib.Path) -> str:
     """A page's blocks as one program for bash, whose files go to `directory`."""
+    elsewhere = lambda text: re.sub(r"(?<![\w.])/(tmp|data)\b", lambda match: f"{directory}/{match[1]}", text)
     lines = ["set -euo pipefail"]
     settings = directory / "settings"
     settings.mkdir()
     for block in blocks(page):
         if block.marker.startswith("not run"):
             continue
-        elsewhere = re.sub(r"/(tmp|data)/", lambda match: f"{directory}/{match[1]}/", block.text)
+        file = settings / f"line_{block.line}.{block.language}"
+        file.write_text(elsewhere(block.text))
+        do = f"{'source' if block.language == 'bash' else 'python'} {file}"
         lines.append(f"echo '>>> {page.name}, line {block.line}'")
-        on = None
         for setting in block.settings:
-            on = setting["file"]
             if setting["name"]:
                 lines.append(f"export {setting['name']}={setting['value']}")
             elif setting["program"]:
                 args = map(shlex.quote, shlex.split(setting["args"]))
                 lines.append(f"printf '%s\\n' {' '.join(args)} >{settings / setting['program']}")
-        file = settings / f"line_{block.line}"
-        if block.language == "bash":
-            lines.append(elsewhere)
-        elif block.language == "python":
-            file.write_text(elsewhere)
-            lines.append(f"python {file}")
-        else:
-            file.with_suffix(".gin").write_text(elsewhere)
-            file.write_text(
-                f"from jetformer import config, experiment  # noqa: F401\nconfig.parse(['{on}', '{file}.gin'], [])\n"
-            )
-            lines.append(f"python {file}")
+            elif setting["write"]:
+                do = f"cp {file} {elsewhere(setting['write'])}"
+            else:
+                parse = settings / f"parse_line_{block.line}.py"
+                parse.write_text(
+                    f"from jetformer import config, experiment\nconfig.parse({[setting['on'], str(file)]}, [])\n"
+                )
+                do = f"python {parse}"
+        lines.append(do)
     return "\n".join(lines)
 
 
