@@ -224,7 +224,7 @@ def test_one_that_fails_leaves_the_others(finished, tmp_path, monkeypatch):
     assert [line.partition(":")[0] for line in following.evaluations.failures if line.startswith("lacking")] == [
         "lacking at step 4"
     ]
-    assert "there is no data set 'coco_capshuns'" in following.evaluations.failures[0]
+    assert "there is no dataset 'coco_capshuns'" in following.evaluations.failures[0]
     (misspelt,) = [line for line in following.evaluations.failures if line.startswith("misspelt")]
     assert misspelt.startswith("misspelt at step 4: Fid.metrics: there is no 'frechet'; there are fid, ")
     assert [line.partition(":")[0] for line in following.evaluations.failures if "failing" in line] == [
@@ -243,7 +243,7 @@ def test_the_exit_code_tells(finished, tmp_path):
     _, log = process.communicate(timeout=600)
     assert process.returncode == 1
     assert evaluated(workdir) == [8]
-    assert log.count("lacking at step 8: data set digits/1.0.0 has no split 'nope'") == 1
+    assert log.count("lacking at step 8: dataset digits/1.0.0 has no split 'nope'") == 1
     assert log.splitlines()[-1] == "error: 1 evaluation(s) failed, as said before: lacking at step 8"
     assert "Traceback" not in log
 
@@ -420,7 +420,7 @@ def test_a_dataset_that_is_lacking_in_several_processes(finished, tmp_path):
     _, log = process.communicate(timeout=600)
     assert process.returncode == 1
     assert log.count("error: 1 evaluation(s) failed, as said before: lacking at step 8") == 1
-    assert log.count("lacking at step 8: data set digits/1.0.0 has no split 'nope'") == 1
+    assert log.count("lacking at step 8: dataset digits/1.0.0 has no split 'nope'") == 1
     assert evaluated(workdir) == [8]
 
 

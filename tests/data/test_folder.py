@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import trees
-from jetformer.data import folder, pipeline, sources
+from jetformer.data import folder, sources
 from jetformer.data.dataset import Data
 from jetformer.data.folder import Folder
 
@@ -33,7 +33,7 @@ def data(root, tmp_path):
 
 @pytest.fixture
 def listed(monkeypatch):
-    """Which directories have been listed."""
+    """The directories that have been listed, in order."""
     found = []
     original = folder._images
 
@@ -163,7 +163,7 @@ def write(path, content=b""):
         ([], ["has no splits", "/train/<class>/"]),
         (["1.png"], ["has no splits"]),
         (["train/1.png", "val/2.png"], ["has no classes", "train, val", "/train/all/"]),
-        (["train/cat/1.txt", "train/dog/notes"], ["2 classes, and no image", ".png"]),
+        (["train/cat/1.txt", "train/dog/notes"], ["2 classes, but no image", ".png"]),
     ],
 )
 def test_folders_that_are_none(tmp_path, files, says):
@@ -173,7 +173,7 @@ def test_folders_that_are_none(tmp_path, files, says):
         for name in files:
             write(root / name)
     with pytest.raises(ValueError, match=re.escape(says[0])) as error:
-        pipeline.prepare(f"folder:{root}", str(tmp_path / "data"))
+        sources.prepare(f"folder:{root}", str(tmp_path / "data"))
     assert "\n" not in str(error.value)
     assert str(root) in str(error.value)
     for part in says:
@@ -187,7 +187,7 @@ def test_what_is_left_out_is_said(root, tmp_path, caplog):
     (root / "train/cat/more").mkdir()
     found = Folder(str(root), str(tmp_path / "index"))
     assert found.classes == ("cat", "dog", "emu", "fox")
-    assert "1 classes have a label and no images: train/fox" in caplog.text
+    assert "1 classes have no images: train/fox" in caplog.text
     assert all(what in caplog.text for what in ("1 .txt", "1 .tiff", "1 directories"))
     # An empty class does no harm.
     data = Data(f"folder:{root}", pp=PP_EVAL, data_dir=str(tmp_path / "data"), eval_split="val")
@@ -225,9 +225,9 @@ def test_starting_on_many_files(tmp_path):
             (root / f"train/{i:02d}/{j:03d}.png").touch()
     trees.age(root)
     name, data_dir = f"folder:{root}", str(tmp_path / "data")
-    pipeline.prepare(name, data_dir)
+    sources.prepare(name, data_dir)
     sources._sources.clear()
     start = time.process_time()
-    pipeline.prepare(name, data_dir)
-    assert pipeline.num_examples(name, "train", data_dir) == 100_000
+    sources.prepare(name, data_dir)
+    assert Data(name, "", eval_split="train", data_dir=data_dir).num_examples() == 100_000
     assert time.process_time() - start < 1.5

@@ -75,13 +75,13 @@ def test_names(name, wanted):
 
 @pytest.mark.parametrize("name", ["huggingface:", "huggingface:a/b/c/d", "huggingface:a b"])
 def test_no_names(name):
-    with pytest.raises(ValueError, match=r"names are huggingface:owner/name"):
+    with pytest.raises(ValueError, match=r"huggingface:owner/name"):
         huggingface.split_name(name)
 
 
 def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"takes the package datasets .*: pip install -e '.\[hf\]'") as error:
+    with pytest.raises(ValueError, match=r"package datasets .*: pip install -e '.\[hf\]'") as error:
         Data("huggingface:owner/name", pp=PP, data_dir=str(tmp_path)).prepare()
     assert "\n" not in str(error.value)
 
@@ -249,7 +249,7 @@ def test_a_gated_repository_without_a_token(hub, tmp_path):
     done = prepare(hub, tmp_path, HF_TOKEN="")
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: data set 'huggingface:owner/fish' cannot be had")
+    assert last.startswith("ValueError: cannot load dataset 'huggingface:owner/fish'")
     assert "accept its conditions on its page, and set HF_TOKEN" in last
 
 

@@ -11,10 +11,10 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from jetformer.data import pipeline
 from jetformer.data.builders.shapes import Object, Scene, checker, shapes
+from jetformer.data.dataset import Data
 
-FRESH = 100_000  # from here on no example is in the data set
+FRESH = 100_000  # indices from here on are not in the dataset
 NUM_SMALL = 24
 
 
@@ -39,7 +39,7 @@ def without(scene, sizes, positions, background):
     return Scene(objects, scene.background if background else None)
 
 
-# ---- The data set. -------------------------------------------------------------------------------
+# ---- The dataset. --------------------------------------------------------------------------------
 
 
 def prepare_small(data_dir):
@@ -48,7 +48,7 @@ def prepare_small(data_dir):
     return builder
 
 
-# Not the session's: whoever asks there for the data set means all of it.
+# Not in the session's directory, where tests expect the whole dataset.
 @pytest.fixture(scope="module")
 def small_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("small_shapes")
@@ -85,23 +85,19 @@ def test_two_preparations_are_bit_identical(small, tmp_path):
 
 @pytest.mark.usefixtures("small")
 def test_pipeline_reads_it(small_dir):
-    args = {"batch_size": 8, "data_dir": str(small_dir)}
-    batch = next(
-        pipeline.train_batches(
-            "shapes", "train", 'decode|keep("image", "captions")', seed=0, shuffle_buffer_size=8, **args
-        )
-    )
+    data = Data("shapes", 'decode|keep("image", "captions")', data_dir=str(small_dir))
+    batch = next(data.train_batches(batch_size=8, seed=0))
     assert batch["image"].shape == (8, 32, 32, 3)
     assert batch["captions"].shape == (8, 5)
     for image, captions in zip(batch["image"], batch["captions"], strict=True):
         score = checker.score_image(image, captions[0].decode())
         assert all(right == named > 0 for right, named in score.values())
-    batch = next(pipeline.eval_batches("shapes", "test", 'decode|drop("objects")', **args))
+    batch = next(data.eval_batches(batch_size=8, split="test", pp='decode|drop("objects")'))
     assert batch["image"].shape == (8, 32, 32, 3)
 
 
 def test_examples_are_pinned():
-    # Another number here is another data set, and needs another version.
+    # Another digest means another dataset, which needs another version.
     digest = hashlib.sha256()
     for index, held_out in itertools.product([0, 1, 2, 21_999], [False, True]):
         image, captions, _ = shapes.example(index, held_out)
@@ -343,7 +339,7 @@ def test_checker_reads_imperfect_scenes(change):
 
 
 def test_checker_reads_what_others_draw():
-    # By other code than the data set's, to be sure of which way is up.
+    # By other code than the dataset's, to test which way is up.
     image = Image.new("RGB", (320, 320), "white")
     pen = ImageDraw.Draw(image)
     pen.ellipse((10, 10, 115, 115), fill="red")

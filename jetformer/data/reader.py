@@ -1,0 +1,130 @@
+"""Reads the examples of a selection: as records, decoded, or preprocessed."""
+
+import itertools
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from absl import logging
+
+from jetformer.data import broken, preprocess, sources
+from jetformer.data.selection import Selection, resolve_classes
+from jetformer.data.sources import Shard
+
+_NAMED = 10  # how many classes without examples a log line names
+
+
+def open_reader(selection: Selection, process_count: int = 1) -> "Reader":
+    """Opens a selection. A single process prepares its dataset first; several need `sources.prepare` before."""
+    if process_count == 1:
+        sources.prepare(selection.name, selection.data_dir)
+    return Reader(selection)
+
+
+class Reader:
+    """Reads the examples of a selection from a prepared dataset.
+
+    Attributes:
+      selection: the selection.
+      source: the dataset.
+      shards: where in the dataset the examples are.
+      num_examples: how many examples are read.
+      num_skipped: how many more are skipped because they cannot be preprocessed.
+
+    Raises:
+      ValueError: there is no such dataset, split, class or preprocessing op, or the dataset is not prepared.
+    """
+
+    def __init__(self, selection: Selection):
+        self.selection = selection
+        self.source = sources.open_source(selection.name, selection.data_dir)
+        self._preprocess = preprocess.parse(selection.pp)
+        # New labels int64 [C] by the dataset's labels, -1 for classes that are not read; None: unchanged.
+        self._new_labels: np.ndarray | None = None
+        shards, chosen = self.source.shards(selection.split), None
+        if selection.classes is not None:
+            chosen = resolve_classes(selection.classes, self.source.class_names, selection.name)
+            self._new_labels = np.full(len(self.source.class_names), -1)
+            self._new_labels[chosen] = np.arange(len(chosen))
+            shards = self._of_classes(shards, chosen)
+        if selection.labels is not None:
+            new, known = np.array(selection.labels), self._new_labels
+            self._new_labels = new if known is None else np.where(known < 0, -1, new[known])
+        self.num_skipped = 0
+        if selection.skip_broken:
+            shards, self.num_skipped = broken.skip(selection, self.source, self.preprocess, shards, chosen)
+        if selection.max_examples is not None:
+            shards = sources.cut(shards, 0, selection.max_examples)
+        self.shards = shards
+        self.num_examples = sources.num_examples(shards)
+
+    def _of_classes(self, shards: list[Shard], chosen: list[int]) -> list[Shard]:
+        """Keeps the examples of the chosen classes."""
+        counts = np.zeros(len(self.source.class_names), np.int64)
+        found = []
+        for shard in shards:
+            labels = self.source.labels(shard)
+            shard = shard.with_only(np.isin(labels, chosen))
+            if len(shard):
+                found.append(shard)
+            counts += np.bincount(labels[labels >= 0], minlength=len(counts))[: len(counts)]
+        if missing := [self.source.class_names[i] for i in chosen if not counts[i]]:
+            logging.warning(
+                "Split %r of %s has no example of %d chosen classes: %s",
+                *(self.selection.split, self.selection.name, len(missing), ", ".join(missing[:_NAMED])),
+            )
+        return found
+
+    def even_parts(self, count: int) -> list[list[Shard]]:
+        """Returns the shards in `count` parts, whose sizes differ by one example at most."""
+        selection = self.selection
+        if not (selection.classes or selection.skip_broken or selection.max_examples):
+            return self.source.even_shards(selection.split, count)
+        ends = sources.even_ends(self.num_examples, count)
+        return [sources.cut(self.shards, start, stop) for start, stop in itertools.pairwise(ends)]
+
+    def preprocess(self, record: tf.Tensor, seed: tf.Tensor | None = None) -> dict[str, tf.Tensor]:
+        """Returns the preprocessed example of a record.
+
+        Args:
+          record: scalar string.
+          seed: of random ops, integer [2]; None: there are none.
+        """
+        example = self._relabel(self.source.deserialize(record))
+        example = self._preprocess(example if seed is None else example | {"_seed": seed})
+        return {key: tf.constant(value) if isinstance(value, list) else value for key, value in example.items()}
+
+    def _relabel(self, example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        if self._new_labels is None:
+            return example
+        label = tf.cast(example[self.source.label_key], tf.int64)
+        new = tf.gather(tf.constant(self._new_labels, tf.int64), tf.maximum(label, 0))
+        return example | {self.source.label_key: tf.where(label < 0, label, new)}
+
+    def describe(self, record: tf.Tensor) -> str:
+        """Names the example of a record, for messages."""
+        return f"{self.source.describe(record)} of {self.selection.name!r}"
+
+    def examples(self, count: int) -> list[dict]:
+        """Returns the first `count` examples as the dataset has them, with the selection's labels: decoded and not
+        preprocessed, arrays and bytes by feature."""
+        records = self.source.read(self.shards).take(count)
+        return list(tfds.as_numpy(records.map(lambda record: self._relabel(self.source.decode(record)))))
+
+    def labels(self) -> np.ndarray | None:
+        """Returns the labels int64 [n] of all examples; None if the dataset has no label. The first call reads all
+        records of a TFDS dataset."""
+        if self.source.label_key is None:
+            return None
+        parts = [self.source.labels(shard)[slice(None) if shard.keep is None else shard.keep] for shard in self.shards]
+        found = np.concatenate([np.zeros(0, np.int64), *parts])
+        return found if self._new_labels is None else np.where(found < 0, found, self._new_labels[found])
+
+    def image_sizes(self, count: int) -> list[tuple[int, int]]:
+        """Returns (height, width) of the first `count` images as the dataset has them, without broken ones."""
+        records = self.source.read(self.shards).take(count)
+        if "image" not in preprocess.map_examples(records, self.source.deserialize, 1).element_spec:
+            return []
+        size = lambda record: tf.shape(self.source.decode(record)["image"])[-3:-1]
+        ds = preprocess.map_examples(records, size, tf.data.AUTOTUNE).ignore_errors()
+        return [tuple(size.tolist()) for size in ds.as_numpy_iterator()]
