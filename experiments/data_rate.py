@@ -148,7 +148,8 @@ def folder() -> None:
     for what in ("first", "second"):
         start = (
             "import time; s = time.perf_counter(); p = time.process_time();"
-            f"d = dataset.Data('folder:{root}', 'decode|keep(\"image\")', eval_split='train', data_dir='{FLAGS.dir}/data');"
+            f"d = dataset.Data('folder:{root}', 'decode|keep(\"image\")', eval_split='train', "
+            f"data_dir='{FLAGS.dir}/data');"
             f"d.prepare(); assert d.num_train_examples() == {_FILES};"
             "b = d.train_batches(batch_size=256, seed=0); t = time.perf_counter(); q = time.process_time();"
             "next(b); u = time.perf_counter();"

@@ -18,8 +18,8 @@ from jetformer.data.selection import Selection
 from jetformer.data.sources import Shard, Source
 from jetformer.errors import one_line
 
-# Returns the preprocessed example of a record (scalar string), given a seed for random ops.
-Preprocess = Callable[[tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]
+# Returns the preprocessed example of a record (scalar string).
+Preprocess = Callable[[tf.Tensor], dict[str, tf.Tensor]]
 
 # How many of the skipped examples the log names, and for how many the file gives a reason.
 _NAMED, _EXPLAINED = 10, 1000
@@ -111,7 +111,7 @@ def _find(
             read_errors.append(error)
 
     def check(number: tf.Tensor, record: tf.Tensor) -> tuple:
-        example = preprocess.flatten()(run(record, tf.zeros([2], tf.int64)))
+        example = preprocess.flatten()(run(record))
         example = {key: value for key, value in example.items() if isinstance(value, tf.Tensor)}
         unknown = {key: value for key, value in example.items() if not value.shape.is_fully_defined()}
         shapes = [
@@ -160,7 +160,7 @@ def _reasons(source: Source, run: Preprocess, shards: list[Shard], numbers: list
     chosen = [part for number in numbers for part in sources.cut(shards, number, number + 1)]
     for number, record in zip(numbers, source.read(chosen), strict=True):
         try:
-            run(record, tf.zeros([2], tf.int64))
+            run(record)
         except (tf.errors.OpError, ValueError) as error:
             reasons[number] = _reason(error)
     return reasons
@@ -173,8 +173,8 @@ def explain(
 
     Args:
       elements: of the batch, before preprocessing.
-      example: preprocesses an element.
-      describe: names an element.
+      example: preprocesses an element, see `Reader.example`.
+      describe: names an element, see `Reader.describe`.
     """
     shapes: dict[str, list[str]] = collections.defaultdict(list)
     try:

@@ -18,15 +18,59 @@ from jetformer.data.selection import Selection, resolve_classes
 from jetformer.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
+    from jetformer.data.mixture import MixtureReader
+    from jetformer.data.reader import Reader
     from jetformer.data.sources import Source
     from jetformer.data.texts import Texts
 
 
-class _Preprocessed:
-    """What the preprocessing string of evaluation tells about texts and images."""
+class _Dataset:
+    """What one dataset and a mixture have in common.
+
+    Attributes:
+      train_split, eval_split: splits to train and to evaluate on.
+    """
+
+    train_split: str
+    eval_split: str
 
     def _pp_eval(self) -> str:
         raise NotImplementedError
+
+    def _prepare(self) -> None:
+        raise NotImplementedError
+
+    def train_reader(self) -> "Reader | MixtureReader":
+        """Returns what reads the training split. The data must be prepared."""
+        raise NotImplementedError
+
+    def reader(self, split: str | None = None, pp: str | None = None) -> "Reader | MixtureReader":
+        """Returns what reads a split (None: `eval_split`) for evaluation; `pp` None is its own preprocessing. The data
+        must be prepared."""
+        raise NotImplementedError
+
+    def train_batches(self, *, process_count: int = 1, **kwargs) -> Iterator[dict[str, np.ndarray]]:
+        """See `pipeline.train_batches`. A single process prepares the data if that has not been done."""
+        from jetformer.data import pipeline
+
+        if process_count == 1:
+            self._prepare()
+        return pipeline.train_batches(self.train_reader(), process_count=process_count, **kwargs)
+
+    def eval_batches(
+        self, *, split: str | None = None, pp: str | None = None, process_count: int = 1, **kwargs
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """See `pipeline.eval_batches` and `reader`. A single process prepares the data if that has not been done."""
+        from jetformer.data import pipeline
+
+        if process_count == 1:
+            self._prepare()
+        return pipeline.eval_batches(self.reader(split, pp), process_count=process_count, **kwargs)
+
+    def examples(self, split: str, count: int) -> list[dict[str, Any]]:
+        """Returns the first examples of a split as the dataset has them; see `reader.Reader.examples`."""
+        self._prepare()
+        return self.reader(split).examples(count)
 
     def texts(self, model: str | None = None) -> "Texts":
         """Returns how texts are tokenized; see `texts.Texts`."""
@@ -48,7 +92,7 @@ class _Preprocessed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data(_Preprocessed):
+class Data(_Dataset):
     """The dataset that an experiment is trained and evaluated on. docs/data.md has examples.
 
     Attributes:
@@ -94,31 +138,38 @@ class Data(_Preprocessed):
             split=split or self.eval_split,
             pp=self._pp_eval() if pp is None else pp,
             data_dir=self.data_dir,
+            shuffle_buffer_size=self.shuffle_buffer_size,
             classes=self.classes,
             max_examples=self.max_examples,
             skip_broken=self.skip_broken,
         )
 
-    def prepare(self) -> None:
-        """Prepares the dataset if that has not been done, see `sources.prepare`, and checks that both splits exist."""
+    def train_reader(self) -> "Reader":
+        return self.reader(self.train_split, self.pp)
+
+    def reader(self, split: str | None = None, pp: str | None = None) -> "Reader":
+        from jetformer.data.reader import Reader
+
+        return Reader(self.selection(split, pp))
+
+    def _prepare(self) -> None:
         from jetformer.data import sources
 
         sources.prepare(self.name, self.data_dir)
+
+    def prepare(self) -> None:
+        """Prepares the dataset if that has not been done, see `sources.prepare`, and checks that both splits exist."""
+        self._prepare()
         self.num_train_examples()
         self.num_examples()
 
     def num_train_examples(self) -> int:
         """Returns the number of examples of an epoch of training."""
-        return self._num_examples(self.selection(self.train_split, self.pp))
+        return self.train_reader().num_examples
 
     def num_examples(self, split: str | None = None) -> int:
         """Returns the number of examples of a split; None is `eval_split`."""
-        return self._num_examples(self.selection(split))
-
-    def _num_examples(self, selection: Selection) -> int:
-        from jetformer.data.reader import Reader
-
-        return Reader(selection).num_examples
+        return self.reader(split).num_examples
 
     def class_names(self) -> tuple[str, ...] | None:
         """Returns the names of the classes by label; None if the dataset has no label, or its classes no names."""
@@ -142,33 +193,12 @@ class Data(_Preprocessed):
 
         return sources.open_source(self.name, self.data_dir)
 
-    def train_batches(self, **kwargs) -> Iterator[dict[str, np.ndarray]]:
-        """See `pipeline.train_batches`."""
-        from jetformer.data import pipeline
-
-        selection = self.selection(self.train_split, self.pp)
-        return pipeline.train_batches(selection, shuffle_buffer_size=self.shuffle_buffer_size, **kwargs)
-
-    def eval_batches(
-        self, *, split: str | None = None, pp: str | None = None, **kwargs
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """See `pipeline.eval_batches`; split and preprocessing are those of evaluation unless given."""
-        from jetformer.data import pipeline
-
-        return pipeline.eval_batches(self.selection(split, pp), **kwargs)
-
-    def examples(self, split: str, count: int) -> list[dict[str, Any]]:
-        """Returns the first examples of a split as the dataset has them; see `reader.Reader.examples`."""
-        from jetformer.data.reader import open_reader
-
-        return open_reader(self.selection(split)).examples(count)
-
     def _pp_eval(self) -> str:
         return self.pp if self.pp_eval is None else self.pp_eval
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureData(_Preprocessed):
+class MixtureData(_Dataset):
     """Several datasets, mixed. In gin, each is bound in a scope of its own:
 
         train.data = @MixtureData()
@@ -232,17 +262,23 @@ class MixtureData(_Preprocessed):
         """The first dataset's: all make the same keys."""
         return self.datasets[0].pp
 
-    def selections(self, split: str | None = None, pp: str | None = None) -> list[Selection]:
-        """Returns which examples of each dataset evaluation reads; see `Data.selection`."""
-        return self._relabelled([data.selection(self._own(data, split), pp) for data in self.datasets])
+    def train_reader(self) -> "Reader | MixtureReader":
+        return self._reader([data.selection(data.train_split, data.pp) for data in self.datasets])
 
-    def train_selections(self) -> list[Selection]:
-        """Returns which examples of each dataset training reads."""
-        return self._relabelled([data.selection(data.train_split, data.pp) for data in self.datasets])
+    def reader(self, split: str | None = None, pp: str | None = None) -> "Reader | MixtureReader":
+        return self._reader([data.selection(self._own(data, split), pp) for data in self.datasets])
 
-    def _relabelled(self, selections: list[Selection]) -> list[Selection]:
-        tables = self._labels()
-        return [dataclasses.replace(s, labels=table) for s, table in zip(selections, tables, strict=True)]
+    def _reader(self, selections: list[Selection]) -> "Reader | MixtureReader":
+        from jetformer.data.mixture import MixtureReader
+        from jetformer.data.reader import Reader
+
+        pairs = zip(selections, self._labels(), strict=True)
+        readers = [Reader(dataclasses.replace(selection, labels=labels)) for selection, labels in pairs]
+        return MixtureReader(readers, self.weights) if len(readers) > 1 else readers[0]
+
+    def _prepare(self) -> None:
+        for data in self.datasets:
+            data._prepare()
 
     def prepare(self) -> None:
         """See `Data.prepare`."""
@@ -291,44 +327,6 @@ class MixtureData(_Preprocessed):
         """Returns a directory for files that belong to the mixture, in that of the first dataset."""
         mixed = hashlib.sha256(self.identity().encode()).hexdigest()[:16]
         return f"{self.datasets[0].directory()}/mixture-{mixed}"
-
-    def train_batches(self, **kwargs) -> Iterator[dict[str, np.ndarray]]:
-        """See `mixture.train_batches`."""
-        from jetformer.data import mixture, pipeline
-
-        self._prepare_alone(kwargs)
-        selections = self.train_selections()
-        sizes = [data.shuffle_buffer_size for data in self.datasets]
-        if len(selections) == 1:
-            return pipeline.train_batches(selections[0], shuffle_buffer_size=sizes[0], **kwargs)
-        weights = self.weights or [data.num_train_examples() for data in self.datasets]
-        return mixture.train_batches(selections, weights, shuffle_buffer_sizes=sizes, **kwargs)
-
-    def eval_batches(
-        self, *, split: str | None = None, pp: str | None = None, **kwargs
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """See `mixture.eval_batches` and `Data.eval_batches`."""
-        from jetformer.data import mixture
-
-        self._prepare_alone(kwargs)
-        return mixture.eval_batches(self.selections(split, pp), **kwargs)
-
-    def _prepare_alone(self, kwargs: dict[str, Any]) -> None:
-        """Prepares the datasets if no other process could do it."""
-        from jetformer.data import sources
-
-        if kwargs.get("process_count", 1) == 1:
-            for data in self.datasets:
-                sources.prepare(data.name, data.data_dir)
-
-    def examples(self, split: str, count: int) -> list[dict[str, Any]]:
-        """Returns the first examples, of one dataset after the other; see `Data.examples`."""
-        from jetformer.data.reader import Reader
-
-        found: list[dict[str, Any]] = []
-        for selection in self.selections(split):
-            found += Reader(selection).examples(count - len(found))
-        return found
 
     def _pp_eval(self) -> str:
         return self.datasets[0]._pp_eval()

@@ -16,6 +16,7 @@ from upath import UPath
 
 from jetformer import config, program, train
 from jetformer.data.dataset import Data, MixtureData
+from jetformer.data.mixture import MixtureReader
 from jetformer.data.pipeline import Batch, peek
 from jetformer.data.reader import Reader
 from jetformer.sampling.grid import enlarged, labelled, save_png, tile
@@ -51,12 +52,9 @@ def report(data: Data | MixtureData, batch_size: int, seed: int, count: int) -> 
     lines = [f"data: {data.name}"]
     if names is not None:
         lines.append(f"classes: {len(names)} ({_several(names)})")
-    one = isinstance(data, Data)
-    train = [data.selection(data.train_split, data.pp)] if one else data.train_selections()
-    evaluation = [data.selection()] if one else data.selections()
-    for title, selections in (("train", train), ("eval", evaluation)):
-        for reader in map(Reader, selections):
-            lines += _about_split(title, reader, names, count)
+    for title, reader in (("train", data.train_reader()), ("eval", data.reader())):
+        for part in reader.readers if isinstance(reader, MixtureReader) else [reader]:
+            lines += _about_split(title, part, names, count)
     batches, rate = _timed(data.train_batches(batch_size=batch_size, seed=seed), batch_size, count)
     first = batches[0]
     lines.append("a batch of training:")

@@ -1,9 +1,10 @@
 """The input pipeline: a split and a preprocessing string in, batches of numpy arrays out.
 
-`train_batches` is the way of a record from one dataset into a batch (for several datasets see `mixture`):
+The way of a record into a batch of training, for one dataset (a mixture offers the same methods, see `mixture`):
 
-    each stream:   files, shuffled -> records, interleaved -> shuffle buffer -> skip to the start step
-    each process:  its streams, interleaved -> deserialize -> preprocess -> batch
+    Reader.stream    each stream:   files, shuffled -> records, interleaved -> shuffle buffer -> skip to the start step
+    train_batches    each process:  its streams, interleaved -> Reader.example -> batch -> prefetch
+    Reader.example   each record:   deserialize -> preprocess
 
 Training batches are a function of (seed, step): which example comes when, and what random ops do to it. So a run that
 resumes at step n is the run that never stopped. Nor do batches depend on the number of processes: a split is divided
@@ -28,9 +29,8 @@ import numpy as np
 import tensorflow as tf
 
 from jetformer.data import broken, preprocess, sources
-from jetformer.data.reader import Reader, open_reader
-from jetformer.data.selection import Selection
-from jetformer.data.sources import Shard
+from jetformer.data.mixture import MixtureReader
+from jetformer.data.reader import Reader
 from jetformer.errors import one_line
 
 tf.config.set_visible_devices([], "GPU")
@@ -39,16 +39,15 @@ Batch = dict[str, np.ndarray]
 
 # A host commonly has up to so many GPUs: up to as many processes, batches are the same.
 _NUM_STREAMS = 8
-# Prefix of the keys under which `batches_of_streams` puts the shapes of examples into a batch.
+# Prefix of the keys under which `train_batches` puts the shapes of examples into a batch.
 _SHAPE = "_shape of "
 
 
 def train_batches(
-    selection: Selection,
+    reader: Reader | MixtureReader,
     *,
     batch_size: int,
     seed: int,
-    shuffle_buffer_size: int,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -56,13 +55,12 @@ def train_batches(
     """Returns endless shuffled batches from step `start_step` on.
 
     Each stream goes through its part of the split again and again, in another order each epoch; batches run across the
-    ends of epochs. The parts differ by one example at most.
+    ends of epochs.
 
     Args:
-      selection: what to read. If there are several processes, the dataset must be prepared, see `sources.prepare`.
+      reader: of the dataset or the mixture.
       batch_size: examples of a step over all processes.
       seed: of the order and of random ops.
-      shuffle_buffer_size: encoded examples that each stream shuffles at a time. (A folder is shuffled as a whole.)
       start_step: the first batch is the one that a run from step 0 has at this step.
       process_index: this process, of `process_count`.
       process_count: processes that share a batch.
@@ -71,46 +69,34 @@ def train_batches(
       Iterator of the examples that the preprocessing returns, as arrays [batch_size / process_count, ...].
 
     Raises:
-      ValueError: no such dataset, split or op; not TFRecord; sizes that do not fit. The iterator raises it for an
-        example that cannot be preprocessed, or whose shape differs from that of others.
+      ValueError: sizes that do not fit, or an op that misses a key. The iterator raises it for an example that cannot
+      be
+        preprocessed, or whose shape differs from that of others.
     """
-    reader = open_reader(selection, process_count)
-    parts = parts_of_streams([reader], batch_size, process_count)[0]
+    local_batch_size = _local_batch_size(batch_size, process_count)
+    streams = num_streams(batch_size, process_count, reader.smallest)
+    per_stream, local_streams = batch_size // streams, streams // process_count
 
-    def stream(index: int, start: int) -> tf.data.Dataset:
-        return shuffled(reader, parts[index], tf.constant([seed, index], tf.int64), shuffle_buffer_size, start)
+    def elements(step: int) -> tf.data.Dataset:
+        numbers = range(process_index * local_streams, (process_index + 1) * local_streams)
+        own = [reader.stream(i, streams, tf.constant([seed, i], tf.int64), step * per_stream) for i in numbers]
+        turns = tf.data.Dataset.from_tensor_slices(np.arange(local_batch_size, dtype=np.int64) // per_stream).repeat()
+        return tf.data.Dataset.choose_from_datasets(own, turns)
 
-    def example(epoch_seed: tf.Tensor, index: tf.Tensor, record: tf.Tensor) -> dict[str, tf.Tensor]:
-        # So an op's seed depends on (seed, stream), epoch, index in the epoch, and its position (`preprocess.parse`).
-        return reader.preprocess(record, tf.random.experimental.stateless_fold_in(epoch_seed, index))
+    def example_with_shapes(*element) -> dict[str, tf.Tensor]:
+        example = reader.example(*element)
+        unknown = {key: value for key, value in example.items() if not value.shape.is_fully_defined()}
+        return example | {_SHAPE + key: tf.shape(value) for key, value in unknown.items()}
 
-    return batches_of_streams(
-        stream,
-        len(parts),
-        example,
-        lambda epoch_seed, index, record: reader.describe(record),
-        batch_size=batch_size,
-        start_step=start_step,
-        process_index=process_index,
-        process_count=process_count,
-    )
-
-
-def parts_of_streams(readers: list[Reader], batch_size: int, process_count: int) -> list[list[list[Shard]]]:
-    """Divides each dataset among the streams of training: returns its shards for each stream.
-
-    Raises:
-      ValueError: the batch size does not fit, or a dataset has fewer examples than there are processes.
-    """
-    _check_batch_size(batch_size, process_count)
-    streams = num_streams(batch_size, process_count, min(reader.num_examples for reader in readers))
-    for reader in readers:
-        if reader.num_examples < streams:
-            raise ValueError(
-                f"split {reader.selection.split!r} of {reader.selection.name!r} has {reader.num_examples} example(s), "
-                f"fewer than the {process_count} process(es) that train on it: each needs one"
-            )
-    return [reader.even_parts(streams) for reader in readers]
+    # Examples are written directly into their batch. (TensorFlow then compares their sizes, but not their shapes.) And
+    # nothing is tuned at run time: for small images that takes longer than it gains.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.experimental_optimization.map_and_batch_fusion = True
+    ds = preprocess.map_examples(elements(start_step), example_with_shapes, 4 * os.cpu_count())
+    ds = ds.batch(local_batch_size, drop_remainder=True).prefetch(2).with_options(options)
+    failed_batch = lambda number: elements(start_step + number).take(local_batch_size)
+    return _closed_at_exit(_arrays(ds, failed_batch, reader))
 
 
 def num_streams(batch_size: int, process_count: int, num_examples: int) -> int:
@@ -125,74 +111,10 @@ def num_streams(batch_size: int, process_count: int, num_examples: int) -> int:
     return streams if num_examples and streams % process_count == 0 else process_count
 
 
-def shuffled(
-    reader: Reader, shards: list[Shard], stream_seed: tf.Tensor, buffer_size: int, start: int
-) -> tf.data.Dataset:
-    """Returns a stream of (epoch's seed, index in the epoch, record), endless, from its element `start` on."""
-    if buffer_size < 1:
-        raise ValueError(f"shuffle_buffer_size {buffer_size} is not positive: 1 does not shuffle")
-
-    def epoch_records(epoch: tf.Tensor) -> tf.data.Dataset:
-        epoch_seed = tf.random.experimental.stateless_fold_in(stream_seed, epoch)
-        records = reader.source.read_shuffled(shards, epoch_seed, buffer_size)
-        # Zipped and not mapped: a function call for each would take longer than decoding a small image.
-        seeds = tf.data.Dataset.from_tensors(epoch_seed).repeat()
-        return tf.data.Dataset.zip(seeds, tf.data.Dataset.range(tf.int64.max), records)
-
-    first_epoch, skip = divmod(start, sources.num_examples(shards))
-    return tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch_records).skip(skip)
-
-
-def batches_of_streams(
-    stream: Callable[[int, int], tf.data.Dataset],
-    stream_count: int,
-    example: Callable[..., dict[str, tf.Tensor]],
-    describe: Callable[..., str],
-    *,
-    batch_size: int,
-    start_step: int,
-    process_index: int,
-    process_count: int,
-) -> Iterator[Batch]:
-    """Returns this process's part of training batches.
-
-    Args:
-      stream: returns a stream, by its number, from an element on, by its number.
-      stream_count: streams of all processes; each fills as many places of a batch.
-      example: returns the preprocessed example of an element.
-      describe: names the example of an element, for messages.
-      others: see `train_batches`.
-    """
-    local_batch_size, local_streams = batch_size // process_count, stream_count // process_count
-    per_stream = batch_size // stream_count
-    first_stream = process_index * local_streams
-
-    def elements(step: int) -> tf.data.Dataset:
-        streams = [stream(i, step * per_stream) for i in range(first_stream, first_stream + local_streams)]
-        turns = tf.data.Dataset.from_tensor_slices(np.arange(local_batch_size, dtype=np.int64) // per_stream).repeat()
-        return tf.data.Dataset.choose_from_datasets(streams, turns)
-
-    def example_with_shapes(*element) -> dict[str, tf.Tensor]:
-        made = example(*element)
-        unknown = {key: value for key, value in made.items() if not value.shape.is_fully_defined()}
-        return made | {_SHAPE + key: tf.shape(value) for key, value in unknown.items()}
-
-    # Examples are written directly into their batch. (TensorFlow then compares their sizes, but not their shapes.) And
-    # nothing is tuned at run time: for small images that takes longer than it gains.
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    options.experimental_optimization.map_and_batch_fusion = True
-    ds = preprocess.map_examples(elements(start_step), example_with_shapes, 4 * os.cpu_count())
-    ds = ds.batch(local_batch_size, drop_remainder=True).prefetch(2).with_options(options)
-    failed_batch = lambda number: elements(start_step + number).take(local_batch_size)
-    return _closed_at_exit(_arrays(ds, failed_batch, example, describe))
-
-
 def eval_batches(
-    selection: Selection, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    reader: Reader | MixtureReader, *, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """Returns one pass over a split in file order: each example once over all processes, and the same number of batches
-    on each.
+    """Returns one pass in file order: each example once over all processes, and the same number of batches on each.
 
     Args: as `train_batches`, but the preprocessing has no random ops.
 
@@ -204,70 +126,36 @@ def eval_batches(
     Raises:
       ValueError: as `train_batches`.
     """
-    reader = open_reader(selection, process_count)
-    return batches_in_order(
-        lambda start, stop: reader.source.read(sources.cut(reader.shards, start, stop)),
-        reader.num_examples,
-        reader.preprocess,
-        reader.describe,
-        batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
-    )
-
-
-def batches_in_order(
-    elements: Callable[[int, int], tf.data.Dataset],
-    num_examples: int,
-    example: Callable[..., dict[str, tf.Tensor]],
-    describe: Callable[..., str],
-    *,
-    batch_size: int,
-    process_index: int,
-    process_count: int,
-) -> Iterator[Batch]:
-    """Returns this process's part of evaluation batches.
-
-    Args:
-      elements: returns the elements from one number to before another.
-      num_examples: how many elements there are.
-      example: returns the preprocessed example of an element.
-      describe: names the example of an element, for messages.
-      others: see `eval_batches`.
-    """
-    _check_batch_size(batch_size, process_count)
-    local_batch_size = batch_size // process_count
+    local_batch_size = _local_batch_size(batch_size, process_count)
     # (`tfds.even_splits` would divide each part of a sum such as validation+test, and so number examples differently.)
-    ends = sources.even_ends(num_examples, process_count)
+    ends = sources.even_ends(reader.num_examples, process_count)
     first, stop = ends[process_index : process_index + 2]
     num_batches = math.ceil(ends[1] / local_batch_size)  # the first process has the most examples
 
-    ds = preprocess.map_examples(elements(first, stop), example, tf.data.AUTOTUNE).batch(local_batch_size).prefetch(2)
+    ds = preprocess.map_examples(reader.elements(first, stop), reader.example, tf.data.AUTOTUNE)
     # The shape of padding for a process without examples of its own.
-    template = preprocess.map_examples(elements(0, 1), example, 1).batch(1)
+    template = preprocess.map_examples(reader.elements(0, 1), reader.example, 1).batch(1)
 
     def failed_batch(number: int) -> tf.data.Dataset:
         start = first + number * local_batch_size
-        return elements(start, min(start + local_batch_size, stop))
+        return reader.elements(start, min(start + local_batch_size, stop))
 
-    batches = _arrays(ds, failed_batch, example, describe)
+    batches = _arrays(ds.batch(local_batch_size).prefetch(2), failed_batch, reader)
     return _closed_at_exit(_padded(batches, template, num_batches, local_batch_size, first))
 
 
-def _check_batch_size(batch_size: int, process_count: int) -> None:
+def _local_batch_size(batch_size: int, process_count: int) -> int:
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} is not a positive multiple of {process_count} process(es)")
+    return batch_size // process_count
 
 
 def _arrays(
-    ds: tf.data.Dataset,
-    failed_batch: Callable[[int], Iterable],
-    example: Callable[..., dict[str, tf.Tensor]],
-    describe: Callable[..., str],
+    ds: tf.data.Dataset, failed_batch: Callable[[int], Iterable], reader: Reader | MixtureReader
 ) -> Iterator[Batch]:
     """Yields batches as arrays; an error names the example that causes it."""
     batches = ds.as_numpy_iterator()
-    explanation = lambda number: broken.explain(failed_batch(number), example, describe)
+    explanation = lambda number: broken.explain(failed_batch(number), reader.example, reader.describe)
     for number in itertools.count():
         try:
             batch = next(batches, None)

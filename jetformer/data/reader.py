@@ -1,7 +1,5 @@
 """Reads the examples of a selection: as records, decoded, or preprocessed."""
 
-import itertools
-
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -14,21 +12,18 @@ from jetformer.data.sources import Shard
 _NAMED = 10  # how many classes without examples a log line names
 
 
-def open_reader(selection: Selection, process_count: int = 1) -> "Reader":
-    """Opens a selection. A single process prepares its dataset first; several need `sources.prepare` before."""
-    if process_count == 1:
-        sources.prepare(selection.name, selection.data_dir)
-    return Reader(selection)
-
-
 class Reader:
     """Reads the examples of a selection from a prepared dataset.
+
+    Elements are what is read, before preprocessing: (record, epoch's seed, index in the epoch) in training, records
+    alone in evaluation.
 
     Attributes:
       selection: the selection.
       source: the dataset.
       shards: where in the dataset the examples are.
       num_examples: how many examples are read.
+      smallest: how many the smallest dataset has; there is only this one.
       num_skipped: how many more are skipped because they cannot be preprocessed.
 
     Raises:
@@ -52,11 +47,12 @@ class Reader:
             self._new_labels = new if known is None else np.where(known < 0, -1, new[known])
         self.num_skipped = 0
         if selection.skip_broken:
-            shards, self.num_skipped = broken.skip(selection, self.source, self.preprocess, shards, chosen)
+            run = lambda record: self.example(record, tf.zeros([2], tf.int64), 0)
+            shards, self.num_skipped = broken.skip(selection, self.source, run, shards, chosen)
         if selection.max_examples is not None:
             shards = sources.cut(shards, 0, selection.max_examples)
         self.shards = shards
-        self.num_examples = sources.num_examples(shards)
+        self.num_examples = self.smallest = sources.num_examples(shards)
 
     def _of_classes(self, shards: list[Shard], chosen: list[int]) -> list[Shard]:
         """Keeps the examples of the chosen classes."""
@@ -75,24 +71,57 @@ class Reader:
             )
         return found
 
-    def even_parts(self, count: int) -> list[list[Shard]]:
-        """Returns the shards in `count` parts, whose sizes differ by one example at most."""
+    def stream(self, index: int, count: int, seed: tf.Tensor, start: int) -> tf.data.Dataset:
+        """Returns one of `count` streams of training: endless elements of its part of the examples, from number `start`
+        on. Each epoch has another order, by the integer [2] `seed`.
+
+        Raises:
+          ValueError: there are too few examples, or the shuffle buffer has no size.
+        """
+        selection, buffer_size = self.selection, self.selection.shuffle_buffer_size
+        if buffer_size < 1:
+            raise ValueError(f"shuffle_buffer_size {buffer_size} is not positive: 1 does not shuffle")
+        if self.num_examples < count:
+            raise ValueError(
+                f"split {selection.split!r} of {selection.name!r} has {self.num_examples} example(s), fewer than the "
+                f"{count} process(es) that train on it: each needs one"
+            )
+        shards = self._part(index, count)
+
+        def epoch_elements(epoch: tf.Tensor) -> tf.data.Dataset:
+            epoch_seed = tf.random.experimental.stateless_fold_in(seed, epoch)
+            records = self.source.read_shuffled(shards, epoch_seed, buffer_size)
+            # Zipped and not mapped: a function call for each would take longer than decoding a small image.
+            seeds = tf.data.Dataset.from_tensors(epoch_seed).repeat()
+            return tf.data.Dataset.zip(records, seeds, tf.data.Dataset.range(tf.int64.max))
+
+        first_epoch, skip = divmod(start, sources.num_examples(shards))
+        return tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch_elements).skip(skip)
+
+    def _part(self, index: int, count: int) -> list[Shard]:
         selection = self.selection
         if not (selection.classes or selection.skip_broken or selection.max_examples):
-            return self.source.even_shards(selection.split, count)
-        ends = sources.even_ends(self.num_examples, count)
-        return [sources.cut(self.shards, start, stop) for start, stop in itertools.pairwise(ends)]
+            return self.source.even_part(selection.split, index, count)
+        start, stop = sources.even_ends(self.num_examples, count)[index : index + 2]
+        return sources.cut(self.shards, start, stop)
 
-    def preprocess(self, record: tf.Tensor, seed: tf.Tensor | None = None) -> dict[str, tf.Tensor]:
-        """Returns the preprocessed example of a record.
+    def elements(self, start: int, stop: int) -> tf.data.Dataset:
+        """Returns the elements of evaluation from number `start` to before `stop`."""
+        return self.source.read(sources.cut(self.shards, start, stop))
 
-        Args:
-          record: scalar string.
-          seed: of random ops, integer [2]; None: there are none.
-        """
+    def example(
+        self, record: tf.Tensor, epoch_seed: tf.Tensor | None = None, index: tf.Tensor | int = 0
+    ) -> dict[str, tf.Tensor]:
+        """Returns the preprocessed example of an element. Random ops depend on seed, epoch and index."""
         example = self._relabel(self.source.deserialize(record))
-        example = self._preprocess(example if seed is None else example | {"_seed": seed})
+        if epoch_seed is not None:
+            example["_seed"] = tf.random.experimental.stateless_fold_in(epoch_seed, index)
+        example = self._preprocess(example)
         return {key: tf.constant(value) if isinstance(value, list) else value for key, value in example.items()}
+
+    def describe(self, record: tf.Tensor, *_) -> str:
+        """Names the example of an element, for messages."""
+        return f"{self.source.describe(record)} of {self.selection.name!r}"
 
     def _relabel(self, example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         if self._new_labels is None:
@@ -100,10 +129,6 @@ class Reader:
         label = tf.cast(example[self.source.label_key], tf.int64)
         new = tf.gather(tf.constant(self._new_labels, tf.int64), tf.maximum(label, 0))
         return example | {self.source.label_key: tf.where(label < 0, label, new)}
-
-    def describe(self, record: tf.Tensor) -> str:
-        """Names the example of a record, for messages."""
-        return f"{self.source.describe(record)} of {self.selection.name!r}"
 
     def examples(self, count: int) -> list[dict]:
         """Returns the first `count` examples as the dataset has them, with the selection's labels: decoded and not

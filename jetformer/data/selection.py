@@ -17,6 +17,7 @@ class Selection:
       split: TFDS split, e.g. `train`, `train[10000:]`, `train+validation`.
       pp: preprocessing string, see `jetformer.data.preprocess`.
       data_dir: where TFDS keeps its data; None is its default.
+      shuffle_buffer_size: encoded examples that each stream of training shuffles at a time.
       classes: the classes to read, see `resolve_classes`; their labels become 0, 1, … in this order. None: all.
       max_examples: at most so many examples, the first ones. None: all.
       skip_broken: skip examples that cannot be preprocessed, see `jetformer.data.broken`.
@@ -27,6 +28,7 @@ class Selection:
     split: str
     pp: str
     data_dir: str | None = None
+    shuffle_buffer_size: int = 4096
     classes: tuple[int | str, ...] | None = None
     max_examples: int | None = None
     skip_broken: bool = False

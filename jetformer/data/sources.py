@@ -151,9 +151,9 @@ class Source:
             ) from e
         return [Shard(str(s.filename), s.skip, s.take) for s in found if s.take > 0]
 
-    def even_shards(self, split: str, count: int) -> list[list[Shard]]:
-        """Returns the shards of a split in `count` parts, whose sizes differ by one example at most."""
-        return [self.shards(part) for part in tfds.even_splits(split, count)]
+    def even_part(self, split: str, index: int, count: int) -> list[Shard]:
+        """Returns the shards of one of `count` parts of a split, whose sizes differ by one example at most."""
+        return self.shards(tfds.even_splits(split, count)[index])
 
     def read(self, shards: list[Shard]) -> tf.data.Dataset:
         """Returns records (scalar strings) in the order of the shards."""

@@ -39,6 +39,11 @@ def test_weights(parts):
     assert np.mean(texts >= 4) > 0.9
 
 
+def test_a_mixture_of_one_dataset_is_that_dataset(parts):
+    for a, b in zip(take(MixtureData(parts[:1]), 3), take(parts[0], 3), strict=True):
+        assert all(np.array_equal(a[k], b[k]) for k in a)
+
+
 def test_a_short_schedule_is_exact(parts, monkeypatch):
     monkeypatch.setattr(mixture, "_SCHEDULE_LENGTH", 8)
     run = take(MixtureData(parts, (1, 2, 5), labels="apart"), 24)

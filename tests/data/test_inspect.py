@@ -1,4 +1,4 @@
-"""The program that shows what the data are."""
+"""The program that inspects data."""
 
 import dataclasses
 import re
@@ -39,7 +39,7 @@ def test_report(data):
     assert re.search(r"^[\d,]+ examples per second$", lines[-1])
     assert picture.dtype == np.uint8
     assert picture.ndim == 3
-    # Pictures of numbers that are no bytes.
+    # Also of floating-point images.
     scaled = dataclasses.replace(data, pp="decode|resize(16)|value_range(-1, 1)|keep('image')")
     assert inspect.report(scaled, batch_size=4, seed=0, count=20)[1].dtype == np.uint8
 

@@ -11,7 +11,6 @@ from tensorflow_datasets.core.utils import tqdm_utils
 
 from jetformer.data import pictures, pipeline, preprocess, sources
 from jetformer.data.dataset import Data
-from jetformer.data.selection import Selection
 
 NUM_TRAIN, NUM_TEST = 41, 11
 AUGMENT = 'decode|resize_small(12)|random_crop(8)|flip_lr|keep("image", "id")'
@@ -56,9 +55,9 @@ def builder(data_dir):
 @pytest.fixture
 def train(builder, data_dir):
     def batches(n, split="train", pp=AUGMENT, **kwargs):
-        defaults = {"batch_size": 6, "seed": 3, "shuffle_buffer_size": 16}
-        it = pipeline.train_batches(Selection("pebbles", split, pp, data_dir), **defaults | kwargs)
-        return list(itertools.islice(it, n))
+        size = kwargs.pop("shuffle_buffer_size", 16)
+        data = Data("pebbles", pp, train_split=split, shuffle_buffer_size=size, data_dir=data_dir)
+        return list(itertools.islice(data.train_batches(**{"batch_size": 6, "seed": 3} | kwargs), n))
 
     return batches
 
@@ -66,7 +65,7 @@ def train(builder, data_dir):
 @pytest.fixture
 def evaluate(builder, data_dir):
     def batches(split="train", pp=PLAIN, **kwargs):
-        return list(pipeline.eval_batches(Selection("pebbles", split, pp, data_dir), **kwargs))
+        return list(Data("pebbles", pp, eval_split=split, data_dir=data_dir).eval_batches(**kwargs))
 
     return batches
 
@@ -255,10 +254,10 @@ def test_strings_can_be_padded(evaluate):
         ({"name": "imagenet2012"}, ["imagenet2012", "elsewhere", "data_dir", "anual"]),
         ({"name": "digits:9.9.9"}, ["9.9.9", "1.0.0"]),
         ({"name": "mnist", "process_count": 2}, ["mnist", "prepare"]),
-        ({"split": "tran"}, ["'tran'", "train, test"]),
-        ({"split": "train[100:]"}, ["'train[100:]'", "41"]),
-        ({"split": "train[9:5]"}, ["'train[9:5]'"]),
-        ({"split": "test[:1]", "process_count": 2}, ["'test[:1]'", "1 example", "2 process"]),
+        ({"train_split": "tran"}, ["'tran'", "train, test"]),
+        ({"train_split": "train[100:]"}, ["'train[100:]'", "41"]),
+        ({"train_split": "train[9:5]"}, ["'train[9:5]'"]),
+        ({"train_split": "test[:1]", "process_count": 2}, ["'test[:1]'", "1 example", "2 process"]),
         ({"batch_size": 0}, ["batch_size 0"]),
         ({"batch_size": 5, "process_count": 2}, ["batch_size 5", "2 process"]),
         ({"shuffle_buffer_size": 0}, ["shuffle_buffer_size 0"]),
@@ -267,11 +266,10 @@ def test_strings_can_be_padded(evaluate):
     ],
 )
 def test_errors_are_one_line(builder, data_dir, change, says):
-    settings = {"name": "pebbles", "split": "train", "pp": PLAIN, "data_dir": data_dir}
-    settings |= {"batch_size": 2, "seed": 0, "shuffle_buffer_size": 9} | change
-    selection = Selection(*(settings.pop(key) for key in ("name", "split", "pp", "data_dir")))
+    settings = {"name": "pebbles", "pp": PLAIN, "data_dir": data_dir, "batch_size": 2} | change
+    options = {key: settings.pop(key) for key in ("batch_size", "process_count") if key in settings}
     with pytest.raises(ValueError, match=re.escape(says[0])) as e:
-        pipeline.train_batches(selection, **settings)
+        Data(**settings).train_batches(seed=0, **options)
     assert "\n" not in str(e.value)
     for part in says:
         assert part in str(e.value)
@@ -279,7 +277,7 @@ def test_errors_are_one_line(builder, data_dir, change, says):
 
 def test_random_ops_are_refused_in_evaluation(builder, data_dir):
     with pytest.raises(ValueError, match="'flip_lr' is random") as e:
-        pipeline.eval_batches(Selection("pebbles", "test", "decode|flip_lr", data_dir), batch_size=1)
+        Data("pebbles", "decode|flip_lr", eval_split="test", data_dir=data_dir).eval_batches(batch_size=1)
     assert "\n" not in str(e.value)
 
 
@@ -291,7 +289,7 @@ def test_other_file_formats_are_refused(builder, tmp_path):
     for f in copy.glob("*tfrecord*"):
         f.rename(copy / f.name.replace("tfrecord", "array_record"))
     with pytest.raises(ValueError, match=r"'pebbles' .* array_record, .* tfrecord"):
-        pipeline.eval_batches(Selection("pebbles", "test", PLAIN, tmp_path), batch_size=1)
+        Data("pebbles", PLAIN, eval_split="test", data_dir=tmp_path).eval_batches(batch_size=1)
 
 
 @pytest.mark.parametrize(("error", "says"), [(OSError("no\nroute"), "no route"), (TimeoutError(), "TimeoutError")])

@@ -14,7 +14,6 @@ from PIL import Image
 import trees
 from jetformer.data import sources
 from jetformer.data.dataset import Data
-from jetformer.data.reader import Reader
 
 NAMES = ("ant", "bee", "cow", "dog", "eel")
 NUM_TRAIN = 60
@@ -160,8 +159,8 @@ def test_broken_images_are_skipped_and_counted(data, beasts_dir, caplog):
     data = dataclasses.replace(data, pp=PP + "|drop('text')")  # not checked yet
     with caplog.at_level(logging.INFO):
         assert data.num_train_examples() == len(GOOD)
-        assert Reader(data.selection("train", data.pp)).num_skipped == 2
-        assert Reader(data.selection("test")).num_skipped == 0
+        assert data.train_reader().num_skipped == 2
+        assert data.reader("test").num_skipped == 0
     assert caplog.text.count("Skipped: example ") == 2
     assert "empty" in caplog.text
     assert caplog.text.count("2 of 60 examples of split 'train' of beasts cannot be preprocessed and are skipped") == 1
