@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from jetformer.errors import one_line
+
 T = TypeVar("T")
 
 # The only pair of versions that load against each other: torch_xla ended with this release.
@@ -148,11 +150,6 @@ def are_apart(error: BaseException) -> bool:
         return False
     # Gloo's errors have no type.
     return isinstance(error, OutOfStep | dist.DistError) or re.search(r"\bgloo\b", str(error)) is not None
-
-
-def one_line(error: Exception) -> str:
-    """Returns the message of an error in one line; its type if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _described(error: Exception) -> tuple[str | None, str]:

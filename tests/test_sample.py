@@ -259,7 +259,7 @@ def test_several_processes_are_one(classes, tmp_path):
         ("classes", ["--classes=10"], "there is no class or token 10: the model has those from 0 to 9"),
         ("classes", ["--classes=three"], "--classes: 'three' is no class; give numbers, as 0,1,2"),
         ("classes", ["--prompt=a"], "the experiment reads no texts: its preprocessing string has neither caption"),
-        ("captioned", ["--prompt= "], "an empty prompt: say what the image is to show"),
+        ("captioned", ["--prompt= "], "a prompt is empty"),
         ("captioned", ["--classes=1"], "the model reads texts, not classes: give --prompt or --prompts"),
         ("captioned", ["--prompt=a", "--top_k=3"], "--top_k means nothing for what is sampled here (image)"),
         (

@@ -504,7 +504,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"Data__name": '"digitz"'}, "there is no data set 'digitz'"),
+        ({"Data__name": '"digitz"'}, "there is no dataset 'digitz'"),
         ({"Data__eval_split": '"val"'}, "validation"),
         ({"Patchify__patch_size": 3}, "does not divide into patches of 3"),
         ({"train__batch_size": 15, "train__grad_accum_steps": 2}, r"train\.batch_size = 15\b.*grad_accum_steps = 2"),

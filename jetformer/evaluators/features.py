@@ -21,10 +21,9 @@ import torch
 from absl import logging
 from upath import UPath
 
-from jetformer.data import files
 from jetformer.evaluators.context import Context, prepare
 from jetformer.ranges import PositiveInt
-from jetformer.storage import write_whole
+from jetformer.storage import arrays_to_bytes, write_whole
 
 # Maps images uint8 [B, H, W, C] to "features" float32 [B, F] and "logits" float32 [B, K].
 Function = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -315,4 +314,4 @@ def read_arrays(path: UPath, names: tuple[str, ...], otherwise: str, also: tuple
 def write_arrays(path: UPath, arrays: dict[str, np.ndarray]) -> None:
     """Writes an .npz file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, files.to_bytes(arrays))
+    write_whole(path, arrays_to_bytes(arrays))

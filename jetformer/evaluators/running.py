@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from absl import logging
 from upath import UPath
 
+from jetformer.errors import one_line
 from jetformer.evaluators import best, results
 from jetformer.evaluators.base import Evaluator
 from jetformer.evaluators.context import Context
-from jetformer.runtime import Runtime, are_apart, one_line
+from jetformer.runtime import Runtime, are_apart
 
 if TYPE_CHECKING:
     from jetformer.metrics import Metrics  # brings TensorFlow, which sampling does without
