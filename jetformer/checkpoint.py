@@ -37,10 +37,11 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element
 from torch.distributed.checkpoint.metadata import StorageMeta
+from upath import UPath
 
 __all__ = [
     *("Checkpointer", "age", "best", "check_compatible", "latest", "load_weights", "parts", "ranked", "restore"),
-    *("steps", "verify", "verify_checksums"),
+    *("split_path", "steps", "verify", "verify_checksums"),
 ]
 
 MARKER = "COMPLETE"
@@ -138,6 +139,15 @@ def steps(workdir: str | os.PathLike) -> list[int]:
     """Returns the steps of the complete checkpoints, in ascending order."""
     fs, root = _open(workdir)
     return _complete(fs, root, _listed(fs, root))
+
+
+def split_path(path: str) -> tuple[UPath, int | None]:
+    """Splits the path of a checkpoint, WORKDIR/checkpoints/NUMBER, into workdir and step. Another path is returned as
+    the workdir, with None."""
+    directory = UPath(path.rstrip("/"))
+    if directory.name.isdigit() and directory.parent.name == "checkpoints":
+        return directory.parent.parent, int(directory.name)
+    return directory, None
 
 
 def latest(workdir: str | os.PathLike) -> int | None:

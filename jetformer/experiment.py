@@ -221,7 +221,7 @@ class Experiment:
         Raises:
           ValueError: if not.
         """
-        if guidance.on and not self.objective.drop_labels_prob:
+        if guidance.on and not getattr(self.objective, "drop_labels_prob", True):  # another objective may not say
             raise ValueError(
                 f"guidance {guidance.mode} needs a model that was also trained without text, and this one was not: its "
                 "JetFormerObjective.drop_labels_prob is 0. Sample without guidance, or train with 0.1"
@@ -233,7 +233,7 @@ class Experiment:
         Raises:
           ValueError: if not.
         """
-        prob = self.objective.text_prefix_prob
+        prob = getattr(self.objective, "text_prefix_prob", None)  # None: another objective, which does not say
         if prob == (0 if text_first else 1):
             first, second = ("texts", "images") if text_first else ("images", "texts")
             raise ValueError(

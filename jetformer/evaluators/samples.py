@@ -13,6 +13,7 @@ from jetformer.objectives import to_unit_range
 from jetformer.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from jetformer.sampling import decode, grid
 from jetformer.sampling.guidance import Guidance
+from jetformer.sampling.images import check_tokens
 
 _SEED, _ROUND_TRIP_SEED = 3, 4
 
@@ -89,7 +90,7 @@ class Samples(Evaluator):
         if self.prompts is not None:
             context.run.data.texts().check_whole("Samples.prompts", self.prompts)
         _, rows = self.conditions(context)
-        grid.check_tokens(torch.from_numpy(rows["text"]), model)
+        check_tokens(torch.from_numpy(rows["text"]), model)
         if self.num_round_trips:
             context.run.check_batch(next(context.batches()))
 
