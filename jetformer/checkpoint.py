@@ -38,6 +38,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element
 from torch.distributed.checkpoint.metadata import StorageMeta
+from upath import UPath
 
 MARKER = "COMPLETE"
 BEST_FILE = "best.json"  # in the workdir
@@ -48,6 +49,15 @@ def steps(workdir: str | os.PathLike) -> list[int]:
     """Returns the steps of the complete checkpoints, in ascending order."""
     fs, root = _open(workdir)
     return _complete(fs, root, _listed(fs, root))
+
+
+def split_path(path: str) -> tuple[UPath, int | None]:
+    """Splits the path of a checkpoint, WORKDIR/checkpoints/NUMBER, into workdir and step. Another path is returned as
+    the workdir, with None."""
+    directory = UPath(path.rstrip("/"))
+    if directory.name.isdigit() and directory.parent.name == "checkpoints":
+        return directory.parent.parent, int(directory.name)
+    return directory, None
 
 
 def latest(workdir: str | os.PathLike) -> int | None:

@@ -121,7 +121,7 @@ def parse(
             gin_files = gin_files[1:]
         else:
             saved = io.StringIO(saved, newline=None).read()  # one kind of line ends, in the check and in gin
-            check_runs_nothing(saved, trust_imports)
+            _check_runs_nothing(saved, trust_imports)
             gin.parse_config(saved)
         known = defined()
         for file in gin_files:
@@ -144,7 +144,7 @@ class _Names(config_parser.ParserDelegate):
         return macro_name
 
 
-def check_runs_nothing(text: str, trust_imports: Sequence[str]) -> None:
+def _check_runs_nothing(text: str, trust_imports: Sequence[str]) -> None:
     """Checks that a configuration from elsewhere imports only trusted modules.
 
     An import, gin's dynamic registration among them, lets a configuration call any function of any module.

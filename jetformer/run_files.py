@@ -9,7 +9,7 @@ import platform
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gin
 import torch
@@ -22,6 +22,9 @@ from jetformer import config
 from jetformer.experiment import Experiment
 from jetformer.runtime import Runtime
 from jetformer.storage import write_whole
+
+if TYPE_CHECKING:
+    from jetformer.data.texts import Texts
 
 LOCK_FILE = "lock"  # locked while a run trains there, if the workdir is a local directory
 RUN_FILE = "run.json"  # what the run's last start ran on, and its parameters
@@ -94,6 +97,12 @@ def check_changes(experiment: Experiment, workdir: UPath, step: int, allowed: bo
         theirs, ours = before.get(name, "not bound"), now.get(name, "not bound")
         if theirs != ours:
             logging.warning("Changed since the last start: %s = %s, was %s", name, ours, theirs)
+
+
+def texts(experiment: Experiment, workdir: UPath) -> "Texts":
+    """Returns how a run tokenizes texts, with the tokenizer in its workdir if there is one."""
+    file = workdir / TOKENIZER_FILE
+    return experiment.data.texts(str(file) if file.exists() else None)
 
 
 def write(experiment: Experiment, model: nn.Module, runtime: Runtime, workdir: UPath, start_step: int) -> None:

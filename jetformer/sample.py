@@ -1,139 +1,109 @@
-"""Sample from a trained model: images of classes or prompts, captions of images, the rest of an image, texts.
+"""Sample from a trained model: images of classes or prompts, captions of images, completions of images, texts.
 
     python -m jetformer.sample --workdir=/tmp/digits --classes=3,7 --out=/tmp/samples
     python -m jetformer.sample --workdir=/tmp/shapes --prompt="a red circle" --guidance_weight=2 --out=/tmp/samples
     python -m jetformer.sample --workdir=/tmp/jet_digits --temperature=0.8 --out=/tmp/samples
     python -m jetformer.sample --workdir=/tmp/shapes --images='/tmp/samples/images/*' --task=caption --out=/tmp/texts
 
-Writes PNGs, a grid of them, a page to browse them (index.html) and samples.jsonl, where each line is an image with its
-prompt, seed, settings and likelihood. Sample i of a prompt has the seed --seed + i, and is the same whatever is sampled
-beside it. Started again with the same --out, it goes on with what is missing.
+Writes PNGs, grid.png, index.html to browse them, and samples.jsonl: a line for each sample, with its prompt, seed,
+settings and log-likelihood. Sample i of a prompt has the seed --seed + i and does not depend on other samples. Run
+again with the same --out, it draws only the samples that are missing.
 
-Several processes share the samples out, each with the whole model on its device:
+Several processes share the samples, each with the whole model on its device:
 
     torchrun --nproc-per-node=8 -m jetformer.sample --workdir=… --prompts=prompts.txt --out=/tmp/samples
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import itertools
-import math
 import pathlib
-from collections.abc import Iterable
-from typing import Any
 
-import numpy as np
 from absl import app, flags, logging
+from torch import nn
 from upath import UPath
 
-from jetformer import program, runtime
+# None of these imports TensorFlow, before which `runtime.initialize` has to import torch_xla.
+from jetformer import checkpoint, program, run_files, runtime
+from jetformer.convert import hub
 from jetformer.data.pictures import read_pictures
+from jetformer.evaluators.samples import Samples
+from jetformer.experiment import Experiment
+from jetformer.models.jetformer import JetFormer
+from jetformer.models.language_model import LanguageModel
+from jetformer.sampling import images, texts
+from jetformer.sampling.gallery import PAGE_FILE, Gallery
+from jetformer.sampling.guidance import MODES, SCHEDULES, Guidance
+from jetformer.sampling.sampler import Request, Sampler, draw, repeated
+from jetformer.state import State, load
 
 flags.adopt_module_key_flags(program)
-flags.DEFINE_string("workdir", None, "A run's: its newest checkpoint, or that of --step.")
+flags.DEFINE_string("workdir", None, "The workdir of a run.")
 flags.DEFINE(
-    program.StepParser(), "step", None, "Which checkpoint of the workdir or repository, or best; default: the newest."
+    program.StepParser(), "step", None, "Checkpoint of the workdir or repository: a step, or best; default: the newest."
 )
-flags.DEFINE_string("checkpoint", None, "A checkpoint of a run's workdir: …/checkpoints/000012000.")
-flags.DEFINE_string("hf_repo", None, "A repository on the Hugging Face Hub that holds a run's workdir: owner/name.")
-flags.DEFINE_string("hf_revision", None, "A branch, tag or commit of the repository.")
+flags.DEFINE_string("checkpoint", None, "Or a checkpoint in a run's workdir: …/checkpoints/000012000.")
+flags.DEFINE_string("hf_repo", None, "Or a repository on the Hugging Face Hub that holds a workdir: owner/name.")
+flags.DEFINE_string("hf_revision", None, "Branch, tag or commit of the repository.")
 flags.DEFINE_list("classes", None, "Class labels, as 0,1,2.")
-flags.DEFINE_multi_string("prompt", [], "What an image is to show; may be given several times.")
-flags.DEFINE_string("prompts", None, "A file with a prompt on each line.")
-flags.DEFINE_string("images", None, "Images to work on: a path or a pattern as '/data/*.png'.")
+flags.DEFINE_multi_string("prompt", [], "What to draw, or the beginning of a text; may be repeated.")
+flags.DEFINE_string("prompts", None, "File with a prompt on each line.")
+flags.DEFINE_string("images", None, "Images to caption or complete: a path or a pattern, as '/data/*.png'.")
 flags.DEFINE_enum(
     "task",
     None,
     ["caption", "complete"],
-    "What to do with --images: write captions; or keep the first --rows of each, and sample the rest.",
+    "What to do with --images: write captions; or keep the first --rows of each image and sample the rest.",
 )
-flags.DEFINE_integer("rows", None, "How many rows of pixels of an image are given to complete; default: half of them.")
+flags.DEFINE_integer("rows", None, "Rows of pixels to keep of an image to complete; default: half of them.")
 flags.DEFINE_integer(
-    "num_images",
-    None,
-    "How many samples of each class, prompt or image; default: 8, 1 with --images.",
-    lower_bound=1,
+    "num_images", None, "Samples of each class, prompt or image; default: 8, 1 with --images.", lower_bound=1
 )
-flags.DEFINE_integer("batch_size", 32, "How many samples at a time.", lower_bound=1)
-flags.DEFINE_enum(
-    "guidance", None, ["none", "density", "interp"], "How to guide; default: density if there is a --guidance_weight."
-)
-flags.DEFINE_float("guidance_weight", 0.0, "w of p(x | y)^(1+w) / p(x)^w.")
-flags.DEFINE_enum(
-    "guidance_schedule", "constant", ["constant", "linear", "cosine"], "The weight over an image's tokens."
-)
+flags.DEFINE_integer("batch_size", 32, "Samples at a time, per process.", lower_bound=1)
+flags.DEFINE_enum("guidance", None, MODES, "Classifier-free guidance; default: density with a --guidance_weight.")
+flags.DEFINE_float("guidance_weight", 0.0, "Weight w of guidance, which samples from p(x | y)^(1+w) / p(x)^w.")
+flags.DEFINE_enum("guidance_schedule", "constant", SCHEDULES, "Guidance weight over the tokens of an image.")
 flags.DEFINE_float(
     "temperature",
     1.0,
-    "Multiplies the scales of image tokens' mixtures, or a flow's latents; divides a caption's logits.",
+    "Multiplies the scales of the mixtures of image tokens, or the latents of a flow; divides the logits of texts.",
 )
-flags.DEFINE_float("temperature_probs", 1.0, "Multiplies the log-weights of image tokens' mixtures.")
-flags.DEFINE_integer("top_k", None, "Captions: choose among so many of the most probable tokens.")
-flags.DEFINE_float("top_p", 1.0, "Captions: choose among the most probable tokens of at least this probability.")
-flags.DEFINE_integer("seed", 0, "Of each class's, prompt's or image's first sample; the others' follow.", lower_bound=0)
-flags.DEFINE_bool("ema", True, "Use the moving average of the parameters, if there is one.")
-flags.DEFINE_string("out", None, "A local directory to write to.", required=True)
+flags.DEFINE_float("temperature_probs", 1.0, "Multiplies the log-weights of the mixtures of image tokens.")
+flags.DEFINE_integer("top_k", None, "Texts: number of most probable tokens to choose from.")
+flags.DEFINE_float("top_p", 1.0, "Texts: choose from the most probable tokens with at least this probability.")
+flags.DEFINE_integer("seed", 0, "Seed of the first sample of each class, prompt or image.", lower_bound=0)
+flags.DEFINE_bool("ema", True, "Use the moving average of the parameters if there is one.")
+flags.DEFINE_string("out", None, "Local directory to write to.", required=True)
 FLAGS = flags.FLAGS
 
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One sample: of which class, prompt or image (its name); the seed; the text's tokens and the image, where it is
-    given them."""
-
-    label: str
-    seed: int
-    text: np.ndarray | None = None
-    text_mask: np.ndarray | None = None
-    image: np.ndarray | None = None
-
-    def identity(self) -> dict[str, str]:
-        """What tells images of one name apart."""
-        return {} if self.image is None else {"image_sha256": hashlib.sha256(self.image.tobytes()).hexdigest()}
+# Flags that apply to some tasks only.
+_FLAGS_OF = {
+    "image": ("temperature_probs", "guidance", "guidance_weight", "guidance_schedule"),
+    "complete": ("temperature_probs", "guidance", "guidance_weight", "guidance_schedule", "rows"),
+    "caption": ("top_k", "top_p"),
+    "text": ("top_k", "top_p"),
+    "flow": (),
+}
 
 
 def source() -> tuple[UPath, int | str | None]:
-    """The workdir that the flags name, and the step, or "best"; None for the newest."""
+    """Returns the workdir that the flags name, and the step: a number, "best", or None for the newest."""
     given = [name for name in ("workdir", "checkpoint", "hf_repo") if FLAGS[name].value is not None]
     if len(given) != 1:
-        raise ValueError("give one of --workdir, --checkpoint and --hf_repo")
+        raise ValueError("expected one of --workdir, --checkpoint and --hf_repo")
     if FLAGS.hf_revision is not None and FLAGS.hf_repo is None:
-        raise ValueError("--hf_revision is of a --hf_repo")
+        raise ValueError("--hf_revision needs --hf_repo")
     if FLAGS.hf_repo is not None:
-        return download(FLAGS.hf_repo, FLAGS.hf_revision, FLAGS.step), FLAGS.step
+        return hub.fetch_run(FLAGS.hf_repo, FLAGS.hf_revision, FLAGS.step), FLAGS.step
     if FLAGS.workdir is not None:
         return UPath(FLAGS.workdir), FLAGS.step
-    directory = UPath(FLAGS.checkpoint.rstrip("/"))
-    if not directory.name.isdigit() or directory.parent.name != "checkpoints" or FLAGS.step is not None:
-        raise ValueError(
-            f"--checkpoint={FLAGS.checkpoint}: give …/checkpoints/NUMBER of a run's workdir, and no --step"
-        )
-    return directory.parent.parent, int(directory.name)
-
-
-def download(repo: str, revision: str | None, step: int | str | None) -> UPath:
-    """The workdir that a repository holds: its configuration, its tokenizer, and the checkpoint of `step`, the "best"
-    one, or the newest."""
-    from huggingface_hub import HfApi
-
-    from jetformer import checkpoint
-    from jetformer.convert import hub
-
-    if not isinstance(step, int):
-        with hub.plain_errors(f"--hf_repo={repo}"):
-            files = (file.split("/") for file in HfApi().list_repo_files(repo, revision=revision))
-            steps = [int(f[1]) for f in files if len(f) == 3 and f[0] == "checkpoints" and f[2] == checkpoint.MARKER]
-        order = sorted(steps, reverse=True)
-        if step == "best":
-            ranked = checkpoint.ranked(hub.fetch_all(repo, revision, [checkpoint.BEST_FILE]))
-            order = [step for step in ranked if step in steps]
-        step = next(iter(order), 0)
-    return hub.fetch_all(repo, revision, ["*.gin", "*.model", checkpoint.BEST_FILE, f"checkpoints/{step:09d}/*"])
+    workdir, step = checkpoint.split_path(FLAGS.checkpoint)
+    if step is None or FLAGS.step is not None:
+        raise ValueError(f"--checkpoint={FLAGS.checkpoint}: expected WORKDIR/checkpoints/NUMBER, and no --step")
+    return workdir, step
 
 
 def given_prompts() -> list[str]:
-    """All prompts of the flags, each once."""
+    """Returns all prompts of the flags, each once."""
     prompts = list(FLAGS.prompt)
     if FLAGS.prompts is not None:
         lines = UPath(FLAGS.prompts).read_text(encoding="utf-8").rstrip("\n").split("\n")
@@ -144,324 +114,123 @@ def given_prompts() -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def class_jobs(model, classes: list[str]) -> list[Job]:
-    """A job for each class."""
-    import torch
-
-    from jetformer.sampling.grid import check_tokens
-
-    jobs = []
-    for label in classes:
+def given_classes() -> list[int]:
+    """Returns the classes of the flags."""
+    for label in FLAGS.classes or ():
         if not label.strip().isdigit():
-            raise ValueError(f"--classes: {label!r} is no class; give numbers, as 0,1,2")
-        text = np.array([int(label)])
-        check_tokens(torch.from_numpy(text)[None], model)
-        jobs.append(Job(f"class {int(label)}", FLAGS.seed, text))
-    return jobs
+            raise ValueError(f"--classes: {label!r} is not a class; give numbers, as 0,1,2")
+    return [int(label) for label in FLAGS.classes or ()]
 
 
-def prompt_jobs(texts, prompts: list[str], whole: bool) -> list[Job]:
-    """A job for each prompt: a whole text, or the beginning of one."""
-    encoded = (texts.encode if whole else texts.encode_beginnings)(prompts)
-    for prompt in prompts:
-        if cut := texts.cut(prompt):
-            logging.warning("The prompt %r is too long; cut off: %r", prompt, cut)
-    rows = zip(prompts, encoded["text"], encoded["text_mask"], strict=True)
-    return [Job(prompt, FLAGS.seed, text, mask) for prompt, text, mask in rows]
-
-
-def tokenizing(run, workdir: UPath):
-    """How the run tokenizes texts: its own copy of the tokenizer, wherever the original is."""
-    from jetformer.run_files import TOKENIZER_FILE
-
-    copy = workdir / TOKENIZER_FILE
-    return run.data.texts(str(copy) if copy.exists() else None)
-
-
-def batches(jobs: list[Job], size: int) -> list[list[Job]]:
-    """Returns jobs in groups of `size`; the last may be smaller."""
-    return [jobs[first : first + size] for first in range(0, len(jobs), size)]
-
-
-def stacked(arrays: Iterable[np.ndarray | None], device):
-    """Arrays as one tensor; None if they are None."""
-    import torch
-
-    arrays = list(arrays)
-    return None if arrays[0] is None else torch.from_numpy(np.stack(arrays)).to(device)
-
-
-class Images:
-    """Images of classes or prompts; or, of images whose first rows are given, the rest."""
-
-    def __init__(self, run, model, workdir: UPath, compile):
-        from jetformer.evaluators.samples import Samples
-        from jetformer.sampling import decode
-        from jetformer.sampling.guidance import Guidance
-
-        run.objective.check_order(text_first=True)
-        self._compile = compile
-        self._guidance = Guidance(
-            FLAGS.guidance or ("density" if FLAGS.guidance_weight else "none"),
-            FLAGS.guidance_weight,
-            FLAGS.guidance_schedule,
-        )
-        self._guidance.check(model.image_head)
-        run.objective.check_guidance(self._guidance.mode)
-        self.settings = {
-            "temperature": FLAGS.temperature,
-            "temperature_probs": FLAGS.temperature_probs,
-            "guidance": self._guidance.mode,
-            "guidance_weight": self._guidance.weight,
-            "guidance_schedule": self._guidance.schedule,
-        }
-        classes, prompts = FLAGS.classes, given_prompts()
-        if classes is None and not prompts and FLAGS.images is None:  # the experiment's own picture
-            own = next((e for e in run.evaluators.values() if isinstance(e, Samples)), None)
-            if own is None:
-                raise ValueError("nothing to sample: give --classes, --prompt, --prompts or --images")
-            classes = None if own.num_classes is None else [str(c) for c in range(own.num_classes)]
-            prompts = list(own.prompts or ())
-        if classes is not None and run.data.has_texts():
-            raise ValueError("the model reads texts, not classes: give --prompt or --prompts")
-        self.jobs = class_jobs(model, classes or [])
-        if prompts:
-            self.jobs += prompt_jobs(tokenizing(run, workdir), prompts, whole=True)
-        self.unreadable, self.num_tokens = [], model.num_image_tokens
-        if FLAGS.images is not None:
-            if len(self.jobs) != 1:
-                raise ValueError(
-                    "--task=complete: give one --prompt, or one of --classes, which says what the images show"
-                )
-            (shown,) = self.jobs
-            self._rows = model.image_shape[0] // 2 if FLAGS.rows is None else FLAGS.rows
-            self.settings |= {"rows": self._rows, "prompt": shown.label}
-            images, self.unreadable = read_pictures(FLAGS.images, model.image_shape, run.data.background())
-            self.jobs = [dataclasses.replace(shown, label=path, image=image) for path, image in images.items()]
-            self.num_tokens -= self._rows // decode.rows_per_token(model) * model.patches.grid[1]
-
-    def __call__(self, model, group: list[Job], keys, on_token) -> tuple[np.ndarray, list[dict[str, float]]]:
-        from jetformer.sampling import decode
-
-        options = {
-            "text_mask": stacked((job.text_mask for job in group), keys.device),
-            "guidance": self._guidance,
-            "temperature_scales": FLAGS.temperature,
-            "temperature_probs": FLAGS.temperature_probs,
-            "compile": self._compile,
-            "on_token": on_token,
-        }
-        text = stacked((job.text for job in group), keys.device)
-        pictures = stacked((job.image for job in group), keys.device)
-        if pictures is None:
-            sampled, nats = decode.sample_images(model, text, keys, **options)
-        else:
-            sampled, nats = decode.complete_images(model, text, keys, pictures, self._rows, **options)
-        scale = -1 / (math.prod(model.image_shape) * math.log(2))
-        known = [{"log_likelihood": x, "bits_per_dim": x * scale} for x in nats.cpu().tolist()]
-        return sampled.cpu().numpy(), known
-
-
-class FlowImages:
-    """Images of a flow alone; of a `LabelledFlow` also of classes."""
-
-    def __init__(self, run, model, workdir: UPath, compile):
-        from jetformer.models.labelled import LabelledFlow
-
-        del run, workdir
-        self._compile = compile
-        self.settings = {"temperature": FLAGS.temperature}
-        self.unreadable, self.num_tokens = [], 1
-        if given_prompts() or FLAGS.images is not None:
-            raise ValueError("a flow alone reads no texts and no images: leave out --prompt, --prompts and --images")
-        if FLAGS.classes is None:
-            self.jobs = [Job("sample", FLAGS.seed)]
-            return
-        if not isinstance(model, LabelledFlow):
-            raise ValueError(f"a {type(model).__name__} knows no classes: leave out --classes")
-        self.jobs = []
-        for label in FLAGS.classes:
-            if not label.strip().isdigit() or int(label) >= model.num_labels:
-                raise ValueError(f"--classes: there is no class {label!r}, but those below {model.num_labels}")
-            self.jobs.append(Job(f"class {int(label)}", FLAGS.seed, np.array(int(label))))
-
-    def __call__(self, model, group: list[Job], keys, on_token) -> tuple[np.ndarray, list[dict[str, float]]]:
-        import torch
-
-        from jetformer import objectives, prng
-        from jetformer.sampling.decode import to_uint8
-
-        labels = stacked((job.text for job in group), keys.device)
-
-        def draw():
-            latents = prng.normal(keys, model.image_shape)
-            context = None if labels is None else model.context(labels)
-            image, logdet = model.inverse(latents * FLAGS.temperature, context)
-            nats = -objectives.standard_normal_nll(latents * FLAGS.temperature) - logdet
-            return to_uint8(image), nats - math.prod(model.image_shape) * math.log(127.5)
-
-        with torch.no_grad():
-            sampled, nats = self._compile(draw)()
-        on_token()
-        scale = -1 / (math.prod(model.image_shape) * math.log(2))
-        known = [{"log_likelihood": x, "bits_per_dim": x * scale} for x in nats.cpu().tolist()]
-        return sampled.cpu().numpy(), known
-
-
-class Texts:
-    """Texts: captions of images by a JetFormer, or by a language model how its prompts go on."""
-
-    def __init__(self, run, model, workdir: UPath, compile):
-        self._texts, self._compile = tokenizing(run, workdir), compile
-        self.settings = {"temperature": FLAGS.temperature, "top_k": FLAGS.top_k, "top_p": FLAGS.top_p}
-        self.unreadable, self.num_tokens = [], self._texts.length
-        prompts = given_prompts()
-        if FLAGS.classes is not None or (FLAGS.images is not None and prompts):
-            raise ValueError("--task=caption reads images only: leave out --classes, --prompt and --prompts")
-        if FLAGS.images is not None:
-            run.objective.check_order(text_first=False)
-            images, self.unreadable = read_pictures(FLAGS.images, model.image_shape, run.data.background())
-            self.jobs = [Job(path, FLAGS.seed, image=image) for path, image in images.items()]
-            return
-        # Without a prompt, whole texts.
-        self.jobs = prompt_jobs(self._texts, prompts or [""], whole=False)
-        lengths = [int(job.text_mask.sum()) for job in self.jobs]
-        if max(lengths) == self._texts.length:
-            raise ValueError(f"a prompt has {max(lengths)} tokens, as many as a text: there is no room to go on")
-        cut = lambda x: x[: max(lengths)]
-        self.jobs = [dataclasses.replace(j, text=cut(j.text), text_mask=cut(j.text_mask)) for j in self.jobs]
-        self.num_tokens -= min(lengths)
-
-    def __call__(self, model, group: list[Job], keys, on_token) -> tuple[np.ndarray | None, list[dict]]:
-        from jetformer.sampling import decode
-
-        pictures, latents = stacked((job.image for job in group), keys.device), None
-        if pictures is not None:
-            latents = self._compile(lambda: decode.encode_images(model, pictures, keys).tokens)()
-        text_mask = stacked((job.text_mask for job in group), keys.device)
-        tokens, lengths, nats = decode.sample_text(
-            model,
-            keys,
-            image_tokens=latents,
-            text=stacked((job.text for job in group), keys.device),
-            text_mask=text_mask,
-            max_length=self.num_tokens,
-            lengths=None if text_mask is None else self._texts.length - text_mask.sum(1),
-            vocab_size=self._texts.tokenizer.vocab_size,
-            eos_id=self._texts.tokenizer.eos_id,
-            temperature=FLAGS.temperature,
-            top_k=FLAGS.top_k,
-            top_p=FLAGS.top_p,
-            compile=self._compile,
-            on_token=on_token,
-        )
-        rows = zip(self._texts.decode(tokens.cpu().numpy()), lengths.cpu().tolist(), nats.cpu().tolist(), strict=True)
-        known = [{"text": text, "log_likelihood": x, "bits_per_token": -x / math.log(2) / n} for text, n, x in rows]
-        return None if pictures is None else pictures.cpu().numpy(), known
-
-
-_FLAGS_OF = {
-    "image": ("temperature_probs", "guidance", "guidance_weight", "guidance_schedule"),
-    "complete": ("temperature_probs", "guidance", "guidance_weight", "guidance_schedule", "rows"),
-    "caption": ("top_k", "top_p"),
-    "text": ("top_k", "top_p"),
-    "flow": (),
-}
-
-
-def check_flags(what: str) -> None:
-    """Looks for flags that mean nothing for what is sampled.
-
-    Raises:
-      ValueError: if there is one.
-    """
-    for name in {name for names in _FLAGS_OF.values() for name in names} - set(_FLAGS_OF[what]):
-        if FLAGS[name].present:
-            raise ValueError(f"--{name} means nothing for what is sampled here ({what}): leave it out")
-
-
-def sample_all(run, state, step: int, workdir: UPath, machine: runtime.Runtime, out: pathlib.Path) -> None:
-    """Samples what the flags ask for. Of several processes each makes every so many-th batch; process 0 writes.
-
-    Raises:
-      ValueError: for what cannot be sampled; for images that could not be read, when all others are done.
-    """
-    import torch
-    from tqdm import tqdm
-
-    from jetformer import prng
-    from jetformer.models.jet import Jet
-    from jetformer.models.jetformer import JetFormer
-    from jetformer.models.labelled import LabelledFlow
-    from jetformer.models.language_model import LanguageModel
-    from jetformer.sampling import gallery
-
-    model, loop = state.model, state.loop
-    if not isinstance(model, JetFormer | LanguageModel | Jet | LabelledFlow):
-        raise ValueError(f"a {type(model).__name__} alone has nothing to sample: give a JetFormer's or a flow's run")
+def task_of(model: nn.Module) -> str:
+    """Returns the task, one of `_FLAGS_OF`, and checks that the flags apply to it."""
     if (FLAGS.images is None) != (FLAGS.task is None):
-        raise ValueError("--images and --task go together: give both, or neither")
-    if FLAGS.images is not None and isinstance(model, LanguageModel):
-        raise ValueError("a LanguageModel reads no images: leave out --images")
-    of_flow = isinstance(model, Jet | LabelledFlow)
-    writes_text = not of_flow and (FLAGS.task == "caption" or isinstance(model, LanguageModel))
-    what = FLAGS.task or ("text" if writes_text else "flow" if of_flow else "image")
-    check_flags(what)
-    task = (Texts if writes_text else FlowImages if of_flow else Images)(run, model, workdir, loop.compile)
-    settings = {"task": what, "run": str(workdir), "step": step, "ema": state.ema is not None and FLAGS.ema}
-    settings |= task.settings
+        raise ValueError("--images and --task need each other: give both or neither")
+    if isinstance(model, JetFormer):
+        task = FLAGS.task or "image"
+    elif FLAGS.images is not None:
+        raise ValueError(f"--images does not apply to a {type(model).__name__}, only to a JetFormer")
+    else:
+        task = "text" if isinstance(model, LanguageModel) else "flow"
+    for name in {name for names in _FLAGS_OF.values() for name in names} - set(_FLAGS_OF[task]):
+        if FLAGS[name].present:
+            raise ValueError(f"--{name} does not apply to this task ({task})")
+    for name, tasks in (("classes", ("image", "complete", "flow")), ("prompt", ("image", "complete", "text"))):
+        if (FLAGS[name].value or (name == "prompt" and FLAGS.prompts)) and task not in tasks:
+            raise ValueError(f"--{name} does not apply to this task ({task})")
+    return task
 
+
+def prepare(
+    task: str, experiment: Experiment, state: State, workdir: UPath
+) -> tuple[Sampler, list[Request], dict[str, str], list[str]]:
+    """Prepares a task.
+
+    Returns:
+      The sampler; a request for each class, prompt or image; further settings of all samples; the paths of images that
+      cannot be read.
+    """
+    model, prompts, classes = state.model, given_prompts(), given_classes()
+    options = {"temperature": FLAGS.temperature, "compile": state.loop.compile}
+    given, unreadable = {}, []
+    if FLAGS.images is not None:
+        given, unreadable = read_pictures(FLAGS.images, model.image_shape, experiment.data.background())
+    if task == "flow":
+        sampler = images.FlowSampler(model, **options)
+        requests = images.class_requests(experiment, model, classes) if classes else [Request("sample")]
+        return sampler, requests, {}, unreadable
+    if task in ("caption", "text"):
+        read = run_files.texts(experiment, workdir)
+        requests, num_tokens = [Request(path, image=image) for path, image in given.items()], None
+        if task == "text":
+            requests, num_tokens = texts.continuation_requests(read, prompts or [""])  # "" for a whole text
+        options |= {"num_tokens": num_tokens, "top_k": FLAGS.top_k, "top_p": FLAGS.top_p}
+        return texts.TextSampler(experiment, model, read, **options), requests, {}, unreadable
+
+    mode = FLAGS.guidance or ("density" if FLAGS.guidance_weight else "none")
+    guidance = Guidance(mode, FLAGS.guidance_weight, FLAGS.guidance_schedule)
+    options |= {"guidance": guidance, "temperature_probs": FLAGS.temperature_probs}
+    if task == "complete":
+        options["rows"] = model.image_shape[0] // 2 if FLAGS.rows is None else FLAGS.rows
+    sampler = images.ImageSampler(experiment, model, **options)
+    if task == "image" and not classes and not prompts:  # those of the experiment's own samples
+        own = next((e for e in experiment.evaluators.values() if isinstance(e, Samples)), None)
+        if own is None:
+            raise ValueError("nothing to sample: give --classes, --prompt, --prompts or --images")
+        classes, prompts = list(range(own.num_classes or 0)), list(own.prompts or ())
+    requests = images.class_requests(experiment, model, classes)
+    if prompts:
+        requests += texts.prompt_requests(run_files.texts(experiment, workdir), prompts)
+    if task == "image":
+        return sampler, requests, {}, unreadable
+    if len(requests) != 1:
+        raise ValueError(f"--task=complete needs one --prompt or one of --classes for all images, not {len(requests)}")
+    (shown,) = requests
+    requests = [dataclasses.replace(shown, label=path, image=image) for path, image in given.items()]
+    return sampler, requests, {"prompt": shown.label}, unreadable
+
+
+def identity(request: Request) -> dict[str, str]:
+    """Returns what tells apart images with the same path."""
+    return {} if request.image is None else {"image_sha256": hashlib.sha256(request.image.tobytes()).hexdigest()}
+
+
+def sample(experiment: Experiment, state: State, step: int, workdir: UPath, machine: runtime.Runtime) -> None:
+    """Draws the samples that the flags ask for and that --out lacks; process 0 writes them.
+
+    Raises:
+      ValueError: for flags that do not fit the model; for images that cannot be read, after all others are done.
+    """
+    task, out = task_of(state.model), pathlib.Path(FLAGS.out)
+    sampler, requests, further, unreadable = prepare(task, experiment, state, workdir)
+    settings = {"task": task, "run": str(workdir), "step": step, "ema": state.ema is not None and FLAGS.ema}
+    settings |= sampler.settings | further
     count = FLAGS.num_images or (1 if FLAGS.images is not None else 8)
-    jobs = [dataclasses.replace(job, seed=FLAGS.seed + i) for job in task.jobs for i in range(count)]
-    collected, missing = None, []
+    wanted, read = repeated(requests, count, FLAGS.seed), len(requests)
+    gallery, missing = None, []
 
     def open_gallery() -> None:
-        nonlocal collected, missing
-        collected = gallery.Gallery(out, settings, key="prompt" if FLAGS.images is None else "image")
-        missing = [i for i, job in enumerate(jobs) if not collected.has(job.label, job.seed, **job.identity())]
+        nonlocal gallery, missing
+        gallery = Gallery(out, settings, key="prompt" if FLAGS.images is None else "image")
+        has = lambda request: gallery.has(request.label, request.seed, **identity(request))
+        missing = [i for i, request in enumerate(wanted) if not has(request)]
 
     machine.first_does(open_gallery)
-    todo = [jobs[i] for i in machine.of_first(missing)]
-    if len(todo) < len(jobs):
-        logging.info("%d of %d samples are there already", len(jobs) - len(todo), len(jobs))
-    # Batches are those of one process, so that images are equal to the bit.
-    size = min(FLAGS.batch_size, len(todo)) or 1
-    groups = batches(todo, size)
-    rounds = math.ceil(len(groups) / machine.process_count)
-    own = groups[machine.process_index :: machine.process_count]
-
-    state.runner.eval()
-    average = state.averaged() if FLAGS.ema else contextlib.nullcontext()
-    with (
-        average,
-        loop.gathered(state.runner),
-        loop.autocast(),
-        tqdm(
-            total=sum(map(len, own)) * task.num_tokens,
-            unit="tokens",
-            unit_scale=True,
-            disable=not own or machine.process_index > 0,
-        ) as progress,
-    ):
-
-        def sample(group: list[Job]) -> list[tuple[Job, np.ndarray | None, dict[str, Any]]]:
-            filled = group + group[-1:] * (size - len(group))  # so that all batches have one shape
-            keys = torch.stack([prng.key(job.seed) for job in filled]).to(machine.device)
-            pictures, known = state.runner(task, filled, keys, lambda: progress.update(len(group)))
-            return list(zip(group, itertools.repeat(None) if pictures is None else pictures, known, strict=False))
-
-        for group in itertools.islice(itertools.chain(own, itertools.repeat([])), rounds):
-            for samples in machine.of_all(sample(group) if group else []):
-                if collected is not None:
-                    for job, picture, facts in samples:
-                        collected.add(job.label, job.seed, picture, **job.identity(), **facts)
-    if collected is not None and collected.records:
-        collected.finish()
-        logging.info("%d samples in %s: open %s", len(collected.records), out, out / gallery.PAGE_FILE)
-    if task.unreadable:
+    requests = [wanted[i] for i in machine.of_first(missing)]
+    if len(requests) < len(wanted):
+        logging.info("%d of %d samples exist already", len(wanted) - len(requests), len(wanted))
+    options = {"batch_size": FLAGS.batch_size, "ema": FLAGS.ema, "progress": True}
+    for samples in draw(sampler, requests, state, machine, **options):
+        if gallery is not None:
+            for request, drawn in samples:
+                gallery.add(request.label, request.seed, **identity(request), **drawn)
+    if gallery is not None and gallery.records:
+        gallery.finish()
+        logging.info("%d samples in %s: open %s", len(gallery.records), out, out / PAGE_FILE)
+    if unreadable:
         raise ValueError(
-            f"{len(task.unreadable)} of {len(task.unreadable) + len(task.jobs)} images could not be read: "
-            f"{', '.join(task.unreadable)}; the others are done"
+            f"{len(unreadable)} of {len(unreadable) + read} images could not be read: {', '.join(unreadable)}; the "
+            "others are done"
         )
 
 
@@ -471,21 +240,19 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.INFO)
     with program.one_line_errors():
         machine = runtime.initialize(FLAGS.device)
-        if machine.process_index > 0:  # one says how it goes
+        if machine.process_index > 0:  # process 0 logs
             logging.set_verbosity(logging.ERROR)
         if machine.process_count > 1 and machine.device.type == "xla":
-            raise ValueError("with --device=xla jetformer.sample is one process: start it on one host")
-        # A process loads and runs the model as if it were alone, so that none waits for another within a batch.
-        alone = machine if machine.process_count == 1 else runtime.Runtime(machine.device)
-        from jetformer.state import load
-
-        workdir, step = source()
+            raise ValueError("jetformer.sample with --device=xla runs in one process: start it on one host")
         if "://" in FLAGS.out:
-            raise ValueError(f"--out={FLAGS.out}: give a local directory")
-        run, state, step = load(
+            raise ValueError(f"--out={FLAGS.out}: expected a local directory")
+        workdir, step = source()
+        # Each process loads and runs the whole model, so that none waits for another within a batch.
+        alone = machine if machine.process_count == 1 else runtime.Runtime(machine.device)
+        experiment, state, step = load(
             workdir, FLAGS.gin_file, FLAGS.gin_bindings, alone, step, FLAGS.trust_imports, FLAGS.verify
         )
-        sample_all(run, state, step, workdir, machine, pathlib.Path(FLAGS.out))
+        sample(experiment, state, step, workdir, machine)
 
 
 if __name__ == "__main__":

@@ -183,9 +183,7 @@ def load_weights(path: str, model: nn.Module) -> None:
     Raises:
       ValueError: if there is no checkpoint, or it is of another architecture.
     """
-    workdir, step = UPath(path.rstrip("/")), None
-    if workdir.name.isdigit() and workdir.parent.name == "checkpoints":
-        workdir, step = workdir.parent.parent, int(workdir.name)
+    workdir, step = checkpoint.split_path(path)
     if step is None and (step := checkpoint.latest(workdir)) is None:
         raise ValueError(f"train.init_from = {path!r}: there is no complete checkpoint")
     saved = checkpoint.Checkpoint(workdir, step)

@@ -1,5 +1,4 @@
-"""The converter: what other implementations compute, from their weights; nothing lost, nothing unknown let through,
-nothing unpickled."""
+"""Converted weights compute what the original implementations compute; no tensor is lost, unknown or unpickled."""
 
 import pathlib
 import pickle
@@ -10,32 +9,35 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch.nn import functional as F
 from upath import UPath
 
 from golden_files import DIRECTORY, Golden, assert_log, assert_output, paths
 from jetformer import config
-from jetformer.convert import big_vision, from_big_vision, image_head_order, jet_pytorch, jetformer_pytorch, sharing
+from jetformer.convert import big_vision, jet_pytorch, jetformer_pytorch, sharing
+from jetformer.convert.big_vision import from_big_vision, image_head_order
 from jetformer.convert.sources import Source, assemble, fit, permutation
+from jetformer.convert.weights import Weights
 from jetformer.experiment import Experiment
 from jetformer.models.decoder import Decoder, GatedMlp
 from jetformer.models.flow_ablations import make_jet
 from jetformer.models.initializers import init_weights
-from jetformer.models.jet import Jet
+from jetformer.models.jet import Jet, spatial_permutation
 from jetformer.models.jetformer import JetFormer
 from jetformer.models.patches import Patchify, PatchPCA
 from jetformer.objectives import JetFormerObjective
 from small_models import small_model
 from test_golden import jet_from_config, load, objective_inputs
 
-# What golden jet-pytorch weights do not tell.
+# Hyperparameters that the golden jet-pytorch weights do not determine.
 JET_BINDINGS = ("Jet.num_heads = 2", 'Jet.kinds = ("channels", "spatial")')
 
 
 # Tables.
 
 
-def test_image_head_order_takes_apart_what_the_reference_interleaves():
+def test_image_head_order_separates_what_the_reference_interleaves():
     k, d = 3, 2
     weights = [f"w{i}" for i in range(k)]
     interleaved = [f"{kind}{i}{j}" for i in range(k) for kind in "ms" for j in range(d)]
@@ -46,8 +48,8 @@ def test_image_head_order_takes_apart_what_the_reference_interleaves():
 
 
 @pytest.mark.parametrize("path", paths("objective_"), ids=lambda p: p.stem)
-def test_every_number_finds_its_place(path):
-    """As many numbers go in as come out, apart from the permutations, and the model takes all of them."""
+def test_every_parameter_is_mapped(path):
+    """All parameters apart from permutations are mapped to the model's."""
     file = Golden(path)
     model, _, _ = objective_inputs(file)
     params = {k: v for k, v in file.numpy("params").items() if "FREEZE_ME" not in k}
@@ -59,10 +61,10 @@ def test_every_number_finds_its_place(path):
 
 
 def test_unknown_parameters_are_named():
-    with pytest.raises(ValueError, match=r"EmbedAudio/kernel has no place in JetFormer: its shape is \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"EmbedAudio/kernel .*JetFormer.* \[2, 2\]"):
         from_big_vision({"EmbedAudio/kernel": np.zeros((2, 2))}, small_model())
     flow = Jet((4, 4, 3), depth=1, emb_dim=8, num_heads=2, ps=2)
-    with pytest.raises(ValueError, match="couplings/0/dnn/extra/kernel has no place in Jet"):
+    with pytest.raises(ValueError, match=r"couplings/0/dnn/extra/kernel .*Jet"):
         from_big_vision({"couplings/dnn/extra/kernel": np.zeros((1, 2))}, flow)
     with pytest.raises(TypeError, match="Linear"):
         load(torch.nn.Linear(2, 2), {})
@@ -110,13 +112,13 @@ def test_a_table_makes_a_state_dict():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"b": None}, r"b is missing: M needs it, in shape \[2, 2\]$"),
-        ({"a": None, "b": None}, r"a is missing \(and 1 more\): M needs it, in shape \[1, 2\]$"),
-        ({"c": torch.zeros(4)}, r"c has shape \[4\], and M needs \[3\]$"),
-        ({"e": torch.zeros(5)}, r"e has no place in M: its shape is \[5\]$"),
+        ({"b": None}, r"^b is missing: M .*\[2, 2\]$"),
+        ({"a": None, "b": None}, r"^a is missing \(and 1 more\): M .*\[1, 2\]$"),
+        ({"c": torch.zeros(4)}, r"^c .*\[4\].* M .*\[3\]$"),
+        ({"e": torch.zeros(5)}, r"^e .* M.*\[5\]$"),
     ],
 )
-def test_what_does_not_fit_a_table_is_named(changes, message):
+def test_mismatches_with_a_table_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         assemble(TABLE, theirs(**changes), "M")
 
@@ -126,20 +128,20 @@ def test_permutations_have_one_1_in_each_row_and_column():
     matrix = F.one_hot(order, 3).T.float()  # column j picks what comes j-th
     assert permutation(matrix).tolist() == order.tolist()
     for wrong in (torch.zeros(3, 3), torch.ones(3, 3), F.one_hot(torch.tensor([0, 0, 1])).float(), matrix * 1.5):
-        with pytest.raises(ValueError, match="is no permutation matrix"):
+        with pytest.raises(ValueError, match="permutation matrix"):
             permutation(wrong)
     table = {"p": Source({"mask": (3, 3)}, permutation)}
-    with pytest.raises(ValueError, match=r"^mask is no permutation matrix"):
+    with pytest.raises(ValueError, match=r"^mask is not a permutation matrix"):
         assemble(table, {"mask": torch.zeros(3, 3)}, "M")
 
 
-def test_parts_that_others_do_not_have_are_named():
+def test_parts_that_a_format_lacks_are_named():
     model = make_jet((4, 4, 3), depth=1, emb_dim=8, num_heads=2, ps=2, actnorm=True)
     state = {k: v for k, v in model.state_dict().items() if "actnorm" not in k}
-    with pytest.raises(ValueError, match="weights of jet_pytorch have nothing for actnorms"):
+    with pytest.raises(ValueError, match=r"weights of jet_pytorch .*actnorms"):
         fit(state, model.state_dict(), model, "weights of jet_pytorch")
     model = make_jet((4, 4, 3), depth=1, emb_dim=8, num_heads=2, ps=2, predictor="cnn")
-    with pytest.raises(ValueError, match=r"leave Jet\.predictor at 'vit'"):
+    with pytest.raises(ValueError, match=r"Jet\.predictor .*'vit'"):
         from_big_vision({}, model)
 
 
@@ -148,9 +150,7 @@ def test_parts_that_others_do_not_have_are_named():
 
 @pytest.fixture(scope="module")
 def jet_file(tmp_path_factory):
-    """The golden state dict as the package's users have it: on the Hub, and from training."""
-    from safetensors.torch import save_file
-
+    """The golden state dict as a file, as on the Hub; with a training checkpoint beside it."""
     directory = tmp_path_factory.mktemp("jet_pytorch")
     tensors = Golden(DIRECTORY / "convert_jet_pytorch.npz").tensors("params")
     save_file(tensors, directory / "jet.safetensors")
@@ -159,7 +159,7 @@ def jet_file(tmp_path_factory):
 
 
 def parsed(weights, *bindings):
-    """The model that weights tell of, on the meta device."""
+    """The model of the weights' experiment, on the meta device."""
     gin.clear_config()
     gin.parse_config(weights.gin)
     gin.parse_config(list(bindings))
@@ -197,7 +197,7 @@ def test_jet_pytorch(jet_file, suffix):
 
 
 def test_the_numerics_of_jet_pytorch_are_not_the_references(jet_file):
-    """Each of the two differences shows in the golden values, where one looks closely."""
+    """Each of the two differences shows in the golden values at a small tolerance."""
     check_jet(converted(jet_pytorch, jet_pytorch.read(str(jet_file)), *JET_BINDINGS), 1e-6)
     for binding in ('Jet.gelu = "tanh"', "Jet.norm_eps = 1e-6"):
         model = converted(jet_pytorch, jet_pytorch.read(str(jet_file)), *JET_BINDINGS, binding)
@@ -205,10 +205,12 @@ def test_the_numerics_of_jet_pytorch_are_not_the_references(jet_file):
             check_jet(model, 1e-6)
 
 
+SPATIAL = ("checkerboard", "checkerboard-inv", "vstripes", "vstripes-inv", "hstripes", "hstripes-inv")
+
+
 def package_defaults(**changes):
-    """The shapes of jet_imagenet64x64_200m, without numbers; permutations of tokens as they are."""
-    order = jet_pytorch._SPATIAL
-    spatial = [jet_pytorch.spatial_permutation(order[i], (16, 16)) for i in (0, 1, 2, 3, 4, 5)]
+    """The shapes of jet_imagenet64x64_200m, without values; permutations of tokens with values."""
+    spatial = [spatial_permutation(name, (16, 16)) for name in SPATIAL]
     block = {
         **{"pos_emb": (1, 256, 512), "init_proj.weight": (512, 24), "init_proj.bias": (512,)},
         **{"final_proj.weight": (48, 512), "final_proj.bias": (48,)},
@@ -221,9 +223,9 @@ def package_defaults(**changes):
     return {name: x for name, x in {**tensors, **changes}.items() if x is not None}
 
 
-def test_of_the_packages_default_sizes_its_other_defaults_are_taken():
-    """The weights on the Hub have them; what was taken is said."""
-    weights = jet_pytorch._experiment(package_defaults(), "x", step=7)
+def test_the_packages_default_sizes_imply_its_other_defaults():
+    """As for the weights on the Hub; each default is noted."""
+    weights = jet_pytorch.experiment(package_defaults(), "x", step=7)
     assert not weights.needs
     assert len(weights.notes) == 3
     model = parsed(weights)
@@ -231,26 +233,25 @@ def test_of_the_packages_default_sizes_its_other_defaults_are_taken():
     assert [c.kind for c in model.couplings[:6]] == ["channels"] * 4 + ["spatial", "channels"]
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(210e6, rel=0.05)
     assert gin.query_parameter("Jet.num_heads") == 8
-    assert gin.query_parameter("Jet.spatial_coupling_projs") == tuple(jet_pytorch._SPATIAL)
+    assert gin.query_parameter("Jet.spatial_coupling_projs") == SPATIAL
     assert gin.query_parameter("Data.name") == "downsampled_imagenet/64x64"
     assert gin.query_parameter("train.total_steps") == 7
 
 
-def test_what_jet_pytorch_weights_do_not_tell_is_asked_for():
+def test_hyperparameters_that_jet_pytorch_weights_do_not_determine():
     empty = lambda *shape: torch.empty(shape, device="meta")
     wide = {"blocks.0.dnn.pos_emb": empty(1, 250, 512), "blocks.0.dnn.final_proj.weight": empty(20, 512)}
-    weights = jet_pytorch._experiment(package_defaults(**wide), "x")
-    assert weights.needs == {
-        "Jet.ps": "which patches have 20 numbers",
-        "Jet.input_shape": "which image has 250 patches",
-    }
+    weights = jet_pytorch.experiment(package_defaults(**wide), "x")
+    assert weights.needs.keys() == {"Jet.ps", "Jet.input_shape"}
+    assert "20" in weights.needs["Jet.ps"]
+    assert "250" in weights.needs["Jet.input_shape"]
     only_channels = {"channel_projections": empty(32, 48, 48), "spatial_projections": empty(0, 256, 256)}
-    weights = jet_pytorch._experiment(package_defaults(**only_channels), "x")
+    weights = jet_pytorch.experiment(package_defaults(**only_channels), "x")
     assert "Jet.kinds = ('channels',)" in weights.gin
-    with pytest.raises(ValueError, match="32 couplings, but permutations for 5 of channels and 6 of tokens"):
-        jet_pytorch._experiment(package_defaults(channel_projections=empty(5, 48, 48)), "x")
-    with pytest.raises(ValueError, match="channel_projections should have 3 axes, and it is missing"):
-        jet_pytorch._experiment(package_defaults(channel_projections=None), "x")
+    with pytest.raises(ValueError, match=r"32 couplings.* 5 .* 6 "):
+        jet_pytorch.experiment(package_defaults(channel_projections=empty(5, 48, 48)), "x")
+    with pytest.raises(ValueError, match=r"channel_projections .* 3 axes, .*missing"):
+        jet_pytorch.experiment(package_defaults(channel_projections=None), "x")
 
 
 # alexojica/JetFormer.
@@ -280,7 +281,7 @@ def check_jetformer(model, tolerance=2e-4):
 
 
 def read_jetformer(**changes):
-    """The golden checkpoint, with its YAML changed: `model__width=8` sets model.width, None takes a key out."""
+    """The golden checkpoint, with its YAML changed: `model__width=8` sets model.width, None removes a key."""
     tree = yaml.safe_load(JETFORMER_YAML.read_text())
     for name, value in changes.items():
         *parents, key = name.split("__")
@@ -290,7 +291,7 @@ def read_jetformer(**changes):
         node[key] = value
         if value is None:
             del node[key]
-    weights = jetformer_pytorch._experiment(jetformer_pytorch._Config(tree, "its YAML"), False, None)
+    weights = jetformer_pytorch.experiment(tree, "its YAML", ema=False, step=None)
     weights.tensors = jetformer_pytorch.read(str(JETFORMER_PT)).tensors
     return weights
 
@@ -305,14 +306,14 @@ def test_jetformer_pytorch(yaml_path):
 
 @pytest.mark.parametrize("binding", ['Decoder.activated = "gate"', "Jet.norm_eps = 1e-6", 'Patchify.order = "hwc"'])
 def test_the_numerics_of_jetformer_pytorch_are_not_the_references(binding):
-    """Each of these differences shows in the golden values, where one looks closely."""
+    """Each of these differences shows in the golden values at a small tolerance."""
     check_jetformer(converted(jetformer_pytorch, read_jetformer()), 2e-6)
     with pytest.raises(AssertionError):
         check_jetformer(converted(jetformer_pytorch, read_jetformer(), binding), 2e-6)
 
 
-def test_blocks_of_jetformer_pytorch_where_weights_are_large():
-    """Those of the golden file are so small that the form of GELU does not show."""
+def test_blocks_of_jetformer_pytorch_with_large_weights():
+    """The golden weights are so small that the form of GELU does not show."""
     weights = read_jetformer()
     weights.tensors = {name: 5 * x for name, x in weights.tensors.items()}
     model, own = converted(jetformer_pytorch, weights), weights.tensors
@@ -337,20 +338,24 @@ def test_blocks_of_jetformer_pytorch_where_weights_are_large():
     assert_output(model.flow.couplings[2].dnn.vit.blocks[0](x), expected, 1e-4)
 
 
-def test_yaml_keys_that_mean_nothing_here_are_counted_in_one_line():
+def test_unknown_yaml_keys_are_noted_in_one_line():
     weights = read_jetformer(model__attn_logits_softcap=30.0, new__thing=[1], optimizer__name="adamw", num_epochs=3)
-    assert weights.notes == ["its YAML: 2 keys mean nothing here: model.attn_logits_softcap, new.thing"]
+    (note,) = weights.notes
+    assert note.startswith("its YAML: 2 ")
+    assert note.endswith(": model.attn_logits_softcap, new.thing")
     check_jetformer(converted(jetformer_pytorch, weights))
 
 
 def test_a_yaml_is_read_as_its_program_reads_it():
-    """Numbers that YAML takes for text, a head dimension that is not used, what the likelihood leaves out."""
+    """Numbers that YAML reads as text, an unused head dimension, dimensions without a likelihood."""
     weights = read_jetformer(model__scale_tol="1e-3", model__head_dim=64, training__noise_scale=16, ema_decay="0.99")
-    assert weights.notes == ["its YAML: model.head_dim means nothing: a head has width / num_heads = 8"]
+    (note,) = weights.notes
+    assert "model.head_dim" in note
+    assert note.endswith("width / num_heads = 8")
     check_jetformer(converted(jetformer_pytorch, weights))
     assert gin.query_parameter("train.noise_scale") == 16.0
     weights = read_jetformer(patch_pca__model__codeword_dim=8, adaptor__latent_noise_dim=30)
-    assert "10 of a token's 48 numbers count in no likelihood there" in weights.notes[0]
+    assert "10 of a token's 48 dimensions" in weights.notes[0]
     weights = read_jetformer(input__dataset="cifar10", model__boi_id=None, patch_pca__model__add_dequant_noise=True)
     parsed(weights)
     assert gin.query_parameter("Data.name") == "cifar10"
@@ -361,30 +366,30 @@ def test_a_yaml_is_read_as_its_program_reads_it():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adaptor__model__actnorm": True}, "adaptor.model.actnorm = True normalizes activations between couplings"),
-        ({"adaptor__model__masking_mode": "pairing"}, "permutes channels at random, and does not save how"),
-        ({"adaptor__model__kinds": ["channels", "spatial"]}, "couplings of tokens are not known here"),
-        ({"adaptor__model__kinds": None}, "couplings of tokens are not known here"),
-        ({"patch_pca__model__depth_to_seq": 2}, "patch_pca.model.depth_to_seq = 2 cuts tokens into several"),
+        ({"adaptor__model__actnorm": True}, "adaptor.model.actnorm = True "),
+        ({"adaptor__model__masking_mode": "pairing"}, "adaptor.model.masking_mode = 'pairing' "),
+        ({"adaptor__model__kinds": ["channels", "spatial"]}, "adaptor.model.kinds = .*spatial"),
+        ({"adaptor__model__kinds": None}, "adaptor.model.kinds = .*spatial"),
+        ({"patch_pca__model__depth_to_seq": 2}, "patch_pca.model.depth_to_seq = 2 "),
         (
             {"patch_pca__model__skip_pca": False, "patch_pca__model__pca_init_file": "pca.npz"},
-            "its PCA of patches is in a file of its own",
+            "patch_pca.model.pca_init_file",
         ),
-        ({"model__width": None}, "its YAML has no model.width, which the model needs"),
-        ({"model__bos_id": None}, "its YAML has no model.bos_id, which the model needs"),
-        ({"model__width": "wide"}, "its YAML: model.width = 'wide' is no int"),
-        ({"model__width": 32.5}, "its YAML: model.width = 32.5 is no int"),
-        ({"model__causal_mask_on_prefix": 1}, "its YAML: model.causal_mask_on_prefix = 1 is no bool"),
-        ({"input__input_size": 16}, "its YAML: input.input_size = 16 is no tuple"),
-        ({"input__input_size": [16]}, r"its YAML: input.input_size = \[16\] is no height and width"),
+        ({"model__width": None}, "its YAML has no model.width"),
+        ({"model__bos_id": None}, "its YAML has no model.bos_id"),
+        ({"model__width": "wide"}, "its YAML: model.width = 'wide': .*int"),
+        ({"model__width": 32.5}, "its YAML: model.width = 32.5: .*int"),
+        ({"model__causal_mask_on_prefix": 1}, "its YAML: model.causal_mask_on_prefix = 1: .*bool"),
+        ({"input__input_size": 16}, "its YAML: input.input_size = 16: .*tuple"),
+        ({"input__input_size": [16]}, r"its YAML: input.input_size = \[16\]: .*height and width"),
     ],
 )
-def test_yaml_that_asks_for_something_else_is_refused(changes, message):
+def test_unsupported_yaml_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         read_jetformer(**changes)
 
 
-def test_a_moving_average_comes_along(tmp_path):
+def test_a_moving_average_is_converted(tmp_path):
     content = torch.load(JETFORMER_PT, weights_only=True)
     own = [name for name in content["model_state_dict"] if not name.startswith("jet.")]
     content["ema_state_dict"] = {name: 2 * content["model_state_dict"][name] for name in own}
@@ -403,15 +408,15 @@ def test_a_moving_average_comes_along(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("image_emb.bias"), r"image_emb.bias is missing: JetFormer needs it, in shape \[32\]"),
+        (lambda s: s.pop("image_emb.bias"), r"image_emb.bias is missing: JetFormer .*\[32\]"),
         (
             lambda s: s.update({"transformer.1.attention.w_k.weight": torch.zeros(4, 32)}),
-            r"transformer.1.attention.w_k.weight has shape \[4, 32\], and JetFormer needs \[8, 32\]",
+            r"transformer.1.attention.w_k.weight .*\[4, 32\].* JetFormer .*\[8, 32\]",
         ),
-        (lambda s: s.update({"audio.weight": torch.zeros(3)}), r"audio.weight has no place in JetFormer"),
+        (lambda s: s.update({"audio.weight": torch.zeros(3)}), r"audio.weight .*JetFormer"),
         (
             lambda s: s.update({"jet.couplings.0.dnn.init_proj.bias": torch.ones(16)}),
-            r"jet.couplings.0.dnn.init_proj.bias should be the same as adaptor.flow.couplings.0.dnn.init_proj.bias",
+            r"jet.couplings.0.dnn.init_proj.bias .* adaptor.flow.couplings.0.dnn.init_proj.bias",
         ),
     ],
 )
@@ -426,13 +431,13 @@ def test_tensors_of_jetformer_pytorch_that_do_not_fit_are_named(change, message,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks.5.dnn.pos_emb": None}, r"blocks.5.dnn.pos_emb is missing: Jet needs it, in shape \[1, 16, 16\]"),
+        ({"blocks.5.dnn.pos_emb": None}, r"blocks.5.dnn.pos_emb is missing: Jet .*\[1, 16, 16\]"),
         (
             {"blocks.2.dnn.encoder.blocks.0.mha.in_proj_bias": torch.zeros(47)},
-            r"blocks.2.dnn.encoder.blocks.0.mha.in_proj_bias has shape \[47\], and Jet needs \[48\]",
+            r"blocks.2.dnn.encoder.blocks.0.mha.in_proj_bias .*\[47\].* Jet .*\[48\]",
         ),
-        ({"extra": torch.zeros(2, 3)}, r"extra has no place in Jet: its shape is \[2, 3\]"),
-        ({"channel_projections": torch.zeros(3, 12, 12)}, r"channel_projections.0 is no permutation matrix"),
+        ({"extra": torch.zeros(2, 3)}, r"extra .* Jet.*\[2, 3\]"),
+        ({"channel_projections": torch.zeros(3, 12, 12)}, r"channel_projections.0 .*permutation matrix"),
     ],
 )
 def test_tensors_of_jet_pytorch_that_do_not_fit_are_named(change, message, tmp_path):
@@ -442,20 +447,20 @@ def test_tensors_of_jet_pytorch_that_do_not_fit_are_named(change, message, tmp_p
         converted(jet_pytorch, jet_pytorch.read(str(tmp_path / "x.pt")), *JET_BINDINGS)
 
 
-def test_files_that_are_something_else_are_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     torch.save({"state": 1}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="it has no model_state_dict"):
+    with pytest.raises(ValueError, match="model_state_dict"):
         jetformer_pytorch.read(str(tmp_path / "x.pt"))
-    with pytest.raises(ValueError, match="is no state dict: tensors by name"):
+    with pytest.raises(ValueError, match=r"x.pt .*state dict"):
         jet_pytorch.read(str(tmp_path / "x.pt"))
     torch.save({"model_state_dict": {"a": torch.zeros(1)}}, tmp_path / "y.pt")
-    with pytest.raises(ValueError, match="has no config: give its YAML with --yaml"):
+    with pytest.raises(ValueError, match=r"has no config: .*--yaml"):
         jetformer_pytorch.read(str(tmp_path / "y.pt"))
     torch.save({"model_state_dict": {"a": torch.zeros(1)}, "format_version": 6}, tmp_path / "z.pt")
-    with pytest.raises(ValueError, match="is of format 6, which came after commit 6bdd607"):
+    with pytest.raises(ValueError, match=r"format_version 6, .*6bdd607"):
         jetformer_pytorch.read(str(tmp_path / "z.pt"))
     (tmp_path / "no.yaml").write_text("a: [1")
-    with pytest.raises(ValueError, match=r"no.yaml is no YAML"):
+    with pytest.raises(ValueError, match=r"no.yaml is not YAML"):
         jetformer_pytorch.read(str(JETFORMER_PT), str(tmp_path / "no.yaml"))
 
 
@@ -475,7 +480,7 @@ def same(state, expected):
 
 @pytest.mark.parametrize("prefix", ["", "params/", "opt/target/"])
 def test_npz(prefix, tmp_path):
-    """Parameters alone, or in a training state of either age."""
+    """Parameters alone, or in a training state of either version."""
     params, model = jet_params()
     rest = {"params/": {"opt/0/mu/x": np.zeros(3)}, "opt/target/": {"opt/state/step": np.array(7)}}.get(prefix, {})
     np.savez(tmp_path / "x.npz", **{f"{prefix}{k}": v for k, v in params.items()}, **rest)
@@ -485,20 +490,20 @@ def test_npz(prefix, tmp_path):
 
 
 def test_bfloat16_in_npz(tmp_path):
-    """numpy writes it as two bytes without a meaning."""
+    """numpy stores bfloat16 as two bytes of an unknown type."""
     numbers = torch.tensor([1.5, -2.0, 3e38, 0.0])
     np.savez(tmp_path / "x.npz", a=numbers.bfloat16().view(torch.uint16).numpy().view("V2"))
     assert torch.equal(big_vision.read(str(tmp_path / "x.npz")).tensors["a"], numbers.bfloat16().float())
 
 
-def test_arrays_of_no_numbers_are_named(tmp_path):
+def test_arrays_that_are_not_numbers_are_named(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.zeros(2), note=np.array("text"))
-    with pytest.raises(ValueError, match="note holds no numbers but <U4"):
+    with pytest.raises(ValueError, match="note holds <U4"):
         big_vision.read(str(tmp_path / "x.npz"))
 
 
 def write_bv(directory, arrays):
-    """As big_vision's `tssave`: a Zarr array for each name, with ~ for /."""
+    """Writes arrays as big_vision's `tssave`: a Zarr array for each name, with ~ for /."""
     tensorstore = pytest.importorskip("tensorstore")
     for name, array in arrays.items():
         spec = {
@@ -511,7 +516,7 @@ def write_bv(directory, arrays):
 
 
 def test_bv(tmp_path):
-    """The directory of a step, or the prefix with a file that says which is the last."""
+    """The directory of a step, or the prefix with a file that names the last step."""
     ml_dtypes = pytest.importorskip("ml_dtypes")
     params, model = jet_params()
     state = {f"params/{k}": v for k, v in params.items()} | {"opt/0/count": np.array(3), "opt/0/mu/x": np.ones(4)}
@@ -527,7 +532,7 @@ def test_bv(tmp_path):
         same(assemble(table, weights.tensors, "Jet", unused), expected)
     shutil.rmtree(tmp_path / "checkpoint.bv-000012345" / "params~couplings~dnn~posemb")
     (tmp_path / "checkpoint.bv-000012345" / "params~couplings~dnn~posemb").mkdir()
-    with pytest.raises(ValueError, match="params~couplings~dnn~posemb is no array that can be read"):
+    with pytest.raises(ValueError, match="params~couplings~dnn~posemb cannot be read"):
         big_vision.read(str(tmp_path / "checkpoint.bv"))
 
 
@@ -538,7 +543,8 @@ def test_a_pca_of_patches_comes_from_its_file(tmp_path):
     shape, size = file.numpy("in")["x"].shape[1:], file.config["patch_size"]
     path = str(tmp_path / "pca.npz")
     pca = PatchPCA(tuple(shape), size, whiten=file.config["whiten"])
-    weights = big_vision.Weights(big_vision._tensors(params))
+    np.savez(tmp_path / "alone.npz", **params)
+    weights = big_vision.read(str(tmp_path / "alone.npz"))
     table, unused = big_vision.table(pca, weights)
     state = assemble(table, weights.tensors, "PatchPCA", unused)
     model = JetFormer(
@@ -547,7 +553,7 @@ def test_a_pca_of_patches_comes_from_its_file(tmp_path):
         lambda: Decoder(width=16, depth=1, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8),
         **{"vocab_size": 13, "bos_id": 10, "boi_id": 11, "nolabel_id": 12},
     )
-    weights = big_vision.Weights({})
+    weights = Weights({})
     table, unused = big_vision.table(model, weights)
     found = assemble(table, weights.tensors, "JetFormer", unused, partial=True)
     same(found, {f"patches.{name}": value for name, value in state.items()})
@@ -556,18 +562,18 @@ def test_a_pca_of_patches_comes_from_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.pop("EmbedImage/bias"), r"EmbedImage/bias is missing: JetFormer needs it, in shape \[32\]"),
+        (lambda p: p.pop("EmbedImage/bias"), r"EmbedImage/bias is missing: JetFormer .*\[32\]"),
         (
             lambda p: p.update({"decoder/layers/mlp/linear": p["decoder/layers/mlp/linear"][:1]}),
-            r"decoder/layers/1/mlp/linear is missing: JetFormer needs it, in shape \[64, 32\]",
+            r"decoder/layers/1/mlp/linear is missing: JetFormer .*\[64, 32\]",
         ),
         (
             lambda p: p.update({"LogitsImage/kernel": np.zeros((32, 67))}),
-            r"LogitsImage/kernel has shape \[32, 67\], and JetFormer needs \[32, 68\]",
+            r"LogitsImage/kernel .*\[32, 67\].* JetFormer .*\[32, 68\]",
         ),
         (
             lambda p: p.update({"params_adaptor/couplings/dnn/posemb": np.zeros((3, 1, 16, 16))}),
-            r"params_adaptor/couplings/2/dnn/posemb has no place in JetFormer: its shape is \[1, 16, 16\]",
+            r"params_adaptor/couplings/2/dnn/posemb .* JetFormer.*\[1, 16, 16\]",
         ),
     ],
 )
@@ -584,7 +590,7 @@ def test_big_vision_parameters_that_do_not_fit_are_named(change, message):
 
 
 class Malicious:
-    """What unpickling it would do: create a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -605,18 +611,18 @@ def test_nothing_is_unpickled(tmp_path):
     (tmp_path / "plain.npz").write_bytes(pickle.dumps(bomb, protocol=2))
     for name in ("new.pt", "old.pt", "plain.pt"):
         for read in (jet_pytorch.read, jetformer_pytorch.read):
-            with pytest.raises(ValueError, match=rf"{name} is not loaded: it holds more than tensors") as error:
+            with pytest.raises(ValueError, match=rf"{name} is not loaded: .*more than tensors") as error:
                 read(str(tmp_path / name))
             assert "\n" not in str(error.value)
     for name in ("x.npz", "y.npz", "plain.npz"):
-        with pytest.raises(ValueError, match=rf"{name} is no .npz of arrays, or damaged") as error:
+        with pytest.raises(ValueError, match=rf"{name} is not an .npz of arrays, or damaged") as error:
             big_vision.read(str(tmp_path / name))
         assert "\n" not in str(error.value)
     (tmp_path / "x.yaml").write_text(f"a: !!python/object/apply:pathlib.Path.touch [{marker}]")
-    with pytest.raises(ValueError, match=r"x.yaml is no YAML"):
+    with pytest.raises(ValueError, match=r"x.yaml is not YAML"):
         jetformer_pytorch.read(str(JETFORMER_PT), str(tmp_path / "x.yaml"))
     assert not marker.exists()
-    pickle.loads(pickle.dumps(bomb))  # it would have
+    pickle.loads(pickle.dumps(bomb))  # the file would appear
     assert marker.exists()
 
 
@@ -631,7 +637,7 @@ def test_damaged_files_are_named(tmp_path, jet_file):
             read(str(tmp_path / f"no_{name}"))
 
 
-# The numerics that others have are arguments.
+# Numerics of other implementations are arguments.
 
 
 def test_numerics_are_part_of_the_architecture():
@@ -644,7 +650,7 @@ def test_numerics_are_part_of_the_architecture():
 
 
 def test_the_other_branch_of_the_gated_mlp():
-    """Activating it is the same as exchanging both branches' weights."""
+    """Activating it equals exchanging the weights of both branches."""
     gate, up = (GatedMlp(8, 16, "tanh", activated) for activated in ("gate", "up"))
     init_weights(gate, torch.Generator().manual_seed(0))
     state = gate.state_dict()
@@ -658,7 +664,7 @@ def test_the_other_branch_of_the_gated_mlp():
 
 
 def test_patches_channel_by_channel():
-    """As `torch.nn.functional.unfold` cuts them, and back."""
+    """As `torch.nn.functional.unfold` makes them, and back."""
     x = torch.randn(2, 6, 4, 3)
     patches = Patchify((6, 4, 3), 2, order="chw")
     tokens, _ = patches(x)
@@ -677,7 +683,7 @@ def shared(tmp_path, **options):
     card = sharing.card(
         model,
         name="run",
-        config="train.seed = 3\n",
+        config_text="train.seed = 3\n",
         step=12,
         metrics={"val/bits_per_dim": 3.25},
         dataset="imagenet_resized/64x64",
@@ -698,12 +704,12 @@ def test_safetensors_there_and_back(tmp_path):
     same(assemble(table, weights.tensors, "JetFormer", unused), tensors["model"])
     same(dict(weights.ema), tensors["ema"])
     (directory / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"has no model.safetensors: give what --to=safetensors has written"):
+    with pytest.raises(ValueError, match=r"has no model.safetensors: .*--to=safetensors"):
         sharing.read(UPath(directory))
 
 
-def test_figures_of_a_card(tmp_path):
-    """Those of its step; what is not finite is no figure."""
+def test_metrics_of_a_card(tmp_path):
+    """Those of its step, without values that are not finite."""
     (tmp_path / "eval_val").mkdir()
     lines = ('{"step": 4, "val/x": 1.0}', '{"step": 8, "seconds": 2.0, "val/x": 0.5, "val/y": null}')
     (tmp_path / "eval_val" / "results.jsonl").write_text("\n".join(lines))
@@ -711,7 +717,7 @@ def test_figures_of_a_card(tmp_path):
 
 
 def test_the_model_card(tmp_path):
-    """Its header is what the Hub reads; its commands are those of this project."""
+    """The Hub reads its header; its commands are those of this project."""
     model, _, directory = shared(tmp_path, repo="people/run", license="mit")
     text = (directory / "README.md").read_text()
     _, header, body = text.split("---\n", 2)

@@ -14,7 +14,7 @@ import torch
 
 from golden_files import Golden, assert_gradients, assert_log, assert_output, paths
 from jetformer import optim
-from jetformer.convert import from_big_vision, image_head_order
+from jetformer.convert.big_vision import from_big_vision, image_head_order
 from jetformer.data import preprocess
 from jetformer.loops.torch_loop import TorchLoop
 from jetformer.models.decoder import Decoder

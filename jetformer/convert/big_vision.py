@@ -1,7 +1,7 @@
-"""big_vision's parameters: of its JetFormer, Jet and PatchPCA.
+"""Parameters of big_vision's JetFormer, Jet and PatchPCA.
 
-It writes them as `.npz`, one array for each `a/b/c`, or as a directory `….bv-000012345` with a Zarr array for each
-`a~b~c`; parameters alone, or a training state that holds them under `params/`. A flax kernel is [in, out], a PyTorch
+A file is an `.npz` with an array for each `a/b/c`, or a directory `….bv-000012345` with a Zarr array for each `a~b~c`.
+It holds parameters alone, or a training state with parameters under `params/`. A flax kernel is [in, out], a PyTorch
 weight [out, in].
 """
 
@@ -15,15 +15,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from upath import UPath
 
-from jetformer.convert.experiment import Weights
 from jetformer.convert.sources import Source, Table, assemble, permutation, predictors
+from jetformer.convert.weights import Weights
 from jetformer.models.jet import Jet
 from jetformer.models.jetformer import JetFormer
 from jetformer.models.mixture import MixtureHead
 from jetformer.models.patches import PatchPCA
 from jetformer.models.vit import CrossAttention, SelfAttention
 
-# Layers may be stacked along the first axis; one by one they have the names on the right.
+# Names of layers that may be stacked along the first axis, and the names of single layers.
 _STACKED = (
     (re.compile(r"(.*couplings|decoder/layers)/(?!\d+/)(.+)"), "{0}/{i}/{1}"),
     (re.compile(r"(.*coupling_masks-FREEZE_ME)"), "{0}/{i}"),
@@ -36,34 +36,35 @@ _MASKS = {"channels": "channel_coupling_masks-FREEZE_ME", "spatial": "spatial_co
 def from_big_vision(params: Mapping[str, np.ndarray], model: nn.Module, partial: bool = True) -> dict[str, Tensor]:
     """Maps big_vision's flat parameters (`a/b/c` names) to the state dict of `model`.
 
-    Linear in the parameters, so it maps gradients too (leave out the frozen permutations then).
+    The map is linear, so it also maps gradients (without the frozen permutations).
 
     Args:
-      params: numpy arrays by name, layers stacked along a leading axis or unrolled.
-      model: a `JetFormer`, `Jet` or `PatchPCA` of the same configuration; it may be on the meta device.
-      partial: whether `params` may hold a part, and give a part.
+      params: arrays by name; layers are stacked along a leading axis or not.
+      model: a `JetFormer`, `Jet` or `PatchPCA` of the same configuration; may be on the meta device.
+      partial: allow missing parameters, and leave out their tensors.
 
     Returns:
       A state dict.
 
     Raises:
-      ValueError: for a parameter that has no place in the model, has another shape, or is missing.
+      ValueError: for a parameter that is unknown, missing, or has another shape.
       TypeError: for another model.
     """
     if not isinstance(model, MODELS):
-        raise TypeError(f"no big_vision parameters are known for {type(model).__name__}")
+        raise TypeError(f"expected a {', '.join(m.__name__ for m in MODELS)}, not a {type(model).__name__}")
     sources, unused = _sources(model)
     return assemble(sources, _tensors(params), type(model).__name__, unused, partial)
 
 
 def image_head_order(num_mixtures: int, dim: int) -> Tensor:
-    """Where this project's image-head outputs `[P]` stand in big_vision's, which interleaves means and scales."""
+    """Returns the positions of this project's image-head outputs `[P]` in big_vision's, which interleave means and
+    scales."""
     rest = torch.arange(num_mixtures * 2 * dim).view(num_mixtures, 2, dim)
     return torch.cat((torch.arange(num_mixtures), num_mixtures + rest.transpose(0, 1).flatten()))
 
 
 def unstacked(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same parameters, layer by layer."""
+    """Returns the parameters layer by layer."""
     for pattern, name_of in _STACKED:
         layers = {}
         for name, value in params.items():
@@ -75,13 +76,10 @@ def unstacked(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(params)
 
 
-# Tables: what follows gives that of a module, by what it is called here and there.
-
-
 def table(model: nn.Module, weights: Weights) -> tuple[Table, set[str]]:
-    """Where the tensors of a model come from, and what may be there beside.
+    """Returns the source of each tensor of a model, and the names in the source to ignore.
 
-    A PCA is in a file of its own there, which a JetFormer's `PatchPCA.path` names; it is read here.
+    big_vision keeps a PCA in a file of its own. It is read here, from the `PatchPCA.path` of a JetFormer.
     """
     patches = getattr(model, "patches", None)
     if isinstance(patches, PatchPCA) and patches.path is not None:
@@ -118,7 +116,7 @@ def _layer_norm(ours: str, theirs: str, norm: nn.LayerNorm) -> Table:
 
 
 def _attention(ours: str, theirs: str, attention: SelfAttention | CrossAttention) -> Table:
-    """flax's `MultiHeadDotProductAttention`: a matrix for each of query, key and value."""
+    """Returns the table of flax's `MultiHeadDotProductAttention`, with a matrix for each of query, key and value."""
     width, num_heads = attention.out.in_features, attention.num_heads
     heads = (num_heads, width // num_heads)
     if isinstance(attention, CrossAttention):
@@ -144,14 +142,14 @@ def _attention(ours: str, theirs: str, attention: SelfAttention | CrossAttention
 
 
 def _jet(model: Jet, ours: str = "", theirs: str = "") -> tuple[Table, set[str]]:
-    """`ours` and `theirs` stand before all names."""
+    """Returns the table of a flow; `ours` and `theirs` are prefixes of all names."""
     table, unused = {}, set()
     for i, (coupling, dnn) in enumerate(zip(model.couplings, predictors(model), strict=True)):
         size = len(coupling.permutation)
         table[f"{ours}couplings.{i}.permutation"] = Source(
             {f"{theirs}{_MASKS[coupling.kind]}/{i}": (size, size)}, permutation
         )
-        # Of both kinds there is a mask for each coupling, all zero where the coupling is of the other kind.
+        # Each coupling has masks of both kinds; that of the other kind is zero.
         unused |= {f"{theirs}{mask}/{i}" for kind, mask in _MASKS.items() if kind != coupling.kind}
         here, there = f"{ours}couplings.{i}.dnn", f"{theirs}couplings/{i}/dnn"
         table[f"{here}.posemb"] = Source({f"{there}/posemb": tuple(dnn.posemb.shape)})
@@ -188,7 +186,7 @@ def _jetformer(model: JetFormer) -> tuple[Table, set[str]]:
         table |= _linear("text_head", "LogitsText", model.text_head)
     unused = set()
     if model.final_norm is None:
-        unused.add("decoder/final_norm/scale")  # with a norm for each modality, theirs exists unused
+        unused.add("decoder/final_norm/scale")  # exists, but is unused with a norm for each modality
         table["text_norm.weight"] = Source({"TextNorm/scale": (width,)})
         table["image_norm.weight"] = Source({"ImageNorm/scale": (width,)})
     else:
@@ -226,18 +224,14 @@ def _pca(model: PatchPCA, ours: str = "") -> Table:
     return {f"{ours}{name}": Source({f"{name}_": tuple(buffer.shape)}) for name, buffer in buffers.items()}
 
 
-# Files.
-
-
 def read(path: str) -> Weights:
     """Reads parameters.
 
     Args:
-      path: of a `.npz`, or of a directory that big_vision wrote: `….bv-000012345`, or `….bv` where `….bv-LAST` says
-        which. Local or gs://.
+      path: of a `.npz` or a directory `….bv-000012345`, or `….bv` if `….bv-LAST` names the step. Local or gs://.
 
     Returns:
-      The parameters, layer by layer, and the step that the directory's name tells.
+      The parameters layer by layer, and the step in the directory's name.
 
     Raises:
       ValueError: if there is no such file, or it cannot be read.
@@ -246,7 +240,7 @@ def read(path: str) -> Weights:
     if not UPath(path).exists() and pointer.exists():
         path = f"{path}-{pointer.read_text().strip()}"
     if not UPath(path).exists():
-        raise ValueError(f"there is no {path}")
+        raise ValueError(f"{path} does not exist")
     step = None
     if UPath(path).is_dir():
         arrays = _read_directory(path.rstrip("/"))
@@ -261,7 +255,7 @@ def read(path: str) -> Weights:
 
 
 def _parameters(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What of a training state is parameters; all, where it is none."""
+    """Returns the parameters of a training state, or all arrays if they are not a training state."""
     for prefix in ("params/", "opt/target/"):
         if found := {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}:
             return found
@@ -269,13 +263,13 @@ def _parameters(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _recovered(name: str, array: np.ndarray) -> np.ndarray:
-    """float32, also of bfloat16, which numpy writes as two bytes of nothing it knows."""
+    """Returns an array as float32; numpy stores bfloat16 as two bytes of an unknown type."""
     if array.dtype.kind == "V" and array.dtype.itemsize == 2:
         return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     try:
         return array.astype(np.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} holds no numbers but {array.dtype}") from error
+        raise ValueError(f"{name} holds {array.dtype}, expected numbers") from error
 
 
 def _read_npz(path: str) -> dict[str, np.ndarray]:
@@ -283,27 +277,27 @@ def _read_npz(path: str) -> dict[str, np.ndarray]:
         with UPath(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return dict(file)
     except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no .npz of arrays, or damaged: {error}") from error
+        raise ValueError(f"{path} is not an .npz of arrays, or damaged: {error}") from error
 
 
 def _read_directory(path: str) -> dict[str, np.ndarray]:
     try:
-        import tensorstore
+        import tensorstore  # not installed by default
     except ImportError as error:
-        raise ImportError(f"{path} takes tensorstore to be read: pip install tensorstore") from error
+        raise ImportError(f"reading {path} needs tensorstore: pip install tensorstore") from error
     if path.startswith("gs://"):
         bucket, _, root = path.removeprefix("gs://").partition("/")
         store = {"driver": "gcs", "bucket": bucket}
     else:
         store, root = {"driver": "file"}, path
     names = sorted(entry.name for entry in UPath(path).iterdir() if entry.is_dir())
-    # Of a training state the parameters are a third.
+    # Parameters are a third of a training state.
     names = [name for name in names if name.startswith("params~")] or names
     arrays = {}
     for name in names:
         spec = {"driver": "zarr", "kvstore": {**store, "path": f"{root}/{name}/"}}
         try:
             arrays[name.replace("~", "/")] = tensorstore.open(spec, open=True, read=True).result().read().result()
-        except ValueError as error:  # whose message goes on about the library's source
-            raise ValueError(f"{path}/{name} is no array that can be read: {str(error).partition(' [')[0]}") from error
+        except ValueError as error:  # its message ends with details of the library's source
+            raise ValueError(f"{path}/{name} cannot be read as an array: {str(error).partition(' [')[0]}") from error
     return arrays

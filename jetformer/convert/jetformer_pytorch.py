@@ -1,9 +1,9 @@
 """Checkpoints of alexojica/JetFormer as they were up to its commit 6bdd607 (on the Hub: `mojique/jetformer-cifar10`).
 
-A `.pt` with `model_state_dict`, maybe `ema_state_dict`, and the `config` that is also a YAML file beside it. What it
-computes differently from the reference: GELU is exact; the gated MLP activates its other branch; LayerNorm's epsilon is
-1e-5; a token has its patch's numbers channel by channel; RMSNorm multiplies by the weight, not by 1 + weight; a channel
-coupling halves tokens as they are, so every coupling changes the same half.
+Files are a `.pt` with `model_state_dict`, `config` and sometimes `ema_state_dict`, and the `config` as YAML.
+Differences from the reference: GELU is exact; the gated MLP activates its other branch; LayerNorm's epsilon is 1e-5; a
+token holds its patch channel by channel; RMSNorm multiplies by the weight instead of 1 + weight; channel couplings do
+not permute, so each changes the same half.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,18 +15,28 @@ from torch import Tensor
 from upath import UPath
 
 from jetformer.convert.big_vision import image_head_order
-from jetformer.convert.experiment import Weights, data, gin_text, training
 from jetformer.convert.pickles import load_pt, state_dict
-from jetformer.convert.sources import Source, Table, predictors
+from jetformer.convert.sources import Source, Table, predictor_table, predictors
+from jetformer.convert.weights import Weights, data, gin_text, training
 from jetformer.models.jet import Jet
 from jetformer.models.jetformer import JetFormer
 
 MODELS = (JetFormer,)
 
-# By the YAML's name of a data set; others have no counterpart of one name.
+# Names of a ViT block's layers, see `predictor_table`.
+_LAYERS = {
+    "norm1": "norm1.{}",
+    "attn.qkv": "attn.in_proj_{}",
+    "attn.out": "attn.out_proj.{}",
+    "norm2": "norm2.{}",
+    "mlp.fc1": "mlp.fc1.{}",
+    "mlp.fc2": "mlp.fc2.{}",
+}
+
+# TFDS names by the YAML's names of datasets.
 _DATA = {"cifar10": "cifar10", "imagenet64_tfds": "imagenet_resized/64x64", "imagenet1k_hf": "imagenet2012"}
 
-# YAML keys of which only one value can be had here, and what another one would do.
+# YAML keys with a single supported value, and the effect of other values.
 _ONLY: dict[str, tuple[Any, str]] = {
     "adaptor.model.actnorm": (False, "normalizes activations between couplings"),
     "adaptor.model.invertible_dense": (False, "multiplies channels between couplings"),
@@ -37,7 +47,7 @@ _ONLY: dict[str, tuple[Any, str]] = {
     "patch_pca.model.depth_to_seq": (1, "cuts tokens into several"),
 }
 
-# Keys that say how it was trained, measured or run, which changes nothing of what is computed, or nothing at all.
+# Keys that do not change what the model computes.
 _SECTIONS = ("optimizer", "schedule", "training", "sampling", "eval", "wandb", "accelerator", "input")
 _HARMLESS = {
     *("num_epochs", "torch_compile", "advanced_metrics", "batch_size", "grad_accum_steps", "ema_decay"),
@@ -55,32 +65,32 @@ def read(path: str, yaml_path: str | None = None, step: int | None = None) -> We
 
     Args:
       path: of the `.pt`.
-      yaml_path: of the YAML; None: the configuration in the `.pt`.
-      step: of training, where it is known.
+      yaml_path: of the YAML; None: use the configuration in the `.pt`.
+      step: of training; None: unknown.
 
     Raises:
-      ValueError: if a file cannot be read, is something else, or asks for what does not exist here.
+      ValueError: if a file cannot be read, is not of this implementation, or has a value that is not supported.
     """
     content = load_pt(path)
     if "model_state_dict" not in content:
-        raise ValueError(f"{path} is no checkpoint of alexojica/JetFormer: it has no model_state_dict")
+        raise ValueError(f"{path} is not a checkpoint of alexojica/JetFormer: it has no model_state_dict")
     if "format_version" in content:
         raise ValueError(
-            f"{path} is of format {content['format_version']}, which came after commit 6bdd607 and is not known here"
+            f"{path} has format_version {content['format_version']}, from after commit 6bdd607: not supported"
         )
     config = content.get("config") if yaml_path is None else _read_yaml(yaml_path)
     if not isinstance(config, dict):
-        raise ValueError(f"{path} has no config: give its YAML with --yaml")
+        raise ValueError(f"{path} has no config: give the YAML with --yaml")
     where = yaml_path or f"the config in {path}"
-    weights = _experiment(_Config(config, where), bool(content.get("ema_state_dict")), step)
-    weights.tensors = _flow_once(state_dict(content["model_state_dict"], f"{path}: model_state_dict"))
+    weights = experiment(config, where, bool(content.get("ema_state_dict")), step)
+    weights.tensors = _without_aliases(state_dict(content["model_state_dict"], f"{path}: model_state_dict"))
     if content.get("ema_state_dict"):
-        weights.ema = _flow_once(state_dict(content["ema_state_dict"], f"{path}: ema_state_dict"))
+        weights.ema = _without_aliases(state_dict(content["ema_state_dict"], f"{path}: ema_state_dict"))
     return weights
 
 
 def table(model: JetFormer, weights: Weights) -> tuple[Table, set[str]]:
-    """Where the tensors of a model come from, and what may be there beside."""
+    """Returns the source of each tensor of a model, and the names in the source to ignore."""
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     plus_one = lambda weight: weight - 1
     head = model.image_head
@@ -94,10 +104,10 @@ def table(model: JetFormer, weights: Weights) -> tuple[Table, set[str]]:
     unused = set()
     if model.text_head is not None:
         found["text_head.weight"] = Source({"text_head.weight": shapes["text_head.weight"]})
-        found["text_head.bias"] = torch.zeros(shapes["text_head.bias"])  # theirs has none
+        found["text_head.bias"] = torch.zeros(shapes["text_head.bias"])  # the source has none
     norms = {"text_norm": "text_norm", "image_norm": "img_norm"}
     if model.final_norm is None:
-        unused.add("final_norm.weight")  # with a norm for each modality, theirs exists unused
+        unused.add("final_norm.weight")  # exists, but is unused with a norm for each modality
     else:
         norms = {"final_norm": "final_norm"}
     width, mlp_dim = model.decoder.width, shapes["decoder.blocks.0.mlp.linear.weight"][1]
@@ -119,47 +129,30 @@ def table(model: JetFormer, weights: Weights) -> tuple[Table, set[str]]:
         norms |= {f"{here}.pre_attention_norm": f"{there}.norm1", f"{here}.pre_mlp_norm": f"{there}.norm2"}
     found |= {f"{ours}.weight": Source({f"{theirs}.weight": (width,)}, plus_one) for ours, theirs in norms.items()}
     if isinstance(model.flow, Jet):
-        found |= _flow(model.flow)
-        # It is for a context, of which there is none; and before each coupling had positions of its own, they shared.
+        for i, (coupling, dnn) in enumerate(zip(model.flow.couplings, predictors(model.flow), strict=True)):
+            found[f"flow.couplings.{i}.permutation"] = torch.arange(len(coupling.permutation))
+            prefixes = f"flow.couplings.{i}.dnn", f"adaptor.flow.couplings.{i}.dnn"
+            names = {"posemb": "posemb", "norm": "vit_encoder.norm", "blocks": "vit_encoder.layers"}
+            found |= predictor_table(*prefixes, dnn, **names, layers=_LAYERS)
+        # Without a context, cross-attention is unused. Older versions share position embeddings, which are unused too.
         unused |= {name for name in (*weights.tensors, *(weights.ema or ())) if ".dnn.cross_attn." in name}
         unused |= {"adaptor.flow.pos_emb_full", "adaptor.flow.pos_emb_half"}
     return found, unused
 
 
-def _flow(flow: Jet) -> Table:
-    found: Table = {}
-    for i, (coupling, dnn) in enumerate(zip(flow.couplings, predictors(flow), strict=True)):
-        here, there = f"flow.couplings.{i}", f"adaptor.flow.couplings.{i}.dnn"
-        found[f"{here}.permutation"] = torch.arange(len(coupling.permutation))
-        shapes = {name: tuple(p.shape) for name, p in dnn.named_parameters()}
-        names = {"posemb": "posemb"}
-        for part in ("weight", "bias"):
-            names |= {f"{name}.{part}": f"{name}.{part}" for name in ("init_proj", "final_proj")}
-            names[f"vit.norm.{part}"] = f"vit_encoder.norm.{part}"
-            for j in range(len(dnn.vit.blocks)):
-                ours, theirs = f"vit.blocks.{j}", f"vit_encoder.layers.{j}"
-                names |= {
-                    f"{ours}.{x}.{part}": f"{theirs}.{x}.{part}" for x in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")
-                }
-                names[f"{ours}.attn.qkv.{part}"] = f"{theirs}.attn.in_proj_{part}"
-                names[f"{ours}.attn.out.{part}"] = f"{theirs}.attn.out_proj.{part}"
-        found |= {f"{here}.dnn.{ours}": Source({f"{there}.{name}": shapes[ours]}) for ours, name in names.items()}
-    return found
-
-
-def _flow_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without `jet.…`, which is another name of `adaptor.flow.…`."""
+def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors with `adaptor.flow.…` in the place of its other name, `jet.…`."""
     once = {name: x for name, x in tensors.items() if not name.startswith("jet.")}
     for name, x in tensors.items():
         if name.startswith("jet."):
-            kept = once.setdefault(f"adaptor.flow.{name.removeprefix('jet.')}", x)
-            if not torch.equal(kept, x):
-                raise ValueError(f"{name} should be the same as adaptor.flow.{name.removeprefix('jet.')}, and is not")
+            other = f"adaptor.flow.{name.removeprefix('jet.')}"
+            if not torch.equal(once.setdefault(other, x), x):
+                raise ValueError(f"{name} differs from {other}: expected the same values")
     return once
 
 
 class _Config:
-    """A nested configuration by dotted keys, which knows what was asked for."""
+    """A nested configuration by dotted keys, which records the keys that were read."""
 
     def __init__(self, config: Mapping[str, Any], where: str):
         self._values, self.where = dict(_leaves(config)), where
@@ -169,16 +162,16 @@ class _Config:
         return iter(self._values)
 
     def get(self, key: str, default: Any) -> Any:
-        """The value of a key, or the default where it is not there, or null; as the default's type.
+        """Returns the value of a key in the default's type, or the default if it is missing or null.
 
         Raises:
-          ValueError: if it is of another type.
+          ValueError: if it has another type.
         """
         self.asked.add(key)
         value = self._values.get(key)
         if value is None:
             return default
-        # YAML takes 1e-3 for text.
+        # YAML reads 1e-3 as text.
         kind = float if isinstance(default, float) else type(default)
         try:
             if isinstance(value, bool) is not (kind is bool) or (kind is tuple) is not isinstance(value, list):
@@ -187,13 +180,13 @@ class _Config:
                 raise ValueError
             return kind(value)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.where}: {key} = {value!r} is no {kind.__name__}") from error
+            raise ValueError(f"{self.where}: {key} = {value!r}: expected a {kind.__name__}") from error
 
     def need(self, key: str, example: Any) -> Any:
-        """The value of a key, as the example's type.
+        """Returns the value of a key in the example's type.
 
         Raises:
-          ValueError: if it is not there, or of another type.
+          ValueError: if it is missing or has another type.
         """
         if self._values.get(key) is None:
             raise ValueError(f"{self.where} has no {key}, which the model needs")
@@ -212,27 +205,37 @@ def _read_yaml(path: str) -> Any:
     try:
         return yaml.safe_load(UPath(path).read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        raise ValueError(f"{path} is not YAML: {error}") from error
 
 
-def _experiment(config: _Config, ema: bool, step: int | None) -> Weights:
-    """The experiment that a configuration describes; `ema`: there is a moving average."""
-    where = config.where
+def experiment(values: Mapping[str, Any], where: str, ema: bool, step: int | None) -> Weights:
+    """Returns the experiment that a configuration describes, as weights without tensors.
+
+    Args:
+      values: nested dictionaries.
+      where: their place, for messages.
+      ema: whether there is a moving average.
+      step: of training; None: unknown.
+
+    Raises:
+      ValueError: for a value that is missing, of another type, or not supported.
+    """
+    config = _Config(values, where)
     for key, (only, effect) in _ONLY.items():
         if (value := config.get(key, only)) != only:
-            raise ValueError(f"{where}: {key} = {value!r} {effect}, which is not known here; only {only!r} is")
+            raise ValueError(f"{where}: {key} = {value!r} {effect}, which is not supported: only {only!r} is")
     if not config.get("patch_pca.model.skip_pca", False) and config.get("patch_pca.model.pca_init_file", ""):
-        raise ValueError(f"{where}: its PCA of patches is in a file of its own, which is not known here")
+        raise ValueError(f"{where}: patch_pca.model.pca_init_file: a PCA in a file of its own is not supported")
     size = config.need("input.input_size", ())
     if len(size) != 2 or not all(isinstance(x, int) for x in size):
-        raise ValueError(f"{where}: input.input_size = {list(size)} is no height and width")
+        raise ValueError(f"{where}: input.input_size = {list(size)}: expected height and width")
     patch_size = config.need("patch_pca.model.patch_size", 0)
     width, num_heads = config.need("model.width", 0), config.need("model.num_heads", 0)
     out_dim, dim = config.need("patch_pca.model.codeword_dim", 0), 3 * patch_size**2
     num_classes = config.need("input.num_classes", 0)
     notes = []
     if config.get("model.head_dim", width // num_heads) != width // num_heads:
-        notes.append(f"{where}: model.head_dim means nothing: a head has width / num_heads = {width // num_heads}")
+        notes.append(f"{where}: model.head_dim is ignored: it is width / num_heads = {width // num_heads}")
     bindings = {
         "train.model": "@JetFormer",
         "train.objective": "@JetFormerObjective()",
@@ -271,12 +274,12 @@ def _experiment(config: _Config, ema: bool, step: int | None) -> Weights:
         "JetFormerObjective.dequantize": config.get("patch_pca.model.add_dequant_noise", False),
     }
     if config.get("use_adaptor", False) and config.get("adaptor.kind", "jet") == "jet":
-        bindings |= _flow_experiment(config, where)
+        bindings |= _flow_experiment(config)
         noise = config.get("adaptor.latent_noise_dim", 0)
         if out_dim + noise < dim:
             notes.append(
-                f"{where}: {dim - out_dim - noise} of a token's {dim} numbers count in no likelihood there, and as "
-                "standard Gaussian noise here: bits per dim are others"
+                f"{where}: {dim - out_dim - noise} of a token's {dim} dimensions are missing from the original "
+                "likelihood and are standard Gaussian noise here: bits per dim differ"
             )
     name = _DATA.get(config.get("input.dataset", ""))
     bindings |= training(step) | _training(config, ema) | data(name, tuple(size), labels=True)
@@ -286,17 +289,17 @@ def _experiment(config: _Config, ema: bool, step: int | None) -> Weights:
         if key not in config.asked | _HARMLESS and key.partition(".")[0] not in _SECTIONS
     ]
     if unknown:
-        notes.append(f"{where}: {len(unknown)} keys mean nothing here: {', '.join(unknown)}")
+        notes.append(f"{where}: {len(unknown)} unknown keys are ignored: {', '.join(unknown)}")
     return Weights({}, gin_text(bindings), notes=notes)
 
 
-def _flow_experiment(config: _Config, where: str) -> dict[str, Any]:
+def _flow_experiment(config: _Config) -> dict[str, Any]:
     depth = config.get("adaptor.model.depth", 8)
     kinds = config.get("adaptor.model.kinds", ("channels", "channels", "spatial"))
     if "spatial" in kinds[:depth]:
         raise ValueError(
-            f"{where}: adaptor.model.kinds = {list(kinds)}: its couplings of tokens are not known here (they do not "
-            "run there either, so that no weights should have them)"
+            f"{config.where}: adaptor.model.kinds = {list(kinds)}: spatial couplings are not supported (the original "
+            "code cannot run them either)"
         )
     return {
         "JetFormer.flow": "@Jet",

@@ -1,54 +1,58 @@
-"""Files of PyTorch and of safetensors, without ever unpickling anything but tensors and plain values."""
+"""Reads files of PyTorch and safetensors; unpickles tensors and plain values only."""
 
 import pickle
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
 def load_pt(path: str) -> dict[str, Any]:
-    """What `torch.save` wrote, on the CPU.
+    """Reads a dictionary that `torch.save` wrote, to the CPU.
 
     Raises:
-      ValueError: if there is no such file, it is damaged, or it holds more than tensors and plain values: to load that
-        would run what the file says.
+      ValueError: if the file is damaged, or holds more than tensors and plain values, which could run any code.
+      OSError: if there is no such file.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is not loaded: it holds more than tensors and plain values, or is damaged, and to unpickle it "
-            "could run any program"
+            f"{path} is not loaded: it is damaged or holds more than tensors and plain values, and unpickling it could "
+            "run any code"
         ) from error
     except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is no PyTorch file, or damaged: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is not a PyTorch file, or damaged: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no dictionary, but a {type(content).__name__}")
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary")
     return content
 
 
 def load_safetensors(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, and the file's notes.
+    """Returns tensors by name, and the file's metadata.
 
     Raises:
-      ValueError: if there is no such file, or it is damaged.
+      ValueError: if the file is damaged.
+      OSError: if there is no such file.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or damaged: {error}") from error
+        raise ValueError(f"{path} is not a safetensors file, or damaged: {error}") from error
 
 
 def state_dict(content: Any, where: str) -> dict[str, Tensor]:
-    """Looks that something is a state dict, and takes off what wrappers put before its names.
+    """Returns a state dict without the prefixes of DDP and torch.compile.
+
+    Args:
+      content: what was read.
+      where: its place, for messages.
 
     Raises:
-      ValueError: if it is none.
+      ValueError: if it is not a state dict.
     """
     if not isinstance(content, dict) or not content or not all(isinstance(x, Tensor) for x in content.values()):
-        raise ValueError(f"{where} is no state dict: tensors by name")
+        raise ValueError(f"{where} is not a state dict of tensors by name")
     return {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in content.items()}

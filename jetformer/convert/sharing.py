@@ -1,7 +1,7 @@
 """A run as safetensors with a model card, for the Hugging Face Hub, and back.
 
 model.safetensors   parameters and buffers     ema.safetensors   the moving average, if there is one
-config.gin          the experiment             tokenizer.model   where it reads texts
+config.gin          the experiment             tokenizer.model   of a model of texts
 README.md           the model card
 """
 
@@ -10,19 +10,23 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 
 import yaml
+from safetensors.torch import save
 from torch import Tensor, nn
 from upath import UPath
 
 import jetformer
-from jetformer.convert.experiment import Weights
+from jetformer import config
 from jetformer.convert.pickles import load_safetensors
 from jetformer.convert.sources import Source, Table
+from jetformer.convert.weights import Weights
+from jetformer.evaluators.results import RESULTS_FILE
 from jetformer.models.jet import Jet
 from jetformer.models.jetformer import JetFormer
 from jetformer.models.language_model import LanguageModel
+from jetformer.run_files import TOKENIZER_FILE
 
 MODEL_FILE, EMA_FILE, CARD_FILE = "model.safetensors", "ema.safetensors", "README.md"
-PATTERNS = ("*.safetensors", "*.gin", "*.model")  # of what `read` reads
+PATTERNS = ("*.safetensors", "*.gin", "*.model")  # of the files that `read` reads
 MODELS = (nn.Module,)
 
 _PAPERS = {
@@ -43,35 +47,30 @@ def write(
 
     Args:
       directory: local.
-      tensors: state dict under "model", moving average under "ema", if there is one.
+      tensors: the state dict as "model", and the moving average as "ema" if there is one.
       step: of training.
-      files: what else belongs to it, by name.
+      files: contents of further files by name.
       card: the model card.
     """
-    from safetensors.torch import save
-
     directory.mkdir(parents=True, exist_ok=True)
     for name, file in (("model", MODEL_FILE), ("ema", EMA_FILE)):
         if name in tensors:
             content = save(dict(tensors[name]), metadata={"format": "pt", "step": str(step)})
-            (directory / file).write_bytes(content)  # save_file would make a file that only its owner can read
+            (directory / file).write_bytes(content)  # `save_file` would ignore the umask
     for name, content in files.items():
         (directory / name).write_bytes(content)
     (directory / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def read(directory: UPath) -> Weights:
-    """Reads what `write` has written.
+    """Reads what `write` wrote.
 
     Raises:
       ValueError: if a file is missing or damaged.
     """
-    from jetformer import config
-    from jetformer.run_files import TOKENIZER_FILE
-
     for name in (MODEL_FILE, config.CONFIG_FILE):
         if not (directory / name).exists():
-            raise ValueError(f"{directory} has no {name}: give what --to=safetensors has written")
+            raise ValueError(f"{directory} has no {name}: expected a directory that --to=safetensors wrote")
     tensors, notes = load_safetensors(str(directory / MODEL_FILE))
     ema = load_safetensors(str(directory / EMA_FILE))[0] if (directory / EMA_FILE).exists() else None
     step, tokenizer = notes.get("step", ""), directory / TOKENIZER_FILE
@@ -85,15 +84,13 @@ def read(directory: UPath) -> Weights:
 
 
 def table(model: nn.Module, weights: Weights) -> tuple[Table, set[str]]:
-    """Where the tensors of a model come from: they have their own names."""
+    """Returns the source of each tensor of a model: the tensor with its name."""
     del weights
     return {name: Source({name: tuple(x.shape)}) for name, x in model.state_dict().items()}, set()
 
 
 def evaluations(workdir: UPath, step: int) -> dict[str, float]:
-    """What evaluators have found at a step, by tag; without what is not finite."""
-    from jetformer.evaluators.results import RESULTS_FILE
-
+    """Returns the metrics of all evaluators at a step by tag, except those that are not finite."""
     found: dict[str, float] = {}
     if not workdir.exists():
         return found
@@ -111,7 +108,7 @@ def card(
     model: nn.Module,
     *,
     name: str,
-    config: str,
+    config_text: str,
     step: int,
     metrics: Mapping[str, float],
     dataset: str,
@@ -120,19 +117,19 @@ def card(
     repo: str | None = None,
     license: str | None = None,
 ) -> str:
-    """A model card: a YAML header, and Markdown.
+    """Returns a model card: a YAML header and Markdown.
 
     Args:
-      model: the model; it may be on the meta device.
-      name: what it is called.
-      config: its gin configuration.
+      model: may be on the meta device.
+      name: title of the card.
+      config_text: the gin configuration.
       step: of training.
-      metrics: what evaluators have found.
-      dataset: what it was trained on.
-      texts: whether it reads texts.
+      metrics: by tag, see `evaluations`.
+      dataset: name of the training data.
+      texts: whether the model is of texts.
       ema: whether there is a moving average.
-      repo: where it goes on the Hub.
-      license: of the weights.
+      repo: repository on the Hub; None for none.
+      license: of the weights; None for none.
     """
     kind = type(model).__name__
     header = {
@@ -162,7 +159,7 @@ def card(
         "",
         f"A {kind}{paper} of {parameters:,} parameters, trained on `{dataset}` for {step:,} steps with jetformer "
         f"{jetformer.__version__}. `{MODEL_FILE}` holds its parameters"
-        + (f", `{EMA_FILE}` their moving average, which samples and figures are made with." if ema else "."),
+        + (f", `{EMA_FILE}` their moving average, which samples and metrics use." if ema else "."),
         "",
         "```bash",
         f"python -m jetformer.convert --from=safetensors {source} --out=WORKDIR",
@@ -173,7 +170,7 @@ def card(
         "## Configuration",
         "",
         "```",
-        config.strip(),
+        config_text.strip(),
         "```",
     ]
     return "\n".join(lines) + "\n"
@@ -193,10 +190,10 @@ def _tags(model: nn.Module) -> Iterator[str]:
 
 
 def _commands(model: nn.Module, texts: bool) -> Iterator[str]:
-    shown = ""
+    condition = ""
     if isinstance(model, JetFormer | LanguageModel):
-        shown = '--prompt="…" ' if texts else "--classes=0,1 "
-    yield f"python -m jetformer.sample --workdir=WORKDIR {shown}--out=SAMPLES"
+        condition = '--prompt="…" ' if texts else "--classes=0,1 "
+    yield f"python -m jetformer.sample --workdir=WORKDIR {condition}--out=SAMPLES"
     yield "python -m jetformer.evaluate --workdir=WORKDIR --once"
 
 
@@ -204,4 +201,4 @@ def _table(metrics: Mapping[str, float]) -> Collection[str]:
     if not metrics:
         return ()
     rows = (f"| {tag} | {value:.4g} |" for tag, value in metrics.items())
-    return ("## Evaluation", "", "| figure | value |", "| --- | ---: |", *rows, "")
+    return ("## Evaluation", "", "| metric | value |", "| --- | ---: |", *rows, "")

@@ -1,4 +1,4 @@
-"""Weights of another implementation to a model's state dict, by a table that says where each tensor comes from."""
+"""Makes a state dict from weights of another implementation, by a table of the source of each tensor."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -13,52 +13,51 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a tensor comes from.
+    """The source of a tensor.
 
     Attributes:
-      shapes: the tensors that it is made of, by their names over there, with their shapes.
-      convert: what each of them goes through before all are concatenated along the first axis. What it raises as
-        ValueError begins with a verb, and is about the tensor.
+      shapes: shapes of the tensors that it is made of, by their names in the source.
+      convert: applied to each of them before they are concatenated along the first axis. The message of its ValueError
+        completes a sentence that begins with the tensor's name.
     """
 
     shapes: dict[str, Shape]
     convert: Callable[[Tensor], Tensor] = lambda x: x
 
 
-# By the names of our state dict; a tensor that is not among theirs stands there itself.
+# By the names of the model's state dict. A tensor that the source lacks is its own entry.
 Table = dict[str, Source | Tensor]
 
 
 def assemble(
     table: Table, theirs: Mapping[str, Tensor], model: str, unused: Collection[str] = (), partial: bool = False
 ) -> dict[str, Tensor]:
-    """Makes a state dict.
+    """Returns the state dict that a table describes.
 
     Args:
-      table: where its tensors come from.
-      theirs: tensors by their names over there.
-      model: what the table is of, for messages.
-      unused: names that may be among `theirs`, and make no difference.
-      partial: leave out what `theirs` has nothing for.
+      table: the source of each tensor.
+      theirs: tensors by their names in the source.
+      model: name of the model, for messages.
+      unused: names in `theirs` to ignore.
+      partial: leave out tensors whose source is missing.
 
     Raises:
-      ValueError: for a tensor that is missing, that has another shape, or that has no place in the table; the message
-        is one line, with its name and the shape it should have.
+      ValueError: for a missing tensor, another shape, or a tensor that the table lacks.
     """
     sources = {name: source for name, source in table.items() if isinstance(source, Source)}
     expected = {name: shape for source in sources.values() for name, shape in source.shapes.items()}
     extra = [name for name in theirs if name not in expected and name not in unused]
     if extra:
         raise ValueError(
-            f"{extra[0]} has no place in {model}{_and_more(extra)}: its shape is {shown(theirs[extra[0]])}"
+            f"{extra[0]} has no place in {model}{_and_more(extra)}: its shape is {list(theirs[extra[0]].shape)}"
         )
     for name, shape in expected.items():
         if name in theirs and tuple(theirs[name].shape) != shape:
-            raise ValueError(f"{name} has shape {shown(theirs[name])}, and {model} needs {list(shape)}")
+            raise ValueError(f"{name} has shape {list(theirs[name].shape)}, but {model} needs {list(shape)}")
     missing = [] if partial else [name for name in expected if name not in theirs]
     if missing:
         raise ValueError(
-            f"{missing[0]} is missing{_and_more(missing)}: {model} needs it, in shape {list(expected[missing[0]])}"
+            f"{missing[0]} is missing{_and_more(missing)}: {model} needs it with shape {list(expected[missing[0]])}"
         )
     state = {} if partial else {name: value for name, value in table.items() if isinstance(value, Tensor)}
     for ours, source in sources.items():
@@ -75,16 +74,16 @@ def assemble(
 
 
 def fit(state: Mapping[str, Tensor], names: Collection[str], model: nn.Module, what: str) -> dict[str, Tensor]:
-    """The tensors `names` of `state` as the model has them: in its types.
+    """Returns tensors of a state dict in the model's dtypes.
 
     Args:
       state: a state dict.
-      names: which tensors of the model it has to hold.
-      model: the model; it may be on the meta device.
-      what: whose weights these are, for messages.
+      names: the model's tensors to return.
+      model: may be on the meta device.
+      what: names the weights in messages.
 
     Raises:
-      ValueError: if a tensor is missing, or has another shape; only where a table does not fit the model.
+      ValueError: if a tensor is missing or has another shape, because the model has parts that the table lacks.
     """
     fitted = {}
     for name, expected in model.state_dict().items():
@@ -92,44 +91,62 @@ def fit(state: Mapping[str, Tensor], names: Collection[str], model: nn.Module, w
             continue
         if name not in state:
             raise ValueError(
-                f"{what} have nothing for {name} {list(expected.shape)}: this {type(model).__name__} has a part that "
-                "they do not know"
+                f"{what} lack {name} {list(expected.shape)}: the {type(model).__name__} has a part that their format "
+                "does not have"
             )
         if state[name].shape != expected.shape:
             raise ValueError(
-                f"{name} has shape {shown(state[name])}, and this {type(model).__name__} needs {list(expected.shape)}"
+                f"{name} has shape {list(state[name].shape)}, but the {type(model).__name__} needs "
+                f"{list(expected.shape)}"
             )
         fitted[name] = state[name].to(expected.dtype)
     return fitted
 
 
 def predictors(flow: Jet) -> list[Predictor]:
-    """What the couplings of a flow predict with.
+    """Returns the predictors of a flow's couplings.
 
     Raises:
-      ValueError: if that is no ViT.
+      ValueError: if they are not ViTs.
     """
     for coupling in flow.couplings:
         if not isinstance(coupling.dnn, Predictor):
-            raise ValueError("other implementations' weights are of ViTs: leave Jet.predictor at 'vit'")
+            raise ValueError("weights of other implementations need ViTs as predictors: leave Jet.predictor at 'vit'")
     return [coupling.dnn for coupling in flow.couplings]
 
 
+def predictor_table(
+    ours: str, theirs: str, dnn: Predictor, *, posemb: str, norm: str, blocks: str, layers: Mapping[str, str]
+) -> Table:
+    """Returns the table of a coupling's ViT in another PyTorch implementation.
+
+    Args:
+      ours, theirs: prefixes of all names.
+      dnn: the ViT.
+      posemb, norm, blocks: names of its position embedding, its final norm, and the list of its blocks.
+      layers: names of a block's layers by ours, with {} in the place of "weight" or "bias".
+    """
+    names = {"posemb": posemb}
+    for part in ("weight", "bias"):
+        names |= {f"{name}.{part}": f"{name}.{part}" for name in ("init_proj", "final_proj")}
+        names[f"vit.norm.{part}"] = f"{norm}.{part}"
+        for i in range(len(dnn.vit.blocks)):
+            for name, other in layers.items():
+                names[f"vit.blocks.{i}.{name}.{part}"] = f"{blocks}.{i}.{other.format(part)}"
+    shapes = {name: tuple(p.shape) for name, p in dnn.named_parameters()}
+    return {f"{ours}.{name}": Source({f"{theirs}.{other}": shapes[name]}) for name, other in names.items()}
+
+
 def permutation(mask: Tensor) -> Tensor:
-    """A permutation matrix `[N, N]`, whose column j picks what comes j-th, as indices int64 `[N]`.
+    """Returns a permutation matrix `[N, N]`, whose column j selects entry j of the result, as indices int64 `[N]`.
 
     Raises:
-      ValueError: if it is none.
+      ValueError: if it is not a permutation matrix.
     """
     ones_and_zeros = ((mask == 0) | (mask == 1)).all()
     if not (ones_and_zeros and (mask.sum(0) == 1).all() and (mask.sum(1) == 1).all()):
-        raise ValueError("is no permutation matrix, as a coupling needs it: one 1 in each row and each column")
+        raise ValueError("is not a permutation matrix, with one 1 in each row and each column")
     return mask.argmax(0)
-
-
-def shown(x: Tensor) -> str:
-    """A tensor's shape, for messages."""
-    return str(list(x.shape))
 
 
 def _and_more(names: list[str]) -> str:

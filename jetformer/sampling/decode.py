@@ -1,8 +1,10 @@
-"""Decoding with a key/value cache, of images and of text. The cache lives here, not in the model.
+"""Decodes images and texts token by token with a KV cache, which is kept here and not in the model.
 
-Shapes never change from one decoded token to the next, where a token goes is a tensor, and what a step keeps it changes
-in place: to a compiler all steps are one and the same graph. Dimensions: B batch, T text tokens, L image tokens, D
-token dimension, F factored-out dimensions, E width, S tokens in all, V vocabulary.
+All steps are one graph to a compiler: shapes are the same at each step, the position is a tensor, and a step updates
+its state in place.
+
+Dimensions: B batch, T text tokens, L image tokens, D token dimension, F factored-out dimensions, E width, S tokens of a
+sequence, V vocabulary.
 """
 
 import math
@@ -21,10 +23,10 @@ from jetformer.sampling.guidance import Draft, Guidance
 
 Compile = Callable[[Callable], Callable]
 
-# What a sample's key is folded with, beside the numbers of its tokens.
-_FACTORED, _DEQUANT = -1, -2
-# Every so many text tokens decoding looks whether all texts have ended.
-_LOOK_EVERY = 8
+# Folded into a sample's key, like the numbers of its tokens.
+FACTORED, DEQUANT = -1, -2
+# Number of text tokens after which decoding checks again whether all texts have ended.
+_CHECK_EVERY = 8
 
 
 def right_align(x: Tensor, valid: Tensor) -> Tensor:
@@ -34,17 +36,17 @@ def right_align(x: Tensor, valid: Tensor) -> Tensor:
 
 
 class CachedDecoder:
-    """Runs the model on what comes first, then on one token at a time.
+    """Runs the model on a prefix, then on one token at a time.
 
-    Prompts of different lengths are right-aligned, so that all write their next token to the same place of the cache;
-    what pads them on the left is masked out. (big_vision: `prefill_cache`, `extend_cache`.)
+    Prompts of different lengths are right-aligned and their padding is masked, so all write their next token to the
+    same slot of the cache. (big_vision: `prefill_cache`, `extend_cache`.)
 
     Args:
-      model: the model, in evaluation mode.
-      prefix: what its `embed` returns, with shift=False.
-      modality: what is decoded, "image" or "text".
-      num_steps: how often `step` will be called.
-      start: which token of the image the first call of `step` is given.
+      model: in evaluation mode.
+      prefix: the return value of its `embed` with shift=False.
+      modality: "image" or "text", of the tokens to decode.
+      num_steps: number of calls of `step` to come.
+      start: number of the image token in the first call of `step`.
     """
 
     def __init__(
@@ -67,14 +69,14 @@ class CachedDecoder:
         self._slots = torch.arange(length + num_steps, device=x.device)
         if mask is None:
             mask = (self._slots[:length, None] >= self._slots[:length]).expand(batch_size, -1, -1)
-        # A valid token is one that itself is attended to.
+        # A token is valid if it attends to itself.
         valid = mask.diagonal(dim1=1, dim2=2)
         self._prefix = right_align(x, valid)
         rows = right_align(mask, valid)
         mask = right_align(rows.transpose(1, 2), valid).transpose(1, 2)
         self._positions = right_align(positions, valid)
         valid = right_align(valid, valid)
-        # Rows of padding see themselves: attention over nothing is not defined, and nothing sees them.
+        # Padding attends to itself, because attention over no tokens is undefined. No valid token attends to padding.
         mask = mask | torch.eye(length, dtype=torch.bool, device=mask.device)
         self._mask = torch.cat((mask, mask.new_zeros(batch_size, length, num_steps)), dim=2)
         self._next_position = valid.sum(1)
@@ -89,14 +91,14 @@ class CachedDecoder:
         return self._norm(self.model.run_decoder(x, mask=mask, positions=positions, caches=caches))
 
     def prefill(self) -> Tensor:
-        """Runs the prefix; the hidden state `[B, E]` that predicts the first token."""
+        """Runs the prefix and returns the hidden state `[B, E]` that predicts the first token."""
         return self._run(self._prefix, self._mask, self._positions, self._slots[: self._prefix.shape[1]])[:, -1]
 
     def step(self, token: Tensor) -> Tensor:
-        """Appends an image token `[B, D]`, or the id `[B]` of a text token; the hidden state `[B, E]` that predicts the
-        next."""
+        """Appends an image token `[B, D]` or the id `[B]` of a text token, and returns the hidden state `[B, E]` that
+        predicts the next one."""
         mask = (self._valid & (self._slots <= self._next_slot))[:, None]
-        # As the prefix's: autocast would carry one token in bfloat16 through all layers.
+        # The prefix's dtype: autocast would pass single tokens in bfloat16 through all layers.
         x = self._embed(token[:, None], self._next_slot).to(self._prefix.dtype)
         hidden = self._run(x, mask, self._next_position[:, None], self._next_slot)[:, -1]
         self._next_position.add_(1)
@@ -104,10 +106,10 @@ class CachedDecoder:
         return hidden
 
     def look_ahead(self, tokens: Tensor) -> Tensor:
-        """Runs tokens `[B, N, D]` or ids `[B, N]` that are not kept: the next call goes on where this one began.
+        """Runs tokens `[B, N, D]` or ids `[B, N]` without keeping them: the next call starts at the same position.
 
         Returns:
-          The hidden states `[B, N, E]` that predict what comes after each of them.
+          The hidden states `[B, N, E]` that predict the token after each of them.
         """
         ahead = torch.arange(tokens.shape[1], device=tokens.device)
         slots = self._next_slot + ahead
@@ -117,10 +119,10 @@ class CachedDecoder:
 
 
 class Latents(NamedTuple):
-    """An image as the model knows it.
+    """Latents of images.
 
     tokens: `[B, L, D]`.
-    factored: `[B, L, F]`, the dimensions that were factored out.
+    factored: `[B, L, F]`, the factored-out dimensions.
     """
 
     tokens: Tensor
@@ -141,9 +143,9 @@ def sample_latents(
     compile: Compile = lambda function: function,
     on_token: Callable[[], None] = lambda: None,
 ) -> Latents:
-    """Samples images as latents, token by token; arguments and errors as in `sample_images`."""
+    """Samples the latents of images token by token; arguments and errors as in `sample_images`."""
     if not (temperature_scales > 0 and temperature_probs > 0):
-        raise ValueError(f"temperatures {temperature_scales} and {temperature_probs}: give positive ones")
+        raise ValueError(f"temperatures {temperature_scales} and {temperature_probs}: expected positive numbers")
     guidance.check(model.image_head)
     batch_size, total = len(text), model.num_image_tokens
     device, dtype = text.device, model.image_emb.weight.dtype
@@ -153,7 +155,7 @@ def sample_latents(
     start = given.tokens.shape[1]
     weights = guidance.weights(total).to(device)
     drop = None
-    # Both halves of guidance are one batch: those given the text, then those without it.
+    # With guidance one batch holds both halves: first with the text, then without.
     twice = lambda x: torch.cat((x, x)) if guidance.on else x
     if guidance.on:
         drop = torch.arange(2 * batch_size, device=device) >= batch_size
@@ -172,7 +174,7 @@ def sample_latents(
         )
 
     def draw() -> tuple[guidance_lib.Noise, Tensor]:
-        factored = prng.normal(prng.fold_in(keys, _FACTORED), (total, model.factored_dim)).to(dtype)
+        factored = prng.normal(prng.fold_in(keys, FACTORED), (total, model.factored_dim)).to(dtype)
         return guidance_lib.draw(model.image_head, keys, total, model.out_dim), factored
 
     def prefill() -> tuple[CachedDecoder, Draft]:
@@ -184,7 +186,7 @@ def sample_latents(
             drop_prefix=drop,
             shift=False,
         )
-        # The last token is not fed back.
+        # The last token is not an input.
         decoder = CachedDecoder(model, prefix, modality="image", num_steps=total - start - 1, start=start)
         return decoder, pick(decoder.prefill())
 
@@ -194,11 +196,11 @@ def sample_latents(
 
     noise, factored = compile(draw)()
     decoder, draft = compile(prefill)()
-    tokens = [guidance_lib.settle(draft)]
+    tokens = [guidance_lib.resolve(draft)]
     on_token()
     step = compile(step)
     while start + len(tokens) < total:
-        tokens.append(guidance_lib.settle(step(tokens[-1])))
+        tokens.append(guidance_lib.resolve(step(tokens[-1])))
         on_token()
 
     def finish() -> Latents:
@@ -212,12 +214,12 @@ def sample_latents(
 def decode_latents(
     model: JetFormer, text: Tensor, latents: Latents, text_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Latents to images, and how likely they are.
+    """Decodes latents to images and scores them.
 
     Returns:
-      uint8 `[B, H, W, C]`, and log-likelihoods `[B]` in nats under the model given the texts: without guidance and at
-      temperature 1, however the latents were sampled; of pixel values in [0, 256), before they are cut to 8 bits.
-      Divided by -H · W · C · ln 2 they are the objective's bits per dim.
+      Images uint8 `[B, H, W, C]`, and log-likelihoods `[B]` in nats given the texts, without guidance and at
+      temperature 1, of the pixel values in [0, 256) before they are rounded to 8 bits. Divided by -H · W · C · ln 2
+      they are the objective's bits per dim.
     """
     image, logdet = model.decode_image(*latents)
     return to_uint8(image), _log_likelihood(model, text, latents, -logdet, text_mask)
@@ -226,7 +228,7 @@ def decode_latents(
 def _log_likelihood(
     model: JetFormer, text: Tensor, latents: Latents, logdet: Tensor, text_mask: Tensor | None
 ) -> Tensor:
-    """`[B]` in nats, of pixel values in [0, 256); `logdet` is of the image's encoding."""
+    """Returns `[B]` in nats, of pixel values in [0, 256); `logdet` is that of encoding the image."""
     _, hidden = model(text, latents.tokens, text_first=True, text_mask=text_mask)
     nll = model.image_head(hidden, latents.tokens, torch.ones_like(latents.tokens[..., 0])).nll
     nll = nll.sum(1) + objectives.standard_normal_nll(latents.factored)
@@ -235,14 +237,14 @@ def _log_likelihood(
 
 @torch.no_grad()
 def encode_images(model: JetFormer, images: Tensor, keys: Tensor) -> Latents:
-    """Images uint8 `[B, H, W, C]` to latents; their dequantization noise comes from `keys` int32 `[B, 2]`."""
+    """Encodes images uint8 `[B, H, W, C]` to latents, with dequantization noise from `keys` int32 `[B, 2]`."""
     latents, _ = _encode(model, images, keys)
     return latents
 
 
 def _encode(model: JetFormer, images: Tensor, keys: Tensor) -> tuple[Latents, Tensor]:
-    """Latents and log-determinants `[B]` in nats."""
-    noise = prng.uniform(prng.fold_in(keys, _DEQUANT), images.shape[1:])
+    """Returns latents and log-determinants `[B]` in nats."""
+    noise = prng.uniform(prng.fold_in(keys, DEQUANT), images.shape[1:])
     pixels = images.to(model.image_emb.weight.dtype) + noise
     encoded = model.encode_image(objectives.to_unit_range(pixels))
     return Latents(encoded.tokens, encoded.factored), encoded.logdet
@@ -258,27 +260,27 @@ def sample_images(
     compile: Compile = lambda function: function,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Samples images given texts (or class labels), token by token.
+    """Samples images given texts or class labels, token by token.
 
-    A sample depends on its text and its key alone, not on the batch that it is in.
+    A sample depends on its text and its key, not on the rest of its batch.
 
     Args:
-      model: the model, in evaluation mode.
-      text: `[B, T]`, token ids.
+      model: in evaluation mode.
+      text: token ids `[B, T]`.
       keys: int32 `[B, 2]`, see `jetformer.prng`.
-      text_mask: bool `[B, T]`, which are valid; None: all.
-      given: the first tokens of the images, which are then not sampled; None: none.
-      guidance: see `Guidance`.
-      temperature_scales: multiplies the standard deviations of the tokens' mixtures.
-      temperature_probs: multiplies the log-weights of the tokens' mixtures.
-      compile: what the stages (noise, prefix, one token, flow) are compiled with.
-      on_token: called after each token of the batch.
+      text_mask: bool `[B, T]`, valid tokens; None: all.
+      compile: compiles the stages (noise, prefix, one token, flow), see `Loop.compile`.
+      kwargs: given: latents of the first tokens, which are kept; None for none.
+        guidance: see `Guidance`.
+        temperature_scales: multiplies the standard deviations of the mixtures.
+        temperature_probs: multiplies the log-weights of the mixtures.
+        on_token: called after each token of the batch.
 
     Returns:
       See `decode_latents`.
 
     Raises:
-      ValueError: if the model cannot be guided like this, or a temperature is not positive.
+      ValueError: if guidance does not fit the model, or a temperature is not positive.
     """
     latents = sample_latents(model, text, keys, text_mask=text_mask, compile=compile, **kwargs)
     return compile(lambda: decode_latents(model, text, latents, text_mask))()
@@ -296,25 +298,25 @@ def complete_images(
     compile: Compile = lambda function: function,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Keeps the first rows of images, and samples the rest.
+    """Keeps the first rows of images and samples the rest.
 
-    The flow looks at a whole image, so what is missing has to be something before the given rows have tokens: it is
-    filled with the last given row. Their tokens are those of that image, which makes this an approximation.
+    This is an approximation: the flow encodes whole images only, so the tokens of the given rows are those of an image
+    whose other rows repeat the last given one.
 
     Args:
-      images: uint8 `[B, H, W, C]`, of which what comes after `rows` rows is not looked at.
-      rows: how many rows of pixels are given; a multiple of the patch size, see `rows_per_token`.
+      images: uint8 `[B, H, W, C]`; only their first `rows` rows matter.
+      rows: number of rows of pixels to keep, a multiple of `rows_per_token`.
       model, text, keys, text_mask, compile, kwargs: as in `sample_images`.
 
     Returns:
-      uint8 `[B, H, W, C]`, the given rows as they are, and log-likelihoods `[B]` of these images, see `decode_latents`.
+      Images uint8 `[B, H, W, C]` with the given rows unchanged, and their log-likelihoods `[B]`, see `decode_latents`.
 
     Raises:
-      ValueError: as `sample_images`; for other rows.
+      ValueError: as `sample_images`, and for a number of rows that does not fit.
     """
     size, height = rows_per_token(model), images.shape[1]
     if not 0 < rows < height or rows % size:
-        raise ValueError(f"{rows} rows: give a multiple of the patch size, {size}, between 0 and {height}")
+        raise ValueError(f"{rows} rows: expected a multiple of the patch size {size} between 0 and {height}")
 
     def encode() -> Latents:
         filled = torch.cat((images[:, :rows], images[:, rows - 1 : rows].expand(-1, height - rows, -1, -1)), dim=1)
@@ -332,13 +334,13 @@ def complete_images(
 
 
 def rows_per_token(model: JetFormer) -> int:
-    """How many rows of pixels a row of image tokens is.
+    """Returns the number of rows of pixels that a row of image tokens covers.
 
     Raises:
-      ValueError: if tokens are not rows of pixels.
+      ValueError: if the first tokens are not the first rows.
     """
     if getattr(model.patches, "depth_to_seq", 1) > 1:
-        raise ValueError("depth_to_seq cuts patches into several tokens, and the first tokens are no rows of pixels")
+        raise ValueError("images cannot be completed with depth_to_seq above 1: tokens are not in the order of rows")
     return model.image_shape[0] // model.patches.grid[0]
 
 
@@ -359,42 +361,42 @@ def sample_text(
     top_p: float = 1.0,
     compile: Compile = lambda function: function,
     on_token: Callable[[], None] = lambda: None,
-) -> tuple[Tensor, Tensor]:
-    """Samples texts token by token, given images by a `JetFormer`, or given how they begin by a `LanguageModel`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples texts token by token: captions of images by a `JetFormer`, or continuations by a `LanguageModel`.
 
     Args:
-      model: the model, in evaluation mode.
+      model: in evaluation mode.
       keys: int32 `[B, 2]`, see `jetformer.prng`.
-      image_tokens: `[B, L, D]`, of a JetFormer; see `encode_images`.
-      text: `[B, T]`, how the texts begin, of a LanguageModel; T may be 0.
-      text_mask: bool `[B, T]`, which of `text` are valid; None: all.
-      max_length: how many tokens a text has at most, its end included.
-      lengths: `[B]`, how many each has at most, up to max_length; None: max_length.
-      vocab_size: V; the model's special tokens come after these, and are never part of a text.
+      image_tokens: `[B, L, D]`, for a JetFormer; see `encode_images`.
+      text: token ids `[B, T]` to continue, for a LanguageModel; T may be 0.
+      text_mask: bool `[B, T]`, valid tokens of `text`; None: all.
+      max_length: maximum number of sampled tokens, the end token included.
+      lengths: `[B]`, maximum of each text, up to max_length; None: max_length.
+      vocab_size: V; the model's special tokens have higher ids, and are not sampled.
       eos_id: the token that ends a text.
       temperature: divides the logits.
-      top_k: choose among the k most probable tokens; 1 is the most probable text token by token. None: among all.
-      top_p: choose among the most probable tokens that together have at least this probability.
-      compile: what the stages (prefix, one token) are compiled with.
+      top_k: number of most probable tokens to choose from; 1 is greedy decoding. None: all.
+      top_p: choose from the smallest set of most probable tokens with at least this probability, in (0, 1].
+      compile: compiles the stages (prefix, one token), see `Loop.compile`.
       on_token: called after each token of the batch.
 
     Returns:
-      Token ids `[B, max_length]`, all `eos_id` from a text's end on; how many of them are the text's own, its end
-      included, `[B]`; and log-likelihoods `[B]` in nats of these, at temperature 1.
+      Token ids `[B, max_length]`, which are `eos_id` from a text's end on; the texts' numbers of tokens `[B]`, the end
+      token included; and their log-likelihoods `[B]` in nats, at temperature 1.
 
     Raises:
-      ValueError: for a model of class labels, or options out of range.
+      ValueError: for a model of class labels, or an option out of range.
     """
     if isinstance(model, JetFormer) and model.num_vocab_repeats != 1:
-        raise ValueError("the model repeats its vocabulary: its texts are class labels, which are not sampled")
+        raise ValueError("texts cannot be sampled with num_vocab_repeats above 1: they are class labels")
     if not (temperature > 0 and (top_k is None or top_k >= 1) and 0 < top_p <= 1):
         raise ValueError(
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: give a positive temperature, a top_k of 1 or "
-            "more, a top_p in (0, 1]"
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected a positive temperature, top_k of at "
+            "least 1, top_p in (0, 1]"
         )
     batch_size, device = len(keys), keys.device
     number = torch.zeros(1, dtype=torch.int32, device=device)
-    # One buffer of a fixed size, whenever texts end: to XLA their end is one graph, too.
+    # A buffer of fixed size, so that XLA compiles one graph whenever texts end.
     tokens = torch.full((batch_size, max_length), eos_id, device=device)
     own_lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
     ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
@@ -427,14 +429,14 @@ def sample_text(
         return pick(decoder.step(token))
 
     def all_ended() -> bool:
-        # Brought over first: a look from the host at a tensor of XLA's counts as a fall-back.
+        # `cpu` first: XLA counts `item` on a device tensor as a fallback.
         return compile(lambda: ended.all())().cpu().item()
 
     decoder, token = compile(prefill)()
     on_token()
     step = compile(step)
     for done in range(1, max_length):
-        if done % _LOOK_EVERY == 0 and all_ended():
+        if done % _CHECK_EVERY == 0 and all_ended():
             break
         token = step(token)
         on_token()
@@ -450,24 +452,26 @@ def score_texts(
     *,
     compile: Compile = lambda function: function,
 ) -> Tensor:
-    """How likely each of C texts is, given each of B images. The images are run once, then each text.
+    """Scores each of C texts given each of B images. The images run once, then each text.
 
     Args:
-      model: the model, in evaluation mode.
+      model: in evaluation mode.
       image_tokens: `[B, L, D]`, see `encode_images`.
       texts: token ids `[C, T]`.
-      counts: bool `[C, T]`, which of them count.
-      compile: what the stages (images, one text) are compiled with.
+      counts: bool `[C, T]`, tokens to score.
+      compile: compiles the stages (images, one text), see `Loop.compile`.
 
     Returns:
-      Log-likelihoods `[B, C]` in nats of the tokens that count.
+      Log-likelihoods `[B, C]` in nats.
 
     Raises:
-      ValueError: for texts of several tokens of a model that repeats its vocabulary.
+      ValueError: for texts of several tokens and a model with num_vocab_repeats above 1.
     """
     length = texts.shape[1]
     if model.num_vocab_repeats != 1 and length > 1:
-        raise ValueError("the model repeats its vocabulary: its texts are class labels of one token")
+        raise ValueError(
+            f"texts of {length} tokens: expected class labels, of one token, with num_vocab_repeats above 1"
+        )
     batch_size, device = len(image_tokens), image_tokens.device
 
     def prefill() -> tuple[CachedDecoder, Tensor]:
@@ -483,7 +487,7 @@ def score_texts(
         return (log_probs.gather(2, ids[..., None].long()).squeeze(2) * counted).sum(1)
 
     decoder, first = compile(prefill)()
-    if length == 1:  # one distribution scores all
+    if length == 1:  # one distribution scores all texts
         log_probs = lambda: model.text_logits(first[:, None]).float().log_softmax(-1)[:, 0, texts[:, 0].long()]
         return compile(lambda: log_probs() * counts[:, 0])()
     score = compile(score)
@@ -492,21 +496,21 @@ def score_texts(
 
 
 def keep_top(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """Sets logits `[..., V]` to -inf, of all but the k largest, and of all but the largest that together have at least
-    probability top_p; the largest stays."""
+    """Sets logits `[..., V]` to -inf except for the `top_k` largest, and except for the smallest set of largest ones
+    with at least probability `top_p`."""
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -math.inf)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probs = ordered.softmax(-1)
-        before = probs.cumsum(-1) - probs  # of what is more probable
+        before = probs.cumsum(-1) - probs  # probability of all more probable tokens
         dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
         logits = logits.masked_fill(dropped, -math.inf)
     return logits
 
 
 def to_uint8(image: Tensor) -> Tensor:
-    """Values in [-1, 1] to 8 bits: the pixel whose dequantization interval a value lies in, the nearest for those
-    beyond."""
+    """Maps values in [-1, 1] to the pixels uint8 whose dequantization intervals contain them; values outside are
+    clipped."""
     return ((image + 1) * 127.5).floor().clamp(0, 255).to(torch.uint8)

@@ -1,9 +1,9 @@
-"""What a sampling program leaves behind: a folder of PNGs, a line of JSON for each, a grid, and a page to browse them.
-Where texts are sampled without images, only the lines and the page.
+"""Writes samples: PNGs, a line of JSON for each, a grid, and a page to browse them.
 
     <out>/images/a-red-circle_0003.png  …  samples.jsonl  grid.png  index.html
 
-A sample counts once its line is there, so an interrupted program goes on where it stopped.
+Texts without images have the lines and the page only. A sample counts once its line is written, so an interrupted
+program resumes.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from jetformer.sampling.grid import to_pil
 
 RECORDS_FILE, GRID_FILE, PAGE_FILE = "samples.jsonl", "grid.png", "index.html"
 
-_TILE = 128  # smallest size of an image in the grid, in pixels
+_TILE = 128  # minimum width of an image in the grid, in pixels
 _GAP, _LINE = 4, 16
 _MAX_ROWS, _MAX_COLUMNS = 40, 20
 
@@ -43,7 +43,7 @@ figcaption { font-size: .75rem; color: #555 }
 
 
 def slug(label: str) -> str:
-    """A file name's part that says what `label` says, and is another one for another label."""
+    """Returns a readable part of a file name, unique for each label."""
     words = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:80]
     if words.replace("-", " ") == label:
         return words
@@ -51,12 +51,12 @@ def slug(label: str) -> str:
 
 
 class Gallery:
-    """Images and texts with what is known of each, in rows by label.
+    """Samples in a directory, in rows by label.
 
     Args:
-      directory: made if it is not there.
-      settings: what all samples have in common. They are part of every record.
-      key: what a record calls the label, as "prompt".
+      directory: created if it does not exist.
+      settings: common to all samples, and part of each record.
+      key: name of the label in records, as "prompt".
 
     Raises:
       ValueError: if the directory holds samples with other settings.
@@ -68,7 +68,7 @@ class Gallery:
         self._file = directory / RECORDS_FILE
         self.records: list[dict[str, Any]] = []
         text = self._file.read_text(encoding="utf-8") if self._file.exists() else ""
-        # The last line may have been cut off; its image is made again.
+        # The last line may be incomplete; its sample is drawn again.
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             self._file.write_text(whole, encoding="utf-8")
@@ -83,22 +83,22 @@ class Gallery:
         self._done = {(record[key], record["seed"]): record for record in self.records}
 
     def has(self, label: str, seed: int, **known: Any) -> bool:
-        """Whether the sample is there.
+        """Returns whether a sample exists.
 
         Raises:
-          ValueError: if something else is `known` of the one that is there.
+          ValueError: if its record has another value for one in `known`.
         """
         record = self._done.get((label, seed))
         for name, value in known.items():
             if record is not None and record.get(name) != value:
                 raise ValueError(
-                    f"{self._directory} holds a sample of another {label}, with {name} {record.get(name)} and not "
+                    f"{self._directory} holds a sample of another {label}, with {name} {record.get(name)}, not "
                     f"{value}: use another --out"
                 )
         return record is not None
 
-    def add(self, label: str, seed: int, image: np.ndarray | None, **known: Any) -> None:
-        """Adds a sample: its image uint8 `[H, W, C]`, if it has one, and what is known of it."""
+    def add(self, label: str, seed: int, image: np.ndarray | None = None, **known: Any) -> None:
+        """Adds a sample: its image uint8 `[H, W, C]`, if any, and further values of its record."""
         record = {self._key: label, "seed": seed, **known, **self._settings}
         if image is not None:
             record["file"] = f"images/{slug(label)}_{seed:04d}.png"
@@ -112,14 +112,14 @@ class Gallery:
         self._done[label, seed] = record
 
     def rows(self) -> dict[str, list[dict[str, Any]]]:
-        """Records by label, each row by seed."""
+        """Returns records by label, ordered by seed."""
         rows: dict[str, list[dict[str, Any]]] = {}
         for record in self.records:
             rows.setdefault(record[self._key], []).append(record)
         return {label: sorted(row, key=lambda record: record["seed"]) for label, row in rows.items()}
 
     def finish(self) -> None:
-        """Writes the page of all samples that are there, and the grid of the first rows and columns of them."""
+        """Writes the page of all samples, and the grid of the first rows and columns."""
         rows = self.rows()
         (self._directory / PAGE_FILE).write_text(self._page(rows), encoding="utf-8")
         if "file" in self.records[0]:
@@ -128,7 +128,7 @@ class Gallery:
                 self._grid(rows).save(file, "PNG")
 
     def _grid(self, rows: dict[str, list[dict[str, Any]]]) -> Image.Image:
-        """A row of images for each label, under the label."""
+        """Draws a row of images for each label, under the label."""
         images = {label: [self._tile(record) for record in row] for label, row in rows.items()}
         width, height = next(iter(images.values()))[0].size
         columns = max(map(len, images.values()))
@@ -159,7 +159,7 @@ class Gallery:
         settings = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in self._settings.items())
         parts = []
         for label, row in rows.items():
-            figures = []
+            tiles = []
             for record in row:
                 known = [f"seed {record['seed']}"]
                 known += [f"{record[unit]:.3f} {name}" for unit, name in _UNITS.items() if unit in record]
@@ -168,11 +168,11 @@ class Gallery:
                 if "file" in record:
                     file = escape(record["file"])
                     picture = f'<a href="{file}"><img src="{file}" alt="{escape(label)}"></a>'
-                    figures.append(f"<figure>{picture}{caption}</figure>")
+                    tiles.append(f"<figure>{picture}{caption}</figure>")
                 else:
-                    figures.append(f'<figure class="text">{caption}</figure>')
+                    tiles.append(f'<figure class="text">{caption}</figure>')
             heading = escape(label) or "(no prompt)"
-            parts.append(f'<h2>{heading}</h2>\n<div class="row">\n' + "\n".join(figures) + "\n</div>")
+            parts.append(f'<h2>{heading}</h2>\n<div class="row">\n' + "\n".join(tiles) + "\n</div>")
         return (
             '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Samples</title>\n'
             f"<style>{_STYLE}</style>\n<h1>{len(self.records)} samples</h1>\n<dl>{settings}</dl>\n"
@@ -186,5 +186,5 @@ def _caption(label: str, row: list[dict[str, Any]]) -> str:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most `width` characters that PIL's font can draw."""
+    """Returns lines of at most `width` characters, which PIL's font can draw."""
     return textwrap.wrap(text.encode("latin-1", "replace").decode("latin-1"), width) or [""]

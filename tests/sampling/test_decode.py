@@ -1,4 +1,4 @@
-"""Decoding with a cache: equal to the model without one, prompts of any length together, samples of the right
+"""Decoding with a KV cache equals the model without one, for prompts of any lengths; samples have the model's
 distribution."""
 
 import math
@@ -25,7 +25,7 @@ from jetformer.sampling.decode import (
     sample_text,
     to_uint8,
 )
-from jetformer.sampling.guidance import Guidance, draft_token, draw, settle
+from jetformer.sampling.guidance import Guidance, draft_token, draw, resolve
 from small_models import L, T, inputs, small_model
 
 OPTIONS = [
@@ -67,7 +67,7 @@ def test_right_align_keeps_the_order():
 
 
 def test_samples_follow_the_models_density():
-    """One token of one dimension: what is sampled is distributed as the head's mixture says."""
+    """Samples of one token of one dimension follow the head's mixture."""
     model = small_model(flow=None, out_dim=1, image_shape=(2, 2, 3), num_mixtures=3).float().eval()
     text = torch.full((4000, 1), 4)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_samples_follow_the_models_density():
         mixture = model.image_head.distribution(model.image_head.logits(hidden))
     images, _ = sample_images(model, text, keys(0, 4000))
     assert images.shape == (4000, 2, 2, 3)
-    # The first pixel value, between the ends that clipping fills up.
+    # The first pixel value, away from the ends, where values are clipped.
     values = images[:, 0, 0, 0]
     weights, locs, scales = (
         y[0].squeeze(-1).numpy() for y in (mixture.logits.softmax(-1)[..., None], mixture.locs, mixture.scales)
@@ -153,7 +153,7 @@ def test_cached_text_equals_uncached(kwargs):
 
 @torch.no_grad()
 def test_guided_equals_guiding_two_batches():
-    """Both halves in one forward pass, against a model run on the texts and one run on none."""
+    """One batch with both halves equals the model on the texts and the model without them."""
     model = small_model(num_mixtures=3).float().eval()
     text = torch.tensor([[1, 2], [3, 4], [5, 6]])
     text_mask = torch.tensor([[True, True], [True, False], [True, True]])
@@ -165,12 +165,12 @@ def test_guided_equals_guiding_two_batches():
     _, without = model(text, latents.tokens, text_first=True, text_mask=text_mask, drop_prefix=all_dropped)
     for i, weight in enumerate(guidance.weights(L)):
         hidden = torch.cat((given_text[:, i], without[:, i]))
-        expected = settle(draft_token(model.image_head, hidden, noise.at(torch.tensor([i])), "density", weight))
+        expected = resolve(draft_token(model.image_head, hidden, noise.at(torch.tensor([i])), "density", weight))
         torch.testing.assert_close(latents.tokens[:, i], expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_what_is_given_of_an_image_stays():
+def test_given_tokens_of_an_image_are_kept():
     model = small_model().eval()
     images = torch.randint(0, 256, (2, 4, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     whole = encode_images(model, images, keys(0, 2))
@@ -181,21 +181,21 @@ def test_what_is_given_of_an_image_stays():
         assert torch.equal(sampled[:, :3], kept)
         assert sampled.shape[1] == L
     assert not torch.equal(latents.tokens[:, 3], whole.tokens[:, 3])
-    # All of an image's latents are the image.
+    # All latents of an image decode to it.
     assert torch.equal(decode_latents(model, text, whole)[0], images)
 
 
 @pytest.mark.parametrize("text_mask", [None, [[True, False], [True, True]]])
 @torch.no_grad()
 def test_likelihoods_are_those_of_the_objective(text_mask):
-    """An image's bits per dim, encoded with its dequantization noise, by the objective and by the sampler."""
+    """Bits per dim of an image, with the same dequantization noise, by the objective and by the sampler."""
     model = small_model().eval()
     images = torch.randint(0, 256, (2, 4, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     text = torch.tensor([[1, 2], [3, 4]])
     batch = {"image": images, "text": text, "text_loss": torch.ones_like(text, dtype=torch.bool)}
     if text_mask is not None:
         text_mask = batch["text_mask"] = torch.tensor(text_mask)
-    draws = {"dequant": prng.uniform(prng.fold_in(keys(7, 2), decode._DEQUANT), (4, 4, 3))}
+    draws = {"dequant": prng.uniform(prng.fold_in(keys(7, 2), decode.DEQUANT), (4, 4, 3))}
     _, terms = JetFormerObjective(text_prefix_prob=1.0)(model, batch, draws, train=False)
     latents = encode_images(model, images, keys(7, 2))
     _, log_likelihoods = decode_latents(model, text, latents, text_mask)
@@ -204,8 +204,8 @@ def test_likelihoods_are_those_of_the_objective(text_mask):
 
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(mode="interp", weight=1.5)])
 @torch.no_grad()
-def test_what_follows_given_tokens_is_what_followed_them(guidance):
-    """A sample begun with its own first tokens ends as it did, which takes the places that it had."""
+def test_a_sample_continues_its_own_first_tokens(guidance):
+    """A sample given its own first tokens has the same rest."""
     model = small_model(image_posemb=True, num_mixtures=3).eval()
     text, _ = inputs(model, batch=3)
     whole = sample_latents(model, text, keys(0, 3), guidance=guidance)
@@ -215,7 +215,7 @@ def test_what_follows_given_tokens_is_what_followed_them(guidance):
 
 @torch.no_grad()
 def test_completed_images():
-    """The given rows stay, nothing depends on the others, and the likelihood is that of the picture."""
+    """Given rows are kept, other rows have no effect, and the likelihood is that of the whole image."""
     model = small_model().eval()
     images = torch.randint(0, 256, (3, 4, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     text = torch.tensor([[1], [2], [3]])
@@ -227,13 +227,13 @@ def test_completed_images():
     changed = torch.cat((images[:, :2], 255 - images[:, 2:]), dim=1)
     assert torch.equal(complete_images(model, text, keys(0, 3), changed, 2)[0], completed)
     for rows in (0, 1, 4):
-        with pytest.raises(ValueError, match=f"{rows} rows: give a multiple of the patch size, 2"):
+        with pytest.raises(ValueError, match=f"{rows} rows: .*multiple of the patch size 2 "):
             complete_images(model, text, keys(0, 3), images, rows)
 
 
 @torch.no_grad()
-def test_autocast_keeps_what_goes_through_the_layers():
-    """One token at a time as all at once: products in bfloat16, their sum in float32."""
+def test_autocast_keeps_the_residual_stream_in_float32():
+    """Token by token as all at once: products in bfloat16, the residual stream in float32."""
     model = small_model().float().eval()
     text, image = inputs(model, batch=3)
     image = image.float()
@@ -250,7 +250,7 @@ def test_autocast_keeps_what_goes_through_the_layers():
 @pytest.mark.parametrize("temperatures", [(0.0, 1.0), (1.0, -1.0)])
 def test_temperatures_are_positive(temperatures):
     kwargs = dict(zip(("temperature_scales", "temperature_probs"), temperatures, strict=True))
-    with pytest.raises(ValueError, match="give positive ones"):
+    with pytest.raises(ValueError, match="temperatures {} and {}".format(*temperatures)):
         sample_images(small_model().eval(), torch.zeros(1, 1, dtype=torch.int64), keys(0, 1), **kwargs)
 
 
@@ -289,7 +289,7 @@ def test_texts_and_their_likelihoods():
 
 @torch.no_grad()
 def test_the_most_probable_text():
-    """Whatever the seed; top-k of 1, a low temperature and a small top-p are the same."""
+    """A top-k of 1, a low temperature and a small top-p return it, for any seed."""
     model = small_model(untie_output_vocab=True).float().eval()
     image, tokens, _ = texts(model, 0, top_k=1)
     for kwargs in ({"top_k": 1}, {"temperature": 1e-4}, {"top_p": 1e-6}):

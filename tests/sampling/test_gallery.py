@@ -1,4 +1,4 @@
-"""What the sampling program leaves behind, for labels that somebody else has written."""
+"""The files of samples, for labels from an untrusted source."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from jetformer.sampling.gallery import Gallery
 @pytest.mark.parametrize(
     "label", ["../../outside", "/etc/passwd", "a\x00b\n", "..", "<script>alert(1)</script>", "é" * 300]
 )
-def test_labels_are_texts_and_no_paths_or_pages(tmp_path, label):
+def test_labels_are_neither_paths_nor_html(tmp_path, label):
     out = tmp_path / "a" / "out"
     gallery = Gallery(out, {"run": "<i>run</i>"})
     gallery.add(label, 0, np.zeros((4, 4, 3), np.uint8), text="<b>bold</b>")
@@ -23,7 +23,7 @@ def test_labels_are_texts_and_no_paths_or_pages(tmp_path, label):
     assert not any(tag in page for tag in ("<script>", "<b>", "<i>"))
 
 
-def test_other_labels_have_other_files(tmp_path):
+def test_labels_have_files_of_their_own(tmp_path):
     gallery = Gallery(tmp_path, {})
     labels = ["a circle", "A circle", "a-circle", "a circle!", "", "-", "a" * 100, "a" * 101]
     for label in labels:

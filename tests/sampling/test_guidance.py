@@ -29,25 +29,25 @@ def log_target(x, loc_c, scale_c, loc_u, scale_u, w):
 
 
 def samples(case, n=N, seed=0):
-    """Of all cases at once, one in each dimension."""
+    """Samples of all cases, one in each dimension."""
     columns = torch.tensor(case, dtype=torch.float64).T
     loc_c, scale_c, loc_u, scale_u = (x.expand(n, -1) for x in columns[:4])
     noise = guidance.draw(
         MixtureHead(1, 1, 1), prng.example_keys(seed, torch.arange(n, dtype=torch.int32)), 1, len(case)
     )
     noise = noise.at(torch.zeros(1, dtype=torch.int64))
-    # one weight for all is what the function takes
+    # The function takes one weight.
     weights = columns[4].unique()
     result = torch.empty(n, len(case), dtype=torch.float64)
     for w in weights:
         mine = columns[4] == w
-        drawn = guidance.settle(guidance.draft_quotient(loc_c, scale_c, loc_u, scale_u, w, noise.normal, noise.keys))
+        drawn = guidance.resolve(guidance.draft_quotient(loc_c, scale_c, loc_u, scale_u, w, noise.normal, noise.keys))
         result[:, mine] = drawn[:, mine]
     return result.numpy()
 
 
 def reference_rejection_sampler(case, n, rng):
-    """The reference's, as its paper and its code describe it: a grid for the envelope, all proposals one by one."""
+    """The reference's, as its paper and code describe it: a grid for the envelope, proposals one by one."""
     loc_c, scale_c, _, scale_u, _ = case
     width = 2 * max(scale_c, scale_u)
     grid = loc_c + np.linspace(-10, 10, 1001)
@@ -56,12 +56,12 @@ def reference_rejection_sampler(case, n, rng):
     log_accept = log_target(x, *case) - log_factor - stats.norm.logpdf(x, loc_c, width)
     accepted = np.log(rng.uniform(size=x.shape)) < log_accept
     first = x[np.arange(n), accepted.argmax(1)]
-    # By how much the target exceeds the envelope, which is highest at loc_c, and not where the target is.
+    # How far the target exceeds the envelope, whose maximum is at loc_c and not at the target's.
     excess = (log_target(grid, *case) - log_factor - stats.norm.logpdf(grid, loc_c, width)).max()
     return np.where(accepted.any(1), first, rng.normal(loc_c, scale_c, n)), excess
 
 
-def test_the_closed_form_is_what_integration_gives():
+def test_the_closed_form_agrees_with_integration():
     drawn = samples(GAUSSIAN)
     for case, x in zip(GAUSSIAN, drawn.T, strict=True):
         grid = np.linspace(-30, 30, 600_001)
@@ -70,37 +70,37 @@ def test_the_closed_form_is_what_integration_gives():
         assert stats.kstest(x, lambda at, cdf=cdf, grid=grid: np.interp(at, grid, cdf)).pvalue > 1e-3
 
 
-def test_the_closed_form_is_what_rejection_sampling_gives():
+def test_the_closed_form_agrees_with_rejection_sampling():
     rng = np.random.default_rng(0)
     drawn = samples(GAUSSIAN, n=3000)
     compared = 0
     for case, x in zip(GAUSSIAN, drawn.T, strict=True):
         theirs, excess = reference_rejection_sampler(case, 3000, rng)
-        if excess < 0.01:  # where it is more, the reference's sampler cuts the top of the target off
+        if excess < 0.01:  # above that, the reference's sampler truncates the target
             assert stats.ks_2samp(x, theirs).pvalue > 1e-3
             compared += 1
     assert compared == 3
 
 
-def test_what_is_no_gaussian_is_rejection_sampled_as_in_the_reference():
+def test_other_densities_are_rejection_sampled_as_in_the_reference():
     rng = np.random.default_rng(1)
     drawn = samples(NOT_GAUSSIAN, n=3000)
     for case, x in zip(NOT_GAUSSIAN, drawn.T, strict=True):
         assert log_target(40, *case) > log_target(0, *case)  # it grows without bound
         theirs, _ = reference_rejection_sampler(case, 3000, rng)
         assert stats.ks_2samp(x, theirs).pvalue > 1e-3
-    # The last is nearly flat: what comes out is the proposals, not the conditional density.
+    # The last is nearly flat, so samples follow the proposals, not the conditional density.
     assert drawn[:, 2].std() > 1.5
 
 
-def test_dimensions_do_not_depend_on_one_another():
-    """A dimension's sample is the same whether others are rejection sampled beside it or not."""
+def test_dimensions_are_independent():
+    """Rejection sampling of other dimensions does not change a dimension's sample."""
     mixed = samples([*GAUSSIAN[1:2], *NOT_GAUSSIAN[:1]], n=50)
     assert np.array_equal(mixed[:, 0], samples(GAUSSIAN[1:2] * 2, n=50)[:, 0])
     assert np.array_equal(mixed[:, 1], samples(NOT_GAUSSIAN[:1] * 2, n=50)[:, 1])
 
 
-def test_no_weight_is_no_guidance():
+def test_weight_0_is_no_guidance():
     case = [(*x[:4], 0.0) for x in (*GAUSSIAN, *NOT_GAUSSIAN)]
     for (loc, scale, *_), x in zip(case, samples(case).T, strict=True):
         assert stats.kstest(x, stats.norm(loc, scale).cdf).pvalue > 1e-3
@@ -115,21 +115,21 @@ def random_head(k=5, d=3):
 
 
 @torch.no_grad()
-def test_modes_agree_where_there_is_nothing_to_guide():
-    """The same hidden state with and without the text: whatever the weight, all modes are plain sampling."""
+def test_modes_agree_without_a_difference_to_guide_by():
+    """With equal hidden states with and without the text, all modes at all weights are plain sampling."""
     head, hidden = random_head()
     keys = prng.example_keys(0, torch.arange(6, dtype=torch.int32))
     noise = guidance.draw(head, keys, 4, 3).at(torch.tensor([2]))
-    plain = guidance.settle(guidance.draft_token(head, hidden, noise, "none", torch.tensor(0.0), 0.9, 1.1))
+    plain = guidance.resolve(guidance.draft_token(head, hidden, noise, "none", torch.tensor(0.0), 0.9, 1.1))
     twice = torch.cat((hidden, hidden))
     for mode in ("density", "interp"):
         for weight in (0.0, 3.0):
-            guided = guidance.settle(guidance.draft_token(head, twice, noise, mode, torch.tensor(weight), 0.9, 1.1))
+            guided = guidance.resolve(guidance.draft_token(head, twice, noise, mode, torch.tensor(weight), 0.9, 1.1))
             torch.testing.assert_close(guided, plain)
 
 
 @torch.no_grad()
-def test_interp_is_a_mixture_with_parameters_farther_away():
+def test_interp_is_a_mixture_with_extrapolated_parameters():
     head, hidden = random_head(k=3, d=1)
     c, u = hidden[:1], hidden[1:2]
     w, n = 1.5, 8000
@@ -138,7 +138,7 @@ def test_interp_is_a_mixture_with_parameters_farther_away():
     keys = prng.example_keys(0, torch.arange(n, dtype=torch.int32))
     noise = guidance.draw(head, keys, 1, 1).at(torch.tensor([0]))
     halves = torch.cat((c.expand(n, -1), u.expand(n, -1)))
-    drawn = guidance.settle(guidance.draft_token(head, halves, noise, "interp", torch.tensor(w)))[:, 0]
+    drawn = guidance.resolve(guidance.draft_token(head, halves, noise, "interp", torch.tensor(w)))[:, 0]
     weights, locs, scales = (
         x[0].numpy() for x in (mixture.logits.softmax(-1), mixture.locs[..., 0], mixture.scales[..., 0])
     )
@@ -148,7 +148,7 @@ def test_interp_is_a_mixture_with_parameters_farther_away():
 
 @torch.no_grad()
 def test_density_takes_the_component_of_the_conditional_mixture():
-    """A conditional mixture of one component, an unconditional one of another: the second one's place is not seen."""
+    """The conditional density has one component and the unconditional another, whose mean has no effect."""
     head = MixtureHead(2, 1, 2)
     head.linear.weight.zero_()
     head.linear.bias.zero_()
@@ -157,7 +157,7 @@ def test_density_takes_the_component_of_the_conditional_mixture():
     keys = prng.example_keys(0, torch.arange(2000, dtype=torch.int32))
     noise = guidance.draw(head, keys, 1, 1).at(torch.tensor([0]))
     halves = torch.eye(2).repeat_interleave(2000, dim=0)
-    drawn = guidance.settle(guidance.draft_token(head, halves, noise, "density", torch.tensor(2.0)))[:, 0]
+    drawn = guidance.resolve(guidance.draft_token(head, halves, noise, "density", torch.tensor(2.0)))[:, 0]
     assert stats.kstest(drawn.numpy(), stats.norm(-3, 1).cdf).pvalue > 1e-3
 
 

@@ -1,4 +1,4 @@
-"""An experiment's gin text, where weights come without one."""
+"""Weights as they were read, and the gin text of an experiment for weights that come without one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-# Of data sets whose images all have one.
+# Height and width, of datasets whose images all have the same.
 _SIZES = {
     "cifar10": (32, 32),
     "downsampled_imagenet/32x32": (32, 32),
@@ -17,16 +17,16 @@ _SIZES = {
 
 @dataclasses.dataclass
 class Weights:
-    """What was read, before it fits a model.
+    """Weights as they were read.
 
     Attributes:
-      tensors: by their names over there.
-      gin: the experiment as gin text, as far as the weights tell it; None: it has to be given.
-      ema: the moving average, by the same names; None: there is none.
-      step: of training; None: not known.
-      tokenizer: the file of the tokenizer that came with them, if one did.
-      needs: bindings that the weights do not tell, and why.
-      notes: what a user should know, a line each.
+      tensors: by their names in the source.
+      gin: the experiment as gin text, as far as the weights determine it; None: it must be given.
+      ema: the moving average, by the same names; None for none.
+      step: of training; None: unknown.
+      tokenizer: content of the tokenizer's file; None for none.
+      needs: bindings that the weights do not determine, with a description of each.
+      notes: warnings for the user, a line each.
     """
 
     tensors: Mapping[str, Any]
@@ -39,7 +39,7 @@ class Weights:
 
 
 def gin_text(bindings: Mapping[str, Any]) -> str:
-    """Bindings as gin text. A value that begins with @ stands as it is, alone or in a dictionary."""
+    """Returns bindings as gin text. A value that begins with @ is a reference, alone or in a dictionary."""
     lines = []
     for name, value in bindings.items():
         if isinstance(value, str) and value.startswith("@"):
@@ -52,13 +52,13 @@ def gin_text(bindings: Mapping[str, Any]) -> str:
 
 
 def training(step: int | None) -> dict[str, Any]:
-    """Bindings that every experiment has to have, of one that is at its end; `step` is None where it is not known."""
+    """Returns the bindings that every experiment needs, for one that ended at `step` (None: unknown)."""
     return {
         "train.data": "@Data()",
         "train.optimizer": "@make_optimizer",
         "train.schedule": "@make_schedule",
         "train.batch_size": 64,
-        # An evaluation job evaluates the last step, and ends.
+        # The run's last step, so that an evaluation job ends after it.
         "train.total_steps": max(step or 0, 1),
         "make_optimizer.lr": 3e-4,
         "make_optimizer.wd": 1e-5,
@@ -69,12 +69,12 @@ def training(step: int | None) -> dict[str, Any]:
 
 
 def data(name: str | None, size: tuple[int, int], labels: bool) -> dict[str, Any]:
-    """Bindings of a data set for images of a size: the one of this name, or one that has such images.
+    """Returns the bindings of a dataset.
 
     Args:
-      name: of a TFDS data set; None: any.
-      size: height and width.
-      labels: whether the model is told the class.
+      name: of a TFDS dataset; None: one with images of this size.
+      size: height and width of the model's images.
+      labels: whether the model is conditional on classes.
     """
     if name is None:
         small = "cifar10" if labels else "downsampled_imagenet/32x32"

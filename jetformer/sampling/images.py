@@ -1,0 +1,167 @@
+"""Samplers of images: of classes and prompts by a `JetFormer`, and by a flow alone.
+
+Dimensions: B batch, T text tokens.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jetformer import objectives, prng
+from jetformer.models.jetformer import JetFormer
+from jetformer.sampling import decode
+from jetformer.sampling.guidance import Guidance
+from jetformer.sampling.sampler import Request, Sampler
+
+
+def class_requests(experiment, model: nn.Module, classes: Sequence[int]) -> list[Request]:
+    """Returns a request for each class.
+
+    Args:
+      experiment: that trained the model.
+      model: the model.
+      classes: their numbers.
+
+    Raises:
+      ValueError: for a class that the model does not have, or a model of texts.
+    """
+    if classes and experiment.data.has_texts():
+        raise ValueError("the model is conditional on texts, not on classes: give prompts")
+    requests = [Request(f"class {label}", np.array([label])) for label in classes]
+    for request in requests:
+        check_tokens(torch.from_numpy(request.text)[None], model)
+    return requests
+
+
+def check_tokens(text: Tensor, model: nn.Module) -> None:
+    """Checks that `text` `[B, T]` holds classes, or tokens of the data: no special token of the model.
+
+    Raises:
+      ValueError: if it holds another token, or the model has no classes.
+    """
+    if hasattr(model, "first_special"):
+        count = model.first_special(text.shape[1])
+    elif hasattr(model, "num_labels"):
+        count = model.num_labels
+    else:
+        raise ValueError(f"{type(model).__name__} is not conditional on classes: sample without classes")
+    for token in (text.min().item(), text.max().item()):
+        if not 0 <= token < count:
+            raise ValueError(f"there is no class or token {token}: the model has 0 to {count - 1}")
+
+
+class ImageSampler(Sampler):
+    """Samples images by a `JetFormer`, given classes or prompts; with `rows`, completes images.
+
+    Args:
+      experiment: that trained the model.
+      model: the model.
+      guidance: see `Guidance`.
+      temperature: multiplies the standard deviations of the tokens' mixtures.
+      temperature_probs: multiplies the log-weights of the tokens' mixtures.
+      rows: number of rows of pixels to keep of the images of requests; None: requests have no images.
+      compile: see `Loop.compile`.
+
+    Raises:
+      ValueError: if the model does not learn images after texts, guidance does not fit it, or images cannot be
+        completed.
+    """
+
+    def __init__(
+        self,
+        experiment,
+        model: JetFormer,
+        *,
+        guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
+        temperature: float = 1.0,
+        temperature_probs: float = 1.0,
+        rows: int | None = None,
+        compile: decode.Compile = lambda function: function,
+    ):
+        experiment.objective.check_order(text_first=True)
+        guidance.check(model.image_head)
+        experiment.objective.check_guidance(guidance.mode)
+        self._rows = rows
+        self._options = {
+            "guidance": guidance,
+            "temperature_scales": temperature,
+            "temperature_probs": temperature_probs,
+            "compile": compile,
+        }
+        self.settings = {
+            "temperature": temperature,
+            "temperature_probs": temperature_probs,
+            "guidance": guidance.mode,
+            "guidance_weight": guidance.weight,
+            "guidance_schedule": guidance.schedule,
+        }
+        self.num_tokens = model.num_image_tokens
+        if rows is not None:
+            self.settings["rows"] = rows
+            self.num_tokens -= rows // decode.rows_per_token(model) * model.patches.grid[1]
+
+    def __call__(
+        self, model: JetFormer, batch: dict[str, Tensor], keys: Tensor, on_token: Callable[[], None]
+    ) -> list[dict[str, Any]]:
+        options = {"text_mask": batch.get("text_mask"), "on_token": on_token, **self._options}
+        if self._rows is None:
+            sampled, nats = decode.sample_images(model, batch["text"], keys, **options)
+        else:
+            sampled, nats = decode.complete_images(model, batch["text"], keys, batch["image"], self._rows, **options)
+        return _described(sampled, nats)
+
+
+class FlowSampler(Sampler):
+    """Samples images by a flow alone, of classes if it is conditional on them.
+
+    Args:
+      model: has `inverse(z, context=None) -> (x, logdet)` with z and x `[B, H, W, C]`, x in [-1, 1], and `image_shape`
+        (H, W, C); for classes also `num_labels`, and `context(labels)` that returns the context of labels `[B]`.
+      temperature: multiplies the latents.
+      compile: see `Loop.compile`.
+
+    Raises:
+      ValueError: if the model is not a flow.
+    """
+
+    num_tokens = 1
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        temperature: float = 1.0,
+        compile: decode.Compile = lambda function: function,
+    ):
+        if missing := [name for name in ("inverse", "image_shape") if not hasattr(model, name)]:
+            raise ValueError(
+                f"{type(model).__name__} cannot be sampled: it is not a JetFormer or LanguageModel, and a flow needs "
+                f"{' and '.join(missing)}"
+            )
+        self._temperature, self._compile = temperature, compile
+        self.settings = {"temperature": temperature}
+
+    def __call__(
+        self, model: nn.Module, batch: dict[str, Tensor], keys: Tensor, on_token: Callable[[], None]
+    ) -> list[dict[str, Any]]:
+        def sample() -> tuple[Tensor, Tensor]:
+            latents = prng.normal(keys, model.image_shape) * self._temperature
+            context = model.context(batch["text"][:, 0]) if "text" in batch else None
+            image, logdet = model.inverse(latents, context)
+            nats = -objectives.standard_normal_nll(latents) - logdet
+            return decode.to_uint8(image), nats - math.prod(model.image_shape) * math.log(127.5)
+
+        with torch.no_grad():
+            sampled, nats = self._compile(sample)()
+        on_token()
+        return _described(sampled, nats)
+
+
+def _described(images: Tensor, nats: Tensor) -> list[dict[str, Any]]:
+    scale = -1 / (images[0].numel() * math.log(2))
+    rows = zip(images.cpu().numpy(), nats.cpu().tolist(), strict=True)
+    return [{"image": image, "log_likelihood": x, "bits_per_dim": x * scale} for image, x in rows]
