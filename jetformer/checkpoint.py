@@ -363,7 +363,7 @@ class Checkpoint:
     """
 
     def __init__(self, workdir: str | os.PathLike, step: int):
-        self._workdir, self._step = os.fspath(workdir), step
+        self._workdir, self._step = workdir, step
         self._fs, root = _open(workdir)
         self._directory = _directory(root, step)
         complete = _complete(self._fs, root, _listed(self._fs, root))

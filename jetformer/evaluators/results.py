@@ -81,8 +81,8 @@ def write(
     written.publish()  # before the record, which marks the step as complete
     if runtime.process_index == 0:
         (directory / "steps").mkdir(parents=True, exist_ok=True)
-        figures = {tag: value if math.isfinite(value) else None for tag, value in scalars.items()}  # JSON has no NaN
-        record = {"step": step, "seconds": round(seconds, 3), "settings": _settings(evaluator), "figures": figures}
+        values = {tag: value if math.isfinite(value) else None for tag, value in scalars.items()}  # JSON has no NaN
+        record = {"step": step, "seconds": round(seconds, 3), "settings": _settings(evaluator), "figures": values}
         write_whole(directory / "steps" / f"{step:09d}.json", json.dumps(record))
         build(workdir, name, changed=step)
 

@@ -39,7 +39,7 @@ def test_representations_are_the_models_own(tmp_path, data_dir, monkeypatch, tex
         torch.testing.assert_close(torch.from_numpy(seen[0][:16]), torch.cat(latents, -1).mean(1), atol=1e-5, rtol=1e-4)
         model.final_norm = torch.nn.Identity()
         if text_prefix_prob == 1.0:
-            # What predicts an image token stands before it: a token more to the end gives the hidden state of the last.
+            # A hidden state predicts the next token: with one more token at the end there is one for the last.
             longer = torch.cat((latents.tokens, latents.tokens[:, :1]), dim=1)
             dropped = torch.ones(16, dtype=torch.bool)
             _, hidden = model(torch.zeros(16, 1, dtype=torch.int64), longer, text_first=True, drop_prefix=dropped)
