@@ -29,7 +29,7 @@ class MixtureReader:
     Attributes:
       readers: of the datasets.
       num_examples: of all datasets together.
-      smallest: that of the smallest dataset.
+      smallest: number of examples of the smallest dataset.
 
     Raises:
       ValueError: the datasets' examples have different keys, types or ranks.

@@ -15,7 +15,7 @@ Resuming decodes nothing: whole epochs are skipped by counting, the rest as enco
 encoded records, too, which keeps them small. A selection is resolved before anything is read, so it changes none of
 this.
 
-Arrays are read-only views of TensorFlow's memory. TensorFlow never takes a GPU here.
+Arrays are read-only views of TensorFlow's memory.
 """
 
 import atexit
@@ -32,8 +32,6 @@ from jetformer.data import broken, preprocess, sources
 from jetformer.data.mixture import MixtureReader
 from jetformer.data.reader import Reader
 from jetformer.errors import one_line
-
-tf.config.set_visible_devices([], "GPU")
 
 Batch = dict[str, np.ndarray]
 
@@ -69,8 +67,7 @@ def train_batches(
       Iterator of the examples that the preprocessing returns, as arrays [batch_size / process_count, ...].
 
     Raises:
-      ValueError: sizes that do not fit, or an op that misses a key. The iterator raises it for an example that cannot
-      be
+      ValueError: sizes do not fit, or an op misses a key. The iterator raises it for an example that cannot be
         preprocessed, or whose shape differs from that of others.
     """
     local_batch_size = _local_batch_size(batch_size, process_count)

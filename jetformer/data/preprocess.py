@@ -25,6 +25,9 @@ import tensorflow as tf
 from jetformer.data import pp_string, tokenizer
 from jetformer.data.pictures import MAX_PIXELS, decode_picture
 
+# This module is imported before any other of the package runs TensorFlow, which must not take a GPU.
+tf.config.set_visible_devices([], "GPU")
+
 Example = dict[str, tf.Tensor]
 Op = Callable[[Example], Example]
 

@@ -22,9 +22,9 @@ class Reader:
       selection: the selection.
       source: the dataset.
       shards: where in the dataset the examples are.
-      num_examples: how many examples are read.
-      smallest: how many the smallest dataset has; there is only this one.
-      num_skipped: how many more are skipped because they cannot be preprocessed.
+      num_examples: number of examples that are read.
+      smallest: the same, as in `MixtureReader`, which has several datasets.
+      num_skipped: number of examples that are skipped because they cannot be preprocessed.
 
     Raises:
       ValueError: there is no such dataset, split, class or preprocessing op, or the dataset is not prepared.
