@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
                 job.follow(FLAGS.poll_seconds, FLAGS.every, FLAGS.newest, FLAGS.timeout_seconds)
         if job.evaluations.failures:
             # All processes finish writing first: when one ends with an error, its launcher stops the others.
-            machine.of_all(None)
+            machine.all_gather(None)
             raise ValueError(job.evaluations.summary())
 
 

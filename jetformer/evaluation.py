@@ -116,11 +116,11 @@ class Job:
             if self.reload():
                 self._warn_of_other_settings()
                 self._waiting = None
-            steps = self._runtime.of_first(checkpoint.steps(self._workdir))
+            steps = self._runtime.broadcast(checkpoint.steps(self._workdir))
             self.evaluations.retry_except(steps)  # a damaged checkpoint that was deleted may be saved again
             period = None if every == 1 else every * self._experiment.checkpoint_steps
             before, waiting = waiting, due(steps, self._last_step, period, newest)
-            missing = self._runtime.of_first(self._missing(*waiting, *before))
+            missing = self._runtime.broadcast(self._missing(*waiting, *before))
             for step in sorted(set(before) - set(steps)):
                 if missing[step]:
                     logging.warning("The checkpoint of step %d was deleted before it was evaluated", step)
@@ -162,7 +162,7 @@ class Job:
         try:
             state = self._load(step)
         except (ValueError, OSError) as error:
-            if not self._runtime.of_first(step in checkpoint.steps(self._workdir)):
+            if not self._runtime.broadcast(step in checkpoint.steps(self._workdir)):
                 logging.warning("The checkpoint of step %d was deleted while it was read (%s)", step, error)
                 return False
             if again:
@@ -170,7 +170,7 @@ class Job:
             self.evaluations.fail(f"the checkpoint of step {step}", error, [(name, step) for name in self._names])
             return True
         for name in self._names:
-            if again or self._runtime.of_first(name in self._missing(step)[step]):
+            if again or self._runtime.broadcast(name in self._missing(step)[step]):
                 self._run(name, step, state, again)
         return True
 
@@ -217,9 +217,9 @@ class Job:
 
     def _find(self, step: int | str | None) -> int:
         """Returns the step of a complete checkpoint; argument as in `once`."""
-        steps = self._runtime.of_first(checkpoint.steps(self._workdir))
+        steps = self._runtime.broadcast(checkpoint.steps(self._workdir))
         if step == "best":
-            step = self._runtime.of_first(checkpoint.best(self._workdir))
+            step = self._runtime.broadcast(checkpoint.best(self._workdir))
         found = max(steps, default=None) if step is None else step
         if found not in steps:
             others = f", only of {', '.join(map(str, steps))} (see train.keep_last)" if steps else ""
@@ -252,8 +252,8 @@ class Job:
             facts = self._workdir / RUN_FILE
             saved = saved_config(self._workdir), facts.read_text() if facts.exists() else "{}"
 
-        self._runtime.first_does(read)
-        return self._runtime.of_first(saved)
+        self._runtime.on_first(read)
+        return self._runtime.broadcast(saved)
 
     def _missing(self, *steps: int) -> dict[int, list[str]]:
         """Returns the evaluators that still have to run, by step."""
@@ -277,7 +277,7 @@ class Job:
             self._waiting = newest_step, time.monotonic()
             logging.info("Waiting for a checkpoint after step %d of %d", newest_step, self._last_step)
         # Process 0's time, so that all stop together.
-        waited = self._runtime.of_first(time.monotonic() - self._waiting[1])
+        waited = self._runtime.broadcast(time.monotonic() - self._waiting[1])
         if timeout_seconds is not None and waited > timeout_seconds:
             raise ValueError(
                 f"no checkpoint after step {newest_step} of {self._last_step} for {waited:.0f} s: start the run again, "

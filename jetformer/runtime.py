@@ -59,11 +59,11 @@ class Runtime:
         Raises:
           ValueError: if it is not.
         """
-        values = self.of_all(value)
+        values = self.all_gather(value)
         if any(other != values[0] for other in values):
             raise ValueError(f"{name} differs between processes: {values}; use a --workdir that all hosts share")
 
-    def first_does(self, action: Callable[[], None]) -> None:
+    def on_first(self, action: Callable[[], None]) -> None:
         """Calls a function on process 0 only; the others wait until it returns.
 
         Raises:
@@ -75,7 +75,7 @@ class Runtime:
                 action()
             except (ValueError, OSError) as raised:
                 error = raised
-        if (error := self.of_first(error)) is not None:
+        if (error := self.broadcast(error)) is not None:
             raise error
 
     def together(self, action: Callable[[], T]) -> T:
@@ -123,16 +123,16 @@ class Runtime:
             del error  # else its traceback refers to itself and keeps device memory of the action
         return result
 
-    def of_all(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Returns the values of all processes, on all processes."""
         values = [value] * self.process_count
         if self.process_count > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def of_first(self, value: Any) -> Any:
-        """Returns the value of process 0, on all processes."""
-        return self.of_all(value)[0]
+    def broadcast(self, value: Any) -> Any:
+        """Returns the value of process 0 on all processes."""
+        return self.all_gather(value)[0]
 
     def describe(self) -> str:
         """Returns the devices in words."""

@@ -135,9 +135,9 @@ def initialize(experiment: Experiment, runtime: Runtime, model: nn.Module) -> No
     if experiment.init_from is not None:
         load_weights(experiment.init_from, model)
     elif invertible.parameters_from_data(model):
-        runtime.first_does(lambda: _initialize_from_data(experiment, model))
+        runtime.on_first(lambda: _initialize_from_data(experiment, model))
         values = [p.data for p in invertible.parameters_from_data(model)]
-        found = runtime.of_first(values if runtime.process_index == 0 else None)
+        found = runtime.broadcast(values if runtime.process_index == 0 else None)
         for value, theirs in zip(values, found, strict=True):
             value.copy_(theirs)
     heads = [module for module in model.modules() if isinstance(module, MixtureHead)]

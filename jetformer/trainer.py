@@ -62,13 +62,13 @@ def train(
     total_steps = experiment.steps()
     schedule = experiment.build_schedule()
     in_training = {name: e for name, e in experiment.evaluators.items() if e.every_steps is not None}
-    latest = runtime.of_first(checkpoint.latest(workdir))
+    latest = runtime.broadcast(checkpoint.latest(workdir))
     ended = latest is not None and run_files.saved_facts(workdir).get("stopped_at") == latest
-    complete = latest == total_steps or runtime.of_first(ended and _is_out_of_patience(experiment, workdir, latest))
+    complete = latest == total_steps or runtime.broadcast(ended and _is_out_of_patience(experiment, workdir, latest))
     if latest is not None:
         run_files.check_changes(experiment, workdir, latest, allow_changes or complete)
-    if complete and runtime.of_first(all(latest in evaluated_steps(workdir, name) for name in in_training)):
-        runtime.first_does(lambda: checkpoint.Checkpoint(workdir, latest))
+    if complete and runtime.broadcast(all(latest in evaluated_steps(workdir, name) for name in in_training)):
+        runtime.on_first(lambda: checkpoint.Checkpoint(workdir, latest))
         logging.info("The run in %s is already complete at step %d: nothing to do", workdir, latest)
         return
 
@@ -120,7 +120,7 @@ def train(
         else:
             evaluations.write_best()
 
-    runtime.first_does(begin)
+    runtime.on_first(begin)
     checkpointer = checkpoint.Checkpointer(
         workdir, keep_last=experiment.keep_last, keep_every=experiment.keep_every, **loop.checkpointing()
     )
@@ -172,7 +172,7 @@ def train(
             due = number == last_step or number % evaluator.every_steps == 0
             if not due or evaluations.given_up(name, number):
                 continue
-            if missing and runtime.of_first(number in evaluated_steps(workdir, name)):
+            if missing and runtime.broadcast(number in evaluated_steps(workdir, name)):
                 continue
             meter.check()
             given = evaluator_context(experiment, state, number, name, workdir, preemption.check)
@@ -180,7 +180,7 @@ def train(
                 evaluated = evaluations.evaluate(name, given, lambda: written)
                 if not evaluated:
                     preemption.catch_up()
-            if evaluated and name == decides and saved < number and runtime.of_first(is_best(number)):
+            if evaluated and name == decides and saved < number and runtime.broadcast(is_best(number)):
                 save()
 
     def is_best(number: int) -> bool:
@@ -192,13 +192,13 @@ def train(
         nonlocal last_step
         if experiment.patience is None or done == total_steps or done % in_training[decides].every_steps:
             return False
-        if not runtime.of_first(_is_out_of_patience(experiment, workdir, done)):
+        if not runtime.broadcast(_is_out_of_patience(experiment, workdir, done)):
             return False
         last_step = done
         if saved < done:
             save()
         evaluate_due(done, missing=True)  # those that run at the end
-        runtime.first_does(lambda: run_files.add_fact(workdir, "stopped_at", done))
+        runtime.on_first(lambda: run_files.add_fact(workdir, "stopped_at", done))
         logging.info(
             "Stopped early after step %d of %d: %d evaluation(s) without a better %s (train.patience)",
             *(done, total_steps, experiment.patience, experiment.keep_best),
@@ -236,7 +236,7 @@ def train(
                 lock.close()
     if evaluations.failures:
         # All processes finish writing first: when one ends with an error, its launcher stops the others.
-        runtime.of_all(None)
+        runtime.all_gather(None)
         raise ValueError(f"the run is complete, but {evaluations.summary()}")
     _log_results(experiment, workdir, last_step)
 

@@ -153,6 +153,6 @@ def prepare(data: Data, runtime: Runtime) -> None:
       ValueError: on all processes, if it is not available.
     """
     if data not in _prepared:
-        runtime.first_does(data.prepare)
+        runtime.on_first(data.prepare)
         data.prepare()
         _prepared.add(data)

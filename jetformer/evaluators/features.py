@@ -113,7 +113,7 @@ class InceptionFeatures:
             except _NO_WEIGHTS as error:
                 raise ValueError(f"{where} is not a file of weights: {remedy}") from error
 
-        context.loop.runtime.first_does(read)  # one process downloads for all that share the directory
+        context.loop.runtime.on_first(read)  # one process downloads for all that share the directory
         if not weights:
             read()
         # torch-fidelity unpickles a file of weights: it gets one that is written here.
@@ -218,8 +218,8 @@ class ClassifierFeatures:
             layers.update({name: array.astype(np.float64) for name, array in found.items()})
 
         # Process 0 trains or reads it and broadcasts it: hosts need not share files.
-        context.loop.runtime.first_does(read)
-        layers = context.loop.runtime.of_first(layers)
+        context.loop.runtime.on_first(read)
+        layers = context.loop.runtime.broadcast(layers)
 
         def extract(images: np.ndarray) -> dict[str, np.ndarray]:
             # In float64, so that the float32 results do not depend on the batch size.

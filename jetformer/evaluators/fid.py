@@ -176,8 +176,8 @@ class Fid(Evaluator):
                 write_arrays(UPath(self.save_statistics), saved | {"extractor": np.array(self.features.name(context))})
             scalars.update(self._scalars(metrics, generated, real, rows["text"]))
 
-        context.loop.runtime.first_does(compare)  # eigenvalues of large matrices use all cores of a host
-        return Results(scalars=context.loop.runtime.of_first(scalars))
+        context.loop.runtime.on_first(compare)  # eigenvalues of large matrices use all cores of a host
+        return Results(scalars=context.loop.runtime.broadcast(scalars))
 
     def _read_split(self, context: Context, extract: Function, metrics: tuple[str, ...]) -> tuple[Rows, Rows]:
         """Returns texts `[M, T]` of the split's examples and, if needed, features `[M, F]`; reads a split once."""
@@ -252,7 +252,7 @@ class Fid(Evaluator):
                     path.unlink(missing_ok=True)
 
         if self.keep_images:
-            context.loop.runtime.first_does(prepare_directory)
+            context.loop.runtime.on_first(prepare_directory)
 
         def to_rows(rows: Rows) -> Rows:
             if self.keep_images:

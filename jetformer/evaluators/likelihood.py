@@ -111,7 +111,7 @@ class Likelihood(Evaluator):
                 return rows
 
             rows = context.per_example(score, batches, seed=_SEED, averaged=averaged, to_rows=keep_rest)
-            responsibilities = [total for part in context.loop.runtime.of_all(responsibilities) for total in part]
+            responsibilities = [total for part in context.loop.runtime.all_gather(responsibilities) for total in part]
             names = [key.removesuffix("/count") for key in rows if key.endswith("/count")]
             counts = {name: int(rows[f"{name}/count"].sum()) for name in names}
             draws = {name: np.stack([rows[f"{name}/{i}"] for i in range(self.num_draws)]) for name in names}

@@ -115,7 +115,7 @@ class Evaluations:
                 arguments = found, name, step, seconds, evaluator, self._workdir
                 self._runtime.together(lambda: results.write(*arguments, written(), self._runtime))
                 if not counts():  # a run that resumed meanwhile may have looked for stale results before they came
-                    self._runtime.first_does(lambda: results.delete(self._workdir, name, lambda other: other == step))
+                    self._runtime.on_first(lambda: results.delete(self._workdir, name, lambda other: other == step))
         except Exception as error:  # whatever it is: the others can still run, and the exit code tells
             if are_apart(error):
                 raise
@@ -126,7 +126,7 @@ class Evaluations:
                 raise ValueError(
                     f"train.keep_best = {self._keep_best!r} is not a metric of {name}, which has {', '.join(tags)}"
                 )
-            self._runtime.first_does(self.write_best)
+            self._runtime.on_first(self.write_best)
         return True
 
     def decides(self, name: str) -> bool:

@@ -367,7 +367,7 @@ def gather(parts: list[Rows], runtime: Runtime) -> Rows:
     out), on every process."""
     names = parts[0].keys()
     rows = {name: np.concatenate([part[name] for part in parts]) for name in names}
-    everyone = runtime.of_all(rows)
+    everyone = runtime.all_gather(rows)
     rows = {name: np.concatenate([theirs[name] for theirs in everyone]) for name in names}
     order = rows.pop("_index").argsort(kind="stable")
     return {name: values[order] for name, values in rows.items()}

@@ -177,7 +177,7 @@ class InThread(Runtime):
     values: list = dataclasses.field(default_factory=list)
     barrier: threading.Barrier | None = None
 
-    def of_all(self, value):
+    def all_gather(self, value):
         self.values[self.process_index] = value
         self.barrier.wait(timeout=300)
         values = list(self.values)
