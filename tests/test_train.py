@@ -528,7 +528,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
         ({"Samples__prompts": "('3',)"}, "Samples: give num_classes or prompts"),
         ({"Samples__num_classes": 11}, "there is no class or token 10: the model has those from 0 to 9"),
         ({"Data__eval_split": '"validation[:0]"'}, "split 'validation\\[:0\\]' of 'digits' has no examples"),
-        ({"Data__pp": '"label_as_text"'}, "has a 'image' that is no number"),
+        ({"Data__pp": '"label_as_text"'}, "has strings under 'image'"),
         ({"Data__pp": '"decode(channels=1) | central_crop(9) | label_as_text"'}, "cannot be preprocessed"),
         ({"Data__pp": '"decode | flip_ud"'}, "flip_ud"),
         ({"Data__pp": '"decode(channels=1) | label_as_text | flip_lr"'}, "'flip_lr' is random"),

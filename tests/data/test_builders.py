@@ -32,7 +32,7 @@ def test_names(name, tmp_path):
     builder = sources.builder(name, str(tmp_path))
     assert NAMES[name] <= set(builder.info.features)
     assert not builder.is_prepared()
-    with pytest.raises(ValueError, match=rf"{name.partition(':')[0]}.* {tmp_path}: .*data_dir"):
+    with pytest.raises(ValueError, match=rf"{name.partition(':')[0]}.* {tmp_path}/.*data_dir"):
         sources.open_source(name, str(tmp_path))
 
 
