@@ -48,12 +48,12 @@ def main(argv: list[str]) -> None:
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
     with program.one_line_errors():
+        check_flags()
         machine = runtime.initialize(FLAGS.device)
         if machine.process_index > 0 and not FLAGS["verbosity"].present:  # process 0 alone reports progress
             logging.set_verbosity(logging.ERROR)
         from jetformer import evaluation  # brings TensorFlow, before which torch_xla has to be imported
 
-        check_flags()
         workdir, once = UPath(FLAGS.workdir), FLAGS.once or FLAGS.step is not None
         if not once:
             evaluation.wait_for_run(workdir, FLAGS.wait_seconds, FLAGS.poll_seconds)
