@@ -228,10 +228,8 @@ def sample(experiment: Experiment, state: State, step: int, workdir: UPath, mach
         gallery.finish()
         logging.info("%d samples in %s: open %s", len(gallery.records), out, out / PAGE_FILE)
     if unreadable:
-        raise ValueError(
-            f"{len(unreadable)} of {len(unreadable) + len(requests)} images could not be read: {', '.join(unreadable)}; "
-            "the others are done"
-        )
+        total, paths = len(unreadable) + len(requests), ", ".join(unreadable)
+        raise ValueError(f"{len(unreadable)} of {total} images could not be read: {paths}; the others are done")
 
 
 def main(argv: list[str]) -> None:
