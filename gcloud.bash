@@ -1,4 +1,4 @@
-# Creates, lists, opens, watches and deletes the TPU VMs of this project, and its bucket. For bash:
+# Functions for bash that create, list, watch and delete this project's TPU VMs and its bucket, and open shells on them:
 #
 #   export PROJECT=my-project ZONE=us-west4-a TPU_NAME=pod
 #   export ACCELERATOR_TYPE=v5litepod-16 RUNTIME_VERSION=v2-alpha-tpuv5-lite
@@ -6,9 +6,9 @@
 #   tpu_create --dry_run     # prints the command
 #   tpu_create               # runs it
 #
-# A function takes --dry_run (or DRY_RUN=1 in the environment): it then prints its commands and runs none. Those that
-# delete ask first, unless given --yes. These two come first; all further arguments go to gcloud as they are. A variable
-# that a function needs and does not find ends it with code 2 and one line. No shell option of the caller is changed.
+# With --dry_run (or DRY_RUN=1 in the environment) a function prints its commands and runs none. Functions that delete
+# ask first, unless given --yes. These two flags come first; all further arguments are passed to gcloud. If a required
+# variable is not set, a function returns 2 with a one-line error. The caller's shell options do not change.
 # shellcheck shell=bash
 # shellcheck disable=SC2154  # _dry_run, _yes and _rest are locals of the calling function, which _gcloud_begin sets
 
@@ -17,20 +17,20 @@ if [ -z "${BASH_VERSION:-}" ]; then
   return 1
 fi
 
-# Every name and zone. The environment's values hold; what a person must choose has no default.
+# Names and zones. Values from the environment take precedence; what you must choose has no default.
 : "${PROJECT:=}"           # the Google Cloud project's id
 : "${ZONE:=}"              # the zone of the TPU, such as us-west4-a
-: "${TPU_NAME:=}"          # what the TPU VM is called
+: "${TPU_NAME:=}"          # the name of the TPU VM
 : "${ACCELERATOR_TYPE:=}"  # kind and number of chips, such as v5litepod-16
 : "${RUNTIME_VERSION:=}"   # the TPU VM's software, such as v2-alpha-tpuv5-lite
-: "${QUEUE_NAME:=}"        # what the queued resource is called; empty: as the TPU
+: "${QUEUE_NAME:=}"        # the name of the queued resource; empty: that of the TPU
 : "${BUCKET:=}"            # the bucket's name, without gs://
-: "${LOCATION:=}"          # the region of the bucket, such as us-west4: that of the TPU, or reads cost more
-: "${WATCH_SECONDS:=30}"   # seconds between two looks of tpu_watch
+: "${LOCATION:=}"          # the bucket's region, such as us-west4; reads from another region than the TPU's cost more
+: "${WATCH_SECONDS:=30}"   # seconds between two polls of tpu_watch
 
-# ---- Helpers; the launch scripts use them too.
+# ---- Helpers, also for the launch scripts.
 
-# Prints its arguments as one line that any POSIX shell reads back as the same arguments.
+# Prints its arguments as one line that any POSIX shell parses into the same arguments.
 _gcloud_quote() {
   local argument quote="'\\''" separator=''
   for argument in "$@"; do
@@ -45,7 +45,7 @@ _gcloud_quote() {
   printf '\n'
 }
 
-# Fails with code 2 and one line for the first variable, of those named, that is empty.
+# Returns 2 with a one-line error for the first of the named variables that is empty.
 _gcloud_need() {
   local name example
   for name in "$@"; do
@@ -53,13 +53,13 @@ _gcloud_need() {
     case $name in
       PROJECT) example="my-project (the Google Cloud project's id)" ;;
       ZONE) example='us-west4-a (the zone of the machine)' ;;
-      TPU_NAME) example='pod (what the TPU VM is called)' ;;
+      TPU_NAME) example='pod (the name of the TPU VM)' ;;
       ACCELERATOR_TYPE) example='v5litepod-16 (kind and number of chips)' ;;
       RUNTIME_VERSION) example="v2-alpha-tpuv5-lite (the TPU VM's software)" ;;
       BUCKET) example='my-bucket (its name, without gs://)' ;;
       LOCATION) example='us-west4 (the region of the bucket)' ;;
-      WORKDIR) example='gs://my-bucket/run (where the run is written to and resumed from)' ;;
-      EVAL_NAME) example='eval (what the machine of the evaluation is called)' ;;
+      WORKDIR) example='gs://my-bucket/run (where the run is saved and resumed from)' ;;
+      EVAL_NAME) example='eval (the name of the evaluation machine)' ;;
       EVAL_MACHINE) example='tpu, or vm for a Compute Engine VM (the kind of machine)' ;;
       *) example='…' ;;
     esac
@@ -68,8 +68,8 @@ _gcloud_need() {
   done
 }
 
-# The beginning of every function: NAMES... -- ARGUMENTS... . Checks that the variables are set, takes --dry_run and
-# --yes off the arguments, and leaves _dry_run, _yes and _rest to the function, whose locals they are.
+# NAMES... -- ARGUMENTS...: starts every function. Checks that the variables NAMES are set, removes --dry_run and --yes
+# from the arguments, and sets _dry_run, _yes and _rest, which are locals of the function.
 _gcloud_begin() {
   local names=()
   while [[ $1 != -- ]]; do
@@ -86,12 +86,12 @@ _gcloud_begin() {
   _rest=("$@")
   _gcloud_need "${names[@]}" || return
   if [[ -z $_dry_run ]] && ! command -v gcloud >/dev/null; then
-    echo "error: no gcloud on the PATH: install it from https://cloud.google.com/sdk/docs/install" >&2
+    echo "error: gcloud is not on the PATH: install it from https://cloud.google.com/sdk/docs/install" >&2
     return 2
   fi
 }
 
-# Runs a command with the rest of the function's arguments behind it, or prints it on a dry run.
+# Runs a command followed by the function's remaining arguments, or prints it on a dry run.
 _gcloud_run() {
   set -- "$@" ${_rest[@]+"${_rest[@]}"}
   if [[ -n $_dry_run ]]; then
@@ -101,7 +101,7 @@ _gcloud_run() {
   fi
 }
 
-# Asks whether to go on, unless --yes was given.
+# Asks for confirmation, unless --yes was given.
 _gcloud_confirm() {
   local answer=''
   [[ -n $_yes || -n $_dry_run ]] && return
@@ -113,7 +113,7 @@ _gcloud_confirm() {
 
 # ---- TPU VMs
 
-# Creates the TPU VM on demand, and returns when it is there (or there is no capacity).
+# Creates the TPU VM on demand; returns when it exists or there is no capacity.
 tpu_create() {
   local _dry_run _yes _rest
   _gcloud_begin PROJECT ZONE TPU_NAME ACCELERATOR_TYPE RUNTIME_VERSION -- "$@" || return
@@ -121,7 +121,7 @@ tpu_create() {
     --accelerator-type="$ACCELERATOR_TYPE" --version="$RUNTIME_VERSION"
 }
 
-# The same as a spot VM: cheaper, and Google takes it away at any time.
+# Creates the TPU VM as a spot VM: cheaper, and Google may preempt it at any time.
 tpu_create_spot() {
   local _dry_run _yes _rest
   _gcloud_begin PROJECT ZONE TPU_NAME ACCELERATOR_TYPE RUNTIME_VERSION -- "$@" || return
@@ -129,7 +129,7 @@ tpu_create_spot() {
     --accelerator-type="$ACCELERATOR_TYPE" --version="$RUNTIME_VERSION" --spot
 }
 
-# Asks for the TPU VM as a queued resource: returns at once; the TPU comes when there is capacity (tpu_watch).
+# Requests the TPU VM as a queued resource and returns at once; Google creates it when there is capacity (tpu_watch).
 tpu_queue() {
   local _dry_run _yes _rest
   _gcloud_begin PROJECT ZONE TPU_NAME ACCELERATOR_TYPE RUNTIME_VERSION -- "$@" || return
@@ -138,7 +138,7 @@ tpu_queue() {
     --runtime-version="$RUNTIME_VERSION"
 }
 
-# The same for a spot VM.
+# Requests a spot TPU VM as a queued resource.
 tpu_queue_spot() {
   local _dry_run _yes _rest
   _gcloud_begin PROJECT ZONE TPU_NAME ACCELERATOR_TYPE RUNTIME_VERSION -- "$@" || return
@@ -161,15 +161,15 @@ tpu_queue_list() {
   _gcloud_run gcloud compute tpus queued-resources list --zone="$ZONE" --project="$PROJECT"
 }
 
-# A shell on worker 0. tpu_ssh --worker=3 for another, tpu_ssh --worker=all --command=uptime for a command on all.
+# Opens a shell on worker 0; tpu_ssh --worker=3 on another; tpu_ssh --worker=all --command=uptime runs a command on all.
 tpu_ssh() {
   local _dry_run _yes _rest
   _gcloud_begin PROJECT ZONE TPU_NAME -- "$@" || return
   _gcloud_run gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone="$ZONE" --project="$PROJECT"
 }
 
-# Prints the TPU VM's state now and whenever it changes, and that of its queued resource while there is no VM yet.
-# Returns 0 as soon as the TPU is READY, and 1 when it will not become that.
+# Prints the state of the TPU VM, or of its queued resource while there is no VM, now and whenever it changes.
+# Returns 0 when the TPU is READY, 1 when it cannot become READY.
 tpu_watch() {
   local _dry_run _yes _rest state last=''
   local tpu=(gcloud compute tpus tpu-vm describe) queue=(gcloud compute tpus queued-resources describe)
@@ -187,7 +187,7 @@ tpu_watch() {
       state=$(_gcloud_run "${queue[@]}" 2>/dev/null) || state=''
       state=${state:+queue: $state}
     fi
-    state=${state:-neither a TPU nor a queued resource of this name, or no connection}
+    state=${state:-neither a TPU nor a queued resource with this name, or no connection}
     [[ $state == "$last" ]] || echo "$(date '+%H:%M:%S') $TPU_NAME: $state"
     last=$state
     case $state in
@@ -198,7 +198,7 @@ tpu_watch() {
   done
 }
 
-# Deletes a TPU VM made with tpu_create or tpu_create_spot. Asks first.
+# Deletes a TPU VM created by tpu_create or tpu_create_spot. Asks first.
 tpu_delete() {
   local _dry_run _yes _rest
   _gcloud_begin PROJECT ZONE TPU_NAME -- "$@" || return
@@ -206,11 +206,11 @@ tpu_delete() {
   _gcloud_run gcloud compute tpus tpu-vm delete "$TPU_NAME" --zone="$ZONE" --project="$PROJECT" --quiet
 }
 
-# Deletes a queued resource together with its TPU VM (tpu_queue, tpu_queue_spot). Asks first.
+# Deletes a queued resource (tpu_queue, tpu_queue_spot) and its TPU VM. Asks first.
 tpu_queue_delete() {
   local _dry_run _yes _rest
   _gcloud_begin PROJECT ZONE TPU_NAME -- "$@" || return
-  _gcloud_confirm "Delete the queued resource ${QUEUE_NAME:-$TPU_NAME} in $ZONE, its TPU VM and all on its disks?" ||
+  _gcloud_confirm "Delete the queued resource ${QUEUE_NAME:-$TPU_NAME} in $ZONE, its TPU VM and its disks?" ||
     return
   _gcloud_run gcloud compute tpus queued-resources delete "${QUEUE_NAME:-$TPU_NAME}" --zone="$ZONE" \
     --project="$PROJECT" --force --quiet
@@ -218,7 +218,7 @@ tpu_queue_delete() {
 
 # ---- The bucket
 
-# Creates the bucket. One set of rights for all of it, so that the TPU's service account can be given them in one go.
+# Creates the bucket, with uniform access, so that one command grants it to the TPU's service account.
 bucket_create() {
   local _dry_run _yes _rest
   _gcloud_begin PROJECT BUCKET LOCATION -- "$@" || return
@@ -233,8 +233,8 @@ bucket_list() {
   _gcloud_run gcloud storage buckets list --project="$PROJECT" '--format=value(name,location)'
 }
 
-# Deletes the bucket with all that is in it: every run and its checkpoints. Asks first.
-# ("gcloud storage buckets delete" takes an empty bucket only.)
+# Deletes the bucket with every run and checkpoint in it. Asks first.
+# ("gcloud storage buckets delete" deletes only empty buckets.)
 bucket_delete() {
   local _dry_run _yes _rest
   _gcloud_begin PROJECT BUCKET -- "$@" || return

@@ -6,13 +6,14 @@ Prints examples a second of `caption`, of the whole preprocessing string with it
 each the median of five times 200 batches of 64.
 """
 
+import dataclasses
 import statistics
 import time
 
 from absl import app, flags
 
-from jetformer import config, train
-from jetformer.data import pipeline
+from jetformer import config
+from jetformer.experiment import Experiment
 
 flags.DEFINE_string("data_dir", None, "Where TFDS keeps prepared data; its default by default.")
 BATCH_SIZE, BATCHES, REPETITIONS = 64, 200, 5
@@ -20,7 +21,7 @@ BATCH_SIZE, BATCHES, REPETITIONS = 64, 200, 5
 
 def main(_):
     config.parse(["experiments/shapes.gin"], [])
-    data = config.call(train.Run).data
+    data = config.call(Experiment).data
     captions = " | ".join(data.pp.split(" | ")[1:-1])
     strings = {
         "captions alone": f"{captions} | keep('text')",
@@ -30,15 +31,8 @@ def main(_):
     rates = {what: [] for what in strings}
     for _ in range(REPETITIONS):
         for what, pp in strings.items():
-            batches = pipeline.train_batches(
-                data.name,
-                data.train_split,
-                pp,
-                batch_size=BATCH_SIZE,
-                seed=0,
-                shuffle_buffer_size=data.shuffle_buffer_size,
-                data_dir=flags.FLAGS.data_dir,
-            )
+            part = dataclasses.replace(data, pp=pp, data_dir=flags.FLAGS.data_dir)
+            batches = part.train_batches(batch_size=BATCH_SIZE, seed=0)
             next(batches)  # which fills the shuffle buffers
             start = time.perf_counter()
             for _ in range(BATCHES):

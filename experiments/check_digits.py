@@ -1,11 +1,10 @@
-"""Measures a run of digits.gin against what a reader can judge it by.
+"""Compares a run of digits.gin with a histogram of grey levels, and its samples with a classifier.
 
     python experiments/check_digits.py --workdir=/tmp/digits
 
-Prints the bits per dim of the validation split beside those of a histogram of the 17 grey levels at each pixel, and
-how many of 500 class-conditional samples a logistic regression fitted to the real training digits takes for the class
-asked for.
-Exits with 1 where the run is not better than the histogram, or fewer than 85% are recognised.
+Prints the bits per dim of the validation split and those of a histogram of the 17 grey levels at each pixel, and the
+share of 500 class-conditional samples that a logistic regression, fitted to the real training digits, assigns to their
+class. Exits with 1 if the run is not better than the histogram, or fewer than 85% are recognised.
 """
 
 import sys
@@ -19,34 +18,31 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from upath import UPath
 
-from jetformer import config, prng, runtime, train
+from jetformer import prng, runtime
 from jetformer.data.builders.digits import histogram_bits_per_dim
 from jetformer.evaluators.likelihood import Likelihood
 from jetformer.sampling.decode import sample_images
+from jetformer.state import evaluator_context, load
 
-flags.DEFINE_string("workdir", None, "The run's.", required=True)
+flags.DEFINE_string("workdir", None, "Workdir of the run.", required=True)
 FLAGS = flags.FLAGS
 SAMPLES_PER_CLASS = 50
 
 
 def main(_):
     workdir = UPath(FLAGS.workdir)
-    config.parse([str(workdir / config.CONFIG_FILE)], [])
-    run = config.call(train.Run)
-    machine = runtime.initialize("cpu")
-    state = run.build_state(machine)
-    step = train.restore(workdir, state, machine)
+    run, state, step = load(workdir, [], [], runtime.initialize("cpu"))
 
-    load = lambda split: tfds.as_numpy(tfds.load(run.data.name, split=split, batch_size=-1, data_dir=run.data.data_dir))
-    real, validation = load(run.data.train_split), load(run.data.eval_split)
+    read = lambda split: tfds.as_numpy(tfds.load(run.data.name, split=split, batch_size=-1, data_dir=run.data.data_dir))
+    real, validation = read(run.data.train_split), read(run.data.eval_split)
     histogram = histogram_bits_per_dim(real["image"], validation["image"])
-    results = Likelihood()(train.context(run, state, step, "check", workdir, machine))
+    results = Likelihood()(evaluator_context(run, state, step, "check", workdir))
     scores = results.ema_scalars or results.scalars
     bits = scores["bits_per_dim"]
     print(f"step {step}, {len(validation['image'])} validation images, 8-bit pixels")
     print(f"  JetFormer: {bits:.3f} bits per dim")
     used, distinct = scores["effective_components"], scores["distinct_components"]
-    print(f"  of its {state.model.image_head.num_mixtures} components {used:.1f} are used, {distinct:.1f} distinct")
+    print(f"  components: {state.model.image_head.num_mixtures}, of which {used:.1f} are used, {distinct:.1f} distinct")
     print(f"  histogram of levels at each pixel: {histogram:.3f} bits per dim")
 
     flatten = lambda images: images.reshape(len(images), -1) / 255
@@ -62,7 +58,7 @@ def main(_):
     predicted = classifier.predict(flatten(samples.numpy()))
     recognised = np.mean(predicted == labels.numpy())
     print(f"logistic regression recognises {accuracy:.1%} of the validation digits,")
-    print(f"  and {recognised:.1%} of {len(labels)} samples as the class asked for")
+    print(f"  and {recognised:.1%} of {len(labels)} samples as their class")
     sys.exit(0 if bits < histogram and recognised >= 0.85 else 1)
 
 

@@ -18,8 +18,9 @@ from absl import app, flags
 from sklearn.mixture import GaussianMixture
 from upath import UPath
 
-from jetformer import prng, runtime, train
+from jetformer import prng, runtime
 from jetformer.objectives import JetObjective, to_unit_range
+from jetformer.state import load
 
 flags.DEFINE_string("workdir", None, "The run's.", required=True)
 flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.")
@@ -30,7 +31,7 @@ DEFAULT, CHOICES = 1e-6, (1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2)
 
 def main(_):
     machine = runtime.initialize("cpu")
-    run, state, step = train.load(UPath(FLAGS.workdir), [], [], machine, FLAGS.step)
+    run, state, step = load(UPath(FLAGS.workdir), [], [], machine, FLAGS.step)
 
     def dequantized(split: str, seed: int) -> torch.Tensor:
         images = tfds.load(run.data.name, split=split, batch_size=-1, data_dir=run.data.data_dir)["image"].numpy()

@@ -26,7 +26,7 @@ import tensorflow_datasets as tfds
 from absl import app, flags
 from PIL import Image
 
-from jetformer.data import pipeline
+from jetformer.data.dataset import Data
 
 flags.DEFINE_string("dir", None, "Where the data are made, once.", required=True)
 flags.DEFINE_list("what", ["png", "jpeg", "folder", "resume"], "What to measure.")
@@ -106,9 +106,7 @@ def show(what: str, found: list[tuple[float, float]]) -> np.ndarray:
 
 def png() -> None:
     pp = "decode | flip_lr | label_as_text | keep('image', 'text', 'text_mask', 'text_loss')"
-    batches = pipeline.train_batches(
-        prepare("png"), "train", pp, batch_size=_BATCH, seed=0, shuffle_buffer_size=4096, data_dir=FLAGS.dir
-    )
+    batches = Data(prepare("png"), pp, data_dir=FLAGS.dir).train_batches(batch_size=_BATCH, seed=0)
     measure(batches, 20, _BATCH)
     show("32 × 32 PNG, flipped", [measure(batches, 100, _BATCH) for _ in range(FLAGS.rounds)])
 
@@ -116,7 +114,7 @@ def png() -> None:
 def jpeg() -> None:
     name = prepare("jpeg")
     pp = "decode | resize_small(256) | central_crop(256) | keep('image', 'label')"
-    ours = pipeline.train_batches(name, "train", pp, batch_size=32, seed=0, shuffle_buffer_size=256, data_dir=FLAGS.dir)
+    ours = Data(name, pp, shuffle_buffer_size=256, data_dir=FLAGS.dir).train_batches(batch_size=32, seed=0)
     builder = tfds.builder(name, data_dir=FLAGS.dir)
     files = [str(path) for path in builder.info.splits["train"].filepaths]
 
@@ -150,14 +148,14 @@ def folder() -> None:
     for what in ("first", "second"):
         start = (
             "import time; s = time.perf_counter(); p = time.process_time();"
-            f"n = pipeline.num_examples; pipeline.prepare('folder:{root}', '{FLAGS.dir}/data');"
-            f"assert n('folder:{root}', 'train', '{FLAGS.dir}/data') == {_FILES};"
-            f"b = pipeline.train_batches('folder:{root}', 'train', 'decode|keep(\"image\")', batch_size=256, seed=0,"
-            f"shuffle_buffer_size=1, data_dir='{FLAGS.dir}/data'); t = time.perf_counter(); q = time.process_time();"
+            f"d = dataset.Data('folder:{root}', 'decode|keep(\"image\")', eval_split='train', "
+            f"data_dir='{FLAGS.dir}/data');"
+            f"d.prepare(); assert d.num_train_examples() == {_FILES};"
+            "b = d.train_batches(batch_size=256, seed=0); t = time.perf_counter(); q = time.process_time();"
             "next(b); u = time.perf_counter();"
             "print(f'{t - s:.2f} s ({q - p:.2f} of the processor), first batch {u - t:.2f} s later')"
         )
-        command = [sys.executable, "-c", f"from jetformer.data import pipeline; {start}"]
+        command = [sys.executable, "-c", f"from jetformer.data import dataset, pipeline; {start}"]
         found = subprocess.run(command, capture_output=True, text=True, check=True)
         print(f"{_FILES:,} files, the {what} time: {found.stdout.strip()}", flush=True)
 
@@ -165,16 +163,8 @@ def folder() -> None:
 def resume() -> None:
     name = prepare("many")
     start, processor = time.perf_counter(), processor_seconds()
-    batches = pipeline.train_batches(
-        name,
-        "train",
-        "decode | flip_lr | keep('image', 'label')",
-        batch_size=256,
-        seed=0,
-        start_step=100_000,
-        shuffle_buffer_size=4096,
-        data_dir=FLAGS.dir,
-    )
+    data = Data(name, "decode | flip_lr | keep('image', 'label')", data_dir=FLAGS.dir)
+    batches = data.train_batches(batch_size=256, seed=0, start_step=100_000)
     next(batches)
     print(
         f"step 100,000 of {_MANY:,} examples: first batch after {time.perf_counter() - start:.1f} s, "

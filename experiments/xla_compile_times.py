@@ -33,7 +33,7 @@ from torch.func import functional_call
 from jetformer import runtime
 from jetformer.models.decoder import DecoderBlock, rope_angles
 from jetformer.models.initializers import init_weights
-from jetformer.models.jet import Coupling
+from jetformer.models.jet import Coupling, Predictor
 
 flags.DEFINE_list("depths", ["8", "16", "32"], "Numbers of blocks.")
 flags.DEFINE_list("stacks", ["decoder", "couplings"], "What is stacked.")
@@ -54,12 +54,13 @@ TOLERANCE = 1e-4
 def build(stack: str, depth: int):
     """Blocks, what they all take besides their input, and how to call one: input and sum so far to the next ones."""
     if stack == "decoder":
-        make = lambda: DecoderBlock(WIDTH, 4 * WIDTH, HEADS, 1, WIDTH // HEADS, dropout=0.0)
+        sizes = (WIDTH, 4 * WIDTH, HEADS, 1, WIDTH // HEADS)
+        make = lambda: DecoderBlock(*sizes, dropout=0.0, gelu="tanh", activated="gate")
         shared = rope_angles(torch.arange(TOKENS).expand(BATCH, -1), WIDTH // HEADS)
         call = lambda block, x, total, *angles: (block(x, None, angles), total)
     else:
-        predictor = {"depth": 1, "emb_dim": WIDTH, "num_heads": HEADS, "context_dim": None}
-        make = lambda: Coupling("channels", "random", (4, TOKENS // 4), WIDTH, 2.0, **predictor)
+        predictor = lambda: Predictor(TOKENS, WIDTH // 2, 1, WIDTH, HEADS, context_dim=None)
+        make = lambda: Coupling("channels", "random", (4, TOKENS // 4), WIDTH, 2.0, predictor())
         shared = ()
 
         def call(block, x, total):

@@ -1,6 +1,6 @@
-"""gin: what can be bound, parsing, and the configuration saved with a run.
+"""gin: what is configurable, how configurations are parsed and checked, and what a run saves of them.
 
-Models, objectives and the rest know nothing of gin; they are made configurable here, from outside.
+Models, objectives and the rest do not know gin: they are made configurable here, from outside.
 """
 
 import dataclasses
@@ -22,23 +22,24 @@ from upath import UPath
 
 from jetformer import evaluators, objectives, optim
 from jetformer.data import dataset
-from jetformer.models import decoder, invertible, jet, jetformer, labelled, language_model, patches
+from jetformer.models import decoder, flow_ablations, invertible, jetformer, labelled, language_model, patches
 from jetformer.sampling import guidance
 from jetformer.storage import write_whole
 
-CONFIG_FILE = "config.gin"  # in the workdir: all that was parsed, includes resolved
-OPERATIVE_CONFIG_FILE = "operative_config.gin"  # in the workdir: all that was used, defaults included
+CONFIG_FILE = "config.gin"  # in the workdir: everything that was parsed, with includes resolved
+OPERATIVE_CONFIG_FILE = "operative_config.gin"  # in the workdir: everything that was used, with defaults
 
 
 def _evaluators() -> Iterator[type]:
-    """All dataclasses of the files in `evaluators/`, so that a new evaluator is a new file there."""
+    """Yields all dataclasses of the files in `evaluators/`: a new evaluator is a new file there."""
     for file in pkgutil.iter_modules(evaluators.__path__):
         try:
             module = importlib.import_module(f"{evaluators.__name__}.{file.name}")
         except ImportError as error:
             raise ImportError(f"jetformer/evaluators/{file.name}.py cannot be imported: {error}") from error
         for value in vars(module).values():
-            if file.name != "base" and dataclasses.is_dataclass(value) and value.__module__ == module.__name__:
+            is_own = dataclasses.is_dataclass(value) and value.__module__ == module.__name__
+            if is_own and file.name not in ("base", "context"):
                 yield value
 
 
@@ -49,7 +50,6 @@ for _configurable in (
     invertible.IdentityFlow,
     invertible.LearnedProjection,
     invertible.PCAProjection,
-    jet.Jet,
     jetformer.JetFormer,
     labelled.LabelledFlow,
     language_model.LanguageModel,
@@ -64,10 +64,10 @@ for _configurable in (
     dataset.MixtureData,
 ):
     gin.external_configurable(_configurable, module=_configurable.__module__.rpartition(".")[2])
+gin.external_configurable(flow_ablations.make_jet, name="Jet", module="jet")
 
 gin.add_config_file_search_path(str(pathlib.Path(__file__).parent.parent))
-# gin would also look for files inside Python packages, takes experiments/ for one, and then fails without naming the
-# file.
+# gin would also search in Python packages, take experiments/ for one, and then fail without naming the file.
 del gin.config._FILE_READERS[1:]
 
 
@@ -77,12 +77,15 @@ class ConfigError(ValueError):
 
 @contextmanager
 def gin_errors() -> Iterator[None]:
-    """Turns what gin raises into a `ConfigError`: gin's messages are many lines long and of every type."""
+    """Turns gin's errors, which have many lines and all types, into a `ConfigError`."""
     try:
         yield
     except ConfigError:
         raise
-    except Exception as error:  # whatever a constructor raises, it is about what it was given
+    except ModuleNotFoundError as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"{message}: install it, or put the directory of its file on PYTHONPATH") from error
+    except Exception as error:  # of any type: a constructor complains about its arguments
         raise ConfigError(" ".join(str(error).split())) from error
 
 
@@ -132,7 +135,7 @@ def parse(
 
 
 class _Names(config_parser.ParserDelegate):
-    """Reads references as their names: nothing is looked up, let alone called."""
+    """Reads references as their names, without looking anything up."""
 
     def configurable_reference(self, scoped_configurable_name, evaluate):
         return scoped_configurable_name
@@ -142,9 +145,9 @@ class _Names(config_parser.ParserDelegate):
 
 
 def _check_runs_nothing(text: str, trust_imports: Sequence[str]) -> None:
-    """Checks that a configuration from elsewhere binds values, and imports only the modules that are trusted.
+    """Checks that a configuration from elsewhere imports only trusted modules.
 
-    With imports, among them gin's dynamic registration, a configuration can call any function of any module.
+    An import, gin's dynamic registration among them, lets a configuration call any function of any module.
 
     Raises:
       ConfigError: if it imports another module or includes a file.
@@ -154,22 +157,22 @@ def _check_runs_nothing(text: str, trust_imports: Sequence[str]) -> None:
     for statement in statements:
         if isinstance(statement, config_parser.ImportStatement) and statement.module not in trust_imports:
             raise ConfigError(
-                f"the saved configuration imports {statement.module}, which can run anything: if you trust where it is "
-                f"from, pass --trust_imports={statement.module}"
+                f"the saved configuration imports {statement.module}, which can run any code: if you trust its source, "
+                f"pass --trust_imports={statement.module}"
             )
         if isinstance(statement, config_parser.IncludeStatement):
-            raise ConfigError(f"the saved configuration includes {statement.filename}, which no run saves: remove that")
+            raise ConfigError(f"the saved configuration includes {statement.filename}, but a run saves none: remove it")
 
 
-# An int is a float, but nothing else is turned into what an argument is annotated with.
+# An int is accepted for a float; nothing else is converted.
 _AS_ANNOTATED = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
 def _without_macros(value: Any) -> Any:
-    """Returns a bound value with its macros' values, and tuples in the place of lists."""
+    """Returns a bound value with macros replaced by their values, and lists by tuples."""
     if isinstance(value, gin.config.ConfigurableReference) and value.selector == "gin.macro":
         bound = gin.config._CONFIG.get((value.scopes[-1], "gin.macro"))
-        return _without_macros(bound["value"]) if bound else value  # gin says so where it is used
+        return _without_macros(bound["value"]) if bound else value  # gin raises where it is used
     if isinstance(value, list | tuple):
         return tuple(map(_without_macros, value))
     if isinstance(value, dict):
@@ -178,7 +181,7 @@ def _without_macros(value: Any) -> Any:
 
 
 def bindings() -> dict[str, str]:
-    """Returns all bound values as text, by `Name.argument` or `scope/Name.argument`, with macros replaced."""
+    """Returns all bound values as text by `Name.argument` or `scope/Name.argument`, with macros replaced."""
     found = {}
     for (scope, selector), values in gin.config._CONFIG.items():
         if selector != "gin.macro":
@@ -188,7 +191,7 @@ def bindings() -> dict[str, str]:
 
 
 def _check_values() -> None:
-    """Checks all bound literals against the annotations of the arguments.
+    """Checks all bound literals against the annotations of their arguments.
 
     Raises:
       ConfigError: for a value of another type or out of range.
@@ -201,7 +204,7 @@ def _check_values() -> None:
         for name in values.keys() & hints.keys():
             value = _without_macros(values[name])
             if any(gin.config.iterate_references(value)):
-                continue  # who is given what a reference stands for checks it
+                continue  # its receiver checks it
             hint, how = hints[name], _AS_ANNOTATED
             if dataclasses.is_dataclass(hint):
                 hint, how = InstanceOf[hint], None
@@ -214,41 +217,46 @@ def _check_values() -> None:
 
 
 def call(function: Callable) -> Any:
-    """Calls a gin-configured function or class with what is bound to it.
+    """Calls a configurable function or class with its bindings.
 
     Raises:
-      ConfigError: for missing arguments, and for what the function raises as ValueError itself.
+      ConfigError: for missing arguments, and for every error of the function.
     """
     with gin_errors():
         return function()
 
 
-# What of a model's arguments may change between two parts of a run: it changes no function of the parameters.
+# Arguments of models that may change when a run resumes: the function that the parameters define stays the same.
 _NOT_ARCHITECTURE = ("dropout", "head_block", "head_dtype", "kmeans_init", "mean_init_std", "path", "scale_init")
-
-
-_MODELS = (
-    *(jetformer.JetFormer, language_model.LanguageModel, labelled.LabelledFlow, jet.Jet, decoder.Decoder),
-    *(patches.Patchify, patches.PatchPCA, invertible.LearnedProjection, invertible.PCAProjection),
-)
+_MODELS = {
+    "JetFormer": jetformer.JetFormer,
+    "LanguageModel": language_model.LanguageModel,
+    "LabelledFlow": labelled.LabelledFlow,
+    "Jet": flow_ablations.make_jet,
+    "Decoder": decoder.Decoder,
+    "Patchify": patches.Patchify,
+    "PatchPCA": patches.PatchPCA,
+    "LearnedProjection": invertible.LearnedProjection,
+    "PCAProjection": invertible.PCAProjection,
+}
 
 
 def architecture() -> dict[str, str]:
-    """What the models are built with, by `Model.argument`, defaults included; not all of it shows in a checkpoint."""
+    """Returns the arguments of all models by `Model.argument`, with defaults: tensors do not determine them."""
     arguments = {}
-    for model in _MODELS:
-        parameters = inspect.signature(model).parameters.values()
+    for model, function in _MODELS.items():
+        parameters = inspect.signature(function).parameters.values()
         values = {p.name: p.default for p in parameters if p.default is not p.empty}
-        values |= gin.get_bindings(model.__name__)
+        values |= gin.get_bindings(model, resolve_references=False)
         for name, value in values.items():
             if name not in _NOT_ARCHITECTURE:
-                value = tuple(value) if isinstance(value, list) else value
-                arguments[f"{model.__name__}.{name}"] = getattr(value, "__name__", None) or repr(value)
+                value = _without_macros(value)
+                is_reference = isinstance(value, gin.config.ConfigurableReference)
+                arguments[f"{model}.{name}"] = value.selector.rpartition(".")[2] if is_reference else repr(value)
     return arguments
 
 
 def save(workdir: UPath) -> None:
-    """Writes the parsed and the operative configuration into the workdir."""
-    # Whole: an evaluation job may be reading them.
+    """Writes the parsed and the operative configuration to the workdir, atomically: a job may be reading them."""
     write_whole(workdir / CONFIG_FILE, gin.config_str())
     write_whole(workdir / OPERATIVE_CONFIG_FILE, gin.operative_config_str())

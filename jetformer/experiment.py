@@ -21,7 +21,6 @@ from jetformer.models.jetformer import JetFormer
 from jetformer.models.labelled import LabelledFlow
 from jetformer.ranges import BelowOne, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from jetformer.runtime import Runtime, resolve_mesh
-from jetformer.sampling.guidance import Guidance
 
 
 @gin.configurable("train")
@@ -62,6 +61,7 @@ class Experiment:
       keep_best_mode: which values of keep_best are better, "lower" or "higher"; None: as its name implies.
       patience: stop the run after this many evaluations during training without a new best value of keep_best; None:
         never.
+      expected: metrics of evaluators and their values to expect at the end of the run, logged beside the results.
       wandb_project: project of Weights & Biases that gets metrics and images, too; None for none.
       autocast: "bfloat16" to multiply in it, with parameters, gradients and likelihoods in float32; None: in float32.
       matmul_precision: of products of float32: "highest", float32; "high", TensorFloat32 on GPUs and three bfloat16
@@ -103,6 +103,7 @@ class Experiment:
     keep_best: str | None = None
     keep_best_mode: str | None = None
     patience: PositiveInt | None = None
+    expected: Mapping[str, NonNegativeFloat] = dataclasses.field(default_factory=dict)
     wandb_project: str | None = None
     autocast: str | None = None
     matmul_precision: str = "highest"
@@ -168,8 +169,8 @@ class Experiment:
         return optim.to_steps("train.total", amounts, batch_size=self.batch_size, data_size=data_size)
 
     def best_mode(self) -> str | None:
-        """Returns which values of `keep_best` are better, "lower" or "higher"; None if unknown."""
-        return self.keep_best_mode or better(self.keep_best)
+        """Returns which values of `keep_best` are better, "lower" or "higher"; None if unknown, or without it."""
+        return self.keep_best_mode or (self.keep_best and better(self.keep_best))
 
     def check_keep_best(self) -> None:
         """Checks that an evaluator can return the metric `keep_best`, during training if there is a `patience`.
@@ -214,31 +215,6 @@ class Experiment:
         """
         with torch.device("meta"):
             return config.call(self.model)
-
-    def check_guidance(self, guidance: Guidance) -> None:
-        """Checks that the model learns the unconditional distribution that guidance needs.
-
-        Raises:
-          ValueError: if not.
-        """
-        if guidance.on and not getattr(self.objective, "drop_labels_prob", True):  # another objective may not say
-            raise ValueError(
-                f"guidance {guidance.mode} needs a model that was also trained without text, and this one was not: its "
-                "JetFormerObjective.drop_labels_prob is 0. Sample without guidance, or train with 0.1"
-            )
-
-    def check_order(self, text_first: bool) -> None:
-        """Checks that the model learns the modality that comes second: images after texts, or texts after images.
-
-        Raises:
-          ValueError: if not.
-        """
-        prob = getattr(self.objective, "text_prefix_prob", None)  # None: another objective, which does not say
-        if prob == (0 if text_first else 1):
-            first, second = ("texts", "images") if text_first else ("images", "texts")
-            raise ValueError(
-                f"the model does not learn {second} after {first}: its JetFormerObjective.text_prefix_prob is {prob}"
-            )
 
     def check_batch(self, batch: dict[str, np.ndarray]) -> None:
         """Checks a batch by scoring it on the meta device, which computes shapes only.

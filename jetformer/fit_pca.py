@@ -1,4 +1,4 @@
-"""Fit the PCA of `PatchPCA` to the training split of an experiment.
+"""Fits the PCA of `PatchPCA` to the training split of an experiment.
 
     python -m jetformer.fit_pca --gin_file=experiments/….gin --patch_size=4 --output=pca.npz
 
@@ -15,9 +15,9 @@ from jetformer.models.patches import fit_pca, save_pca
 
 flags.adopt_module_key_flags(program)
 flags.DEFINE_integer("patch_size", None, "Side of a patch in pixels.", required=True, lower_bound=1)
-flags.DEFINE_integer("num_components", None, "How many components to keep; all by default.", lower_bound=1)
-flags.DEFINE_integer("examples", 100_000, "How many training examples to look at.", lower_bound=1)
-flags.DEFINE_string("output", None, "The .npz to write.", required=True)
+flags.DEFINE_integer("num_components", None, "Number of components to keep; default: all.", lower_bound=1)
+flags.DEFINE_integer("examples", 100_000, "Maximum number of training examples to read.", lower_bound=1)
+flags.DEFINE_string("output", None, "The .npz file to write.", required=True)
 FLAGS = flags.FLAGS
 
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         save_pca(pca, FLAGS.output)
     logging.set_verbosity(logging.INFO)
     kept = pca.explained_variance_ratio_.sum()
-    logging.info("%s: %d components with %.4f of the variance", FLAGS.output, len(pca.components_), kept)
+    logging.info("%s: %d components, which explain %.4f of the variance", FLAGS.output, len(pca.components_), kept)
 
 
 if __name__ == "__main__":

@@ -2,27 +2,25 @@
 
     python -m jetformer.main --gin_file=experiments/digits.gin --workdir=/tmp/digits
 
-The same command resumes a run that was interrupted. On SIGTERM and SIGHUP
-it saves, and exits with code 75; on Ctrl-C it saves, and exits with code 130. A second Ctrl-C ends it at once.
+The same command resumes an interrupted run. On SIGTERM and SIGHUP it saves and exits with code 75, on Ctrl-C with code
+130; a second Ctrl-C ends it at once. --gin_bindings changes settings: --gin_bindings='train.total_steps = 100'.
 """
 
-from absl import app, flags, logging
+from absl import app, flags
 from upath import UPath
 
-from jetformer import program, runtime
+from jetformer import program
 
 flags.adopt_module_key_flags(program)
-flags.DEFINE_string("workdir", None, "Where the run is written to and resumed from.", required=True)
-flags.DEFINE_boolean("allow_changes", False, "Resume also with another seed or batch size than the run's so far.")
+flags.DEFINE_string("workdir", None, "Directory or URL where the run is saved, and resumed from.", required=True)
+flags.DEFINE_boolean("allow_changes", False, "Resume also with another seed or batch size than before.")
 FLAGS = flags.FLAGS
 
 
 def main(argv: list[str]) -> None:
     program.no_arguments(argv)
     with program.one_line_errors():
-        machine = runtime.initialize(FLAGS.device)
-        if not FLAGS["verbosity"].present:  # of several processes one says how it goes
-            logging.set_verbosity(logging.INFO if machine.process_index == 0 else logging.WARNING)
+        machine = program.initialize()
         from jetformer import config
         from jetformer.experiment import Experiment
         from jetformer.trainer import train

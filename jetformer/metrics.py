@@ -1,16 +1,17 @@
-"""CLU metric writers: scalars, images and texts to TensorBoard and the log, and to Weights & Biases if asked for."""
+"""Writes metrics: to the log, to TensorBoard files and, where asked for, to Weights & Biases."""
 
+import collections
+import datetime
 import html
 import os
 import pathlib
-import queue
 import secrets
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,26 +23,28 @@ from tensorboard.summary.writer import event_file_writer
 from torch import nn
 from upath import UPath
 
-WANDB_ID_FILE = "wandb_id"  # in the workdir: which W&B run a resumed run continues
-
-# How long W&B tries to start, and at the end of a run to upload the rest. The end waits for both, and a little longer.
-_WANDB_INIT_SECONDS = 60.0
-_WANDB_FINISH_SECONDS = 30.0
+WANDB_ID_FILE = "wandb_id"  # in the workdir: the ID of its W&B run
+WANDB_INIT_SECONDS = 60.0  # limit for starting a W&B run
+WANDB_FINISH_SECONDS = 30.0  # limit for uploading what is left at the end
 
 
 class Metrics:
-    """A CLU writer to the log and, in process 0, to TensorBoard files in the workdir; it writes in the background.
+    """Writes to the log and, in process 0, to TensorBoard files in the workdir, in the background.
 
-    TensorFlow, which writes the files, knows fewer places than fsspec. Where the workdir is a URL they are written to a
-    local directory, and `publish` copies them over.
+    TensorFlow writes the files and supports fewer file systems than fsspec. If the workdir is a URL, the files are
+    written to a local directory and `publish` copies them.
 
     Args:
-      workdir: of the run; or the directory of an evaluation job.
-      process_index: which process this is.
-      wandb_project: the W&B project that process 0 mirrors everything to; None for none.
-      training_workdir: of the run that an evaluation job follows; None for the run itself.
-      start_step: the step that the run starts or resumes from: TensorBoard leaves out what was written of later ones.
-        None for an evaluation job.
+      workdir: the run's workdir, or the directory of an evaluation job.
+      process_index: the rank of this process.
+      wandb_project: the W&B project for process 0 to mirror everything to; None for none.
+      training_workdir: the workdir that an evaluation job evaluates; None for the run itself.
+      start_step: the step at which the run starts or resumes: TensorBoard drops what was written after it. None for an
+        evaluation job.
+      total_steps: the last step, for the time left in the log; None for an evaluation job.
+
+    Attributes:
+      writer: takes scalars, images and texts, as CLU's `MetricWriter`.
     """
 
     def __init__(
@@ -51,180 +54,194 @@ class Metrics:
         wandb_project: str | None = None,
         training_workdir: UPath | None = None,
         start_step: int | None = None,
+        total_steps: int | None = None,
     ):
         self._workdir = workdir
         self._spool = None if isinstance(workdir, os.PathLike) else tempfile.TemporaryDirectory()
         directory = os.fspath(workdir) if self._spool is None else self._spool.name
-        if start_step is not None and process_index == 0:
-            resumed = event_file_writer.EventFileWriter(directory)
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            resumed.add_event(event_pb2.Event(wall_time=time.time(), step=start_step + 1, session_log=start))
-            resumed.close()
-        self.writer = metric_writers.create_default_writer(
-            directory,
-            just_logging=process_index > 0,
-            asynchronous=True,
-        )
+        writers = [LogWriter(start_step or 0, total_steps)]
+        if logging.level_debug():
+            writers.append(metric_writers.LoggingWriter())
+        if process_index == 0:
+            if start_step is not None:
+                start = event_file_writer.EventFileWriter(directory)
+                log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                start.add_event(event_pb2.Event(wall_time=time.time(), step=start_step + 1, session_log=log))
+                start.close()
+            writers.append(metric_writers.SummaryWriter(directory))
+        self.writer = metric_writers.AsyncMultiWriter(writers)
         if wandb_project is not None and process_index == 0:
             mirror = WandbWriter(wandb_project, workdir, training_workdir)
             self.writer = metric_writers.MultiWriter([self.writer, mirror])
 
     def publish(self) -> None:
-        """Brings what was written so far to the workdir."""
+        """Flushes everything written so far to the workdir."""
         self.writer.flush()
         if self._spool is not None:
             for file in pathlib.Path(self._spool.name).iterdir():
                 (self._workdir / file.name).write_bytes(file.read_bytes())
 
     def close(self) -> None:
-        """Publishes, and ends the writing."""
+        """Publishes, and closes the writers."""
         self.publish()
         self.writer.close()
         if self._spool is not None:
             self._spool.cleanup()
 
 
-class WandbWriter(metric_writers.MetricWriter):
-    """Writes to a run of Weights & Biases.
+class LogWriter:
+    """Logs one line for each write of training metrics, and for each evaluation.
 
-    Nothing that goes wrong there stops or holds up the caller: W&B is started and written to in a thread of its own,
-    and after its first error, which is logged in one line, no more. It never asks for a login. WANDB_MODE and W&B's
-    other environment variables count.
+    Args:
+      start_step: the step at which the run starts.
+      total_steps: the last step; None to log no time left.
+    """
 
-    W&B drops what is written at a step before the last, as an evaluation may be. So steps are a metric, "step", that
-    the others are drawn over, and W&B counts the writes.
+    def __init__(self, start_step: int, total_steps: int | None):
+        self._total_steps = total_steps
+        self._origin, self._is_first = (start_step, time.monotonic()), True
 
-    A run is named after the last two parts of its workdir, and so is the group of its evaluation jobs, which are W&B
-    runs of their own. A resumed run continues the W&B run whose id is in its workdir.
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Logs loss, bits, examples/s and the time left; or an evaluation's bits, or if it has none its metrics."""
+        if "train/loss" not in scalars:
+            whole = [tag for tag in scalars if tag.count("/") == 1]  # not of a single class or layer
+            tags = [tag for tag in whole if tag.endswith(("/bits_per_dim", "/text_bits_per_token"))] or whole
+            if tags:
+                values = ", ".join(f"{tag} {float(scalars[tag]):.5g}" for tag in tags)
+                logging.info("step %s: %s", f"{step:,}", values)
+            return
+        formats = {
+            "train/loss": "loss {:.5g}",
+            "train/bits_per_dim": "{:.4f} bits per dim",
+            "train/text_bits_per_token": "{:.4f} bits per token",
+            "examples_per_sec": "{:,.4g} examples/s",
+        }
+        values = [form.format(float(scalars[tag])) for tag, form in formats.items() if tag in scalars]
+        now = f"{step:,}"
+        if self._total_steps is not None:
+            now += f" of {self._total_steps:,}"
+            values.append(f"{self._time_left(step)} left")
+        logging.info("step %s: %s", now, ", ".join(values))
+
+    def _time_left(self, step: int) -> datetime.timedelta:
+        now, (origin_step, origin_time) = time.monotonic(), self._origin
+        if self._is_first:  # later estimates leave out the first steps, which may include compilation
+            self._origin, self._is_first = (step, now), False
+        seconds_per_step = (now - origin_time) / max(1, step - origin_step)
+        return datetime.timedelta(seconds=round(seconds_per_step * (self._total_steps - step)))
+
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+        """Logs nothing."""
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Logs nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class WandbWriter:
+    """Writes to a W&B run, in a thread.
+
+    An error of W&B never stops or delays the caller: the first one is logged in one line and ends the mirroring. W&B
+    never asks for a login. WANDB_MODE and W&B's other environment variables apply.
+
+    W&B drops values of a step before the last written one, and evaluations may come late. So the step is a metric of
+    its own, the x axis of all others.
+
+    `wandb.init(sync_tensorboard=True)` does not serve here: it follows one W&B run of a process, while evaluation jobs
+    have one for each evaluator; and it searches the workdir recursively, which mixes in the event files of evaluations.
+
+    Runs are named after the last two parts of their workdir; an evaluation job belongs to the group of the run it
+    evaluates. A resumed run continues the W&B run whose ID is in its workdir.
 
     Args:
       project: the W&B project.
-      workdir: of the run, or the directory of an evaluation job. W&B's files go to its `wandb/`, or where it is a URL
-        to a temporary directory.
-      training_workdir: of the run that an evaluation job follows; None for the run itself.
+      workdir: the run's workdir, or the directory of an evaluation job. W&B's files are in its `wandb/`, or in a
+        temporary directory if it is a URL.
+      training_workdir: the workdir that an evaluation job evaluates; None for the run itself.
     """
 
     def __init__(self, project: str, workdir: UPath, training_workdir: UPath | None = None):
         self._project, self._workdir, self._training_workdir = project, workdir, training_workdir
-        self._writes: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
-        self._exit_code = 0
-        self._warned = False
-        # A daemon: the interpreter does not wait for it when it ends.
-        self._thread = threading.Thread(target=self._work, name="WandbWriter", daemon=True)
-        # W&B reports its own errors to W&B unless told otherwise, and logs more lines where that fails.
+        self._pool, self._failed = ThreadPoolExecutor(1), False
+        # Otherwise W&B reports its own errors to W&B, and logs more lines where that fails.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        try:
-            # Here and not in the thread: a module that two threads import at once may be half there to one of them.
-            import wandb
-        except ModuleNotFoundError as error:
-            self._warn(f"{error}: pip install -e '.[wandb]'")
-        except Exception as error:  # of another protobuf, say
-            self._warn(error)
-        else:
-            self._wandb = wandb
-            self._thread.start()
-
-    def write_summaries(self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
-        """Writes nothing: only TensorBoard's plugins can read them."""
-        logging.log_first_n(logging.WARNING, "WandbWriter does not support writing raw summaries.", 1)
+        self._try(self._import)  # not in the thread, while this one may import the same modules
+        self._put(self._start)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """See `MetricWriter`."""
+        """Writes scalars, by tag."""
         self._log(step, scalars, lambda value: np.asarray(value).item())
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-        """See `MetricWriter`: `[N, H, W, C]` or `[H, W, C]`, uint8, or float in [0, 1]. W&B takes 108 at a time."""
-        self._log(step, images, lambda value: [self._wandb.Image(image) for image in _to_pil(np.asarray(value))])
-
-    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
-        """Writes nothing: W&B needs further packages for them."""
-        logging.log_first_n(logging.WARNING, "WandbWriter does not support writing videos.", 1)
-
-    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
-        """Writes nothing: W&B needs further packages for them."""
-        logging.log_first_n(logging.WARNING, "WandbWriter does not support writing audios.", 1)
+        """Writes images, by tag: uint8 `[N, H, W, C]` of 1 or 3 channels."""
+        to_pil = lambda image: Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        self._log(step, images, lambda batch: [self._wandb.Image(to_pil(image)) for image in batch])
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """See `MetricWriter`; preformatted."""
-        to_html = lambda text: self._wandb.Html(f"<pre>{html.escape(text)}</pre>", data_is_not_path=True)
-        self._log(step, texts, to_html)
-
-    def write_histograms(
-        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
-    ) -> None:
-        """See `MetricWriter`; of 64 buckets by default, and of 512 at most."""
-        for name, array in arrays.items():
-            buckets = min((num_buckets or {}).get(name) or 64, 512)
-            self._log(step, {name: array}, lambda value, n=buckets: self._wandb.Histogram(value, num_bins=n))
-
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """See `MetricWriter`. W&B cannot filter by a name with a point: `Jet.depth` is written as `Jet/depth`."""
-        config = {name.replace(".", "/"): value for name, value in hparams.items()}
-        self._put(lambda run: run.config.update(config, allow_val_change=True))
+        """Writes preformatted texts, by tag."""
+        self._log(step, texts, lambda text: self._wandb.Html(f"<pre>{html.escape(text)}</pre>", data_is_not_path=True))
 
     def flush(self) -> None:
-        """Does nothing, for nobody shall wait for W&B: it uploads by itself."""
+        """Does nothing: W&B uploads in the background."""
 
     def close(self) -> None:
-        """Ends the W&B run, as failed while an exception is on its way, and waits for it, but not for long."""
-        self._exit_code = int(sys.exc_info()[0] is not None)
-        self._writes.put(None)
-        if self._thread.is_alive():
-            timeout = _WANDB_INIT_SECONDS + _WANDB_FINISH_SECONDS + 5
-            self._thread.join(timeout)
-            if self._thread.is_alive():
-                self._warn(f"it has not ended within {timeout:g} s")
+        """Ends the W&B run, as failed if an exception is being handled, and waits for the upload, within limits."""
+        exit_code = int(sys.exc_info()[0] is not None)
+        self._put(lambda: self._finish(exit_code))
+        self._pool.shutdown()
 
     def _log(self, step: int, values: Mapping[str, Any], convert: Callable[[Any], Any]) -> None:
-        self._put(lambda run: run.log({"step": step} | {name: convert(value) for name, value in values.items()}))
+        self._put(lambda: self._run.log({"step": step} | {tag: convert(value) for tag, value in values.items()}))
 
-    def _put(self, write: Callable[[Any], None]) -> None:
-        if self._thread.is_alive():
-            self._writes.put(write)
+    def _put(self, action: Callable[[], None]) -> None:
+        self._pool.submit(self._try, action)
 
-    def _warn(self, reason: object) -> None:
-        if not self._warned:
-            self._warned = True
-            logging.warning("Going on without W&B: %s", " ".join(str(reason).split()) or repr(reason))
-
-    def _work(self) -> None:
-        """What the thread does, from the start of the W&B run to its end."""
+    def _try(self, action: Callable[[], None]) -> None:
+        if self._failed:
+            return
         try:
-            local = isinstance(self._workdir, os.PathLike)
-            directory = os.fspath(self._workdir) if local else tempfile.mkdtemp(prefix="wandb-")
-            run = self._start(directory)
-            while (write := self._writes.get()) is not None:
-                write(run)
-            run.finish(self._exit_code)
-            if not local and not run.offline:
-                shutil.rmtree(directory, ignore_errors=True)
+            action()
         except Exception as error:
-            self._warn(error)
+            self._failed = True
+            logging.warning("Continuing without W&B: %s", " ".join(str(error).split()) or repr(error))
 
-    def _start(self, directory: str) -> Any:
-        # Silent before anything else: W&B asks for a key at a terminal only if it may write there. What matters comes
-        # as an error or is logged here.
+    def _import(self) -> None:
+        try:
+            import wandb  # optional
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{error}: pip install -e '.[wandb]'") from error
+        self._wandb = wandb
+
+    def _start(self) -> None:
+        # Silent before anything else: W&B asks for a key only if it may write to the terminal.
         self._wandb.setup(settings=self._wandb.Settings(silent=True))
         file = self._workdir / WANDB_ID_FILE
         run_id = file.read_text().strip() if file.exists() else ""
         if not run_id:
             run_id = secrets.token_hex(8)
             file.write_text(run_id)
-        run = self._wandb.init(
+        local = isinstance(self._workdir, os.PathLike)
+        self._directory = os.fspath(self._workdir) if local else tempfile.mkdtemp(prefix="wandb-")
+        run = self._run = self._wandb.init(
             project=self._project,
             id=run_id,
             resume="allow",
             name=_wandb_name(self._workdir),
             group=_wandb_name(self._training_workdir or self._workdir),
             job_type="train" if self._training_workdir is None else "eval",
-            dir=directory,
-            reinit="create_new",  # whatever else runs in this process
+            dir=self._directory,
+            reinit="create_new",  # independent of other W&B runs in this process
             settings=self._wandb.Settings(
-                console="off",  # the output of the program is the program's
+                console="off",
                 save_code=False,
                 disable_code=True,
-                init_timeout=_WANDB_INIT_SECONDS,
-                finish_timeout=_WANDB_FINISH_SECONDS,
+                init_timeout=WANDB_INIT_SECONDS,
+                finish_timeout=WANDB_FINISH_SECONDS,
                 finish_timeout_raises=True,
             ),
         )
@@ -233,30 +250,43 @@ class WandbWriter(metric_writers.MetricWriter):
         offline = f"{os.path.dirname(run.dir)}, which `wandb sync` uploads"
         where = "nowhere: W&B is disabled" if run.disabled else offline if run.offline else run.url
         logging.info("Metrics are mirrored to %s", where)
-        return run
+
+    def _finish(self, exit_code: int) -> None:
+        self._run.finish(exit_code)
+        if not isinstance(self._workdir, os.PathLike) and not self._run.offline:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def create_progress(writer: metric_writers.MetricWriter, total_steps: int):
-    """Reports steps/s and the time left, every 10 seconds: call it with the step after every step."""
-    return periodic_actions.ReportProgress(num_train_steps=total_steps, writer=writer, every_secs=10.0)
+class Progress(periodic_actions.ReportProgress):
+    """Writes steps/s and uptime every 10 seconds; logs them and the time of each part at --verbosity=1 only."""
+
+    def _apply(self, step: int, t: float) -> None:
+        if logging.level_debug():
+            super()._apply(step, t)
+            return
+        rate = (step - self._previous_step) / (t - self._previous_time)
+        self._writer.write_scalars(step, {"steps_per_sec": rate, "uptime": time.monotonic() - self._t0})
+
+
+def create_progress(writer: metric_writers.MetricWriter, total_steps: int) -> Progress:
+    """Returns an action that writes steps/s and uptime every 10 seconds: call it with the step after every step."""
+    return Progress(num_train_steps=total_steps, writer=writer, every_secs=10.0)
 
 
 def log_parameters(model: nn.Module) -> None:
-    """Logs a table of all parameters: name, shape, dtype, size, and the total."""
+    """Logs the number of parameters, in all and by top-level module; at --verbosity=1 a table of all of them."""
     parameters = dict(model.named_parameters())
-    overview = parameter_overview.get_parameter_overview(parameters, include_stats=False)
-    logging.info("Parameters:\n%s", overview)
+    sizes: collections.Counter[str] = collections.Counter()
+    for name, parameter in parameters.items():
+        sizes[name.partition(".")[0]] += parameter.numel()
+    parts = ", ".join(f"{name} {size:,}" for name, size in sizes.most_common())
+    logging.info("%s parameters: %s", f"{sizes.total():,}", parts)
+    if logging.level_debug():
+        overview = parameter_overview.get_parameter_overview(parameters, include_stats=False)
+        logging.debug("Parameters:\n%s", overview)
 
 
 def _wandb_name(workdir: UPath) -> str:
-    """The last two parts of its path."""
+    """Returns the last two parts of a path."""
     path = os.path.abspath(workdir) if isinstance(workdir, os.PathLike) else workdir.path
     return "/".join([part for part in path.split("/") if part][-2:])
-
-
-def _to_pil(images: np.ndarray) -> list[Image.Image]:
-    """`[N, H, W, C]` or `[H, W, C]` with one channel or three, uint8, or float in [0, 1]."""
-    if images.dtype != np.uint8:
-        images = np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
-    images = images.reshape(-1, *images.shape[-3:])
-    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]

@@ -1,13 +1,14 @@
-"""The training objectives of JetFormer, of Jet and of text alone, and bits per dim.
+"""The training objectives of JetFormer, Jet and language models, in bits.
 
-An objective is a pure function of a model, a batch and its random draws. `draw` makes the draws, those of an example
-from the example's key (`jetformer.prng`), so that any step can be replayed and a batch can be cut up and shared anyhow;
-a test feeds its own draws.
+An objective is a pure function of a model, a batch and random draws. `draw` makes the draws, those of an example from
+the example's key (see `prng`), so any step can be replayed, and a batch can be split and sharded in any way. A test may
+pass draws of its own.
 
-Image likelihoods are in bits per dim of 8-bit RGB: pixels x in 0..255 are dequantized to x + u with u uniform in [0,
-1) and scaled to [-1, 1], and the volume changes of dequantization, scaling and flow are in the figure. Text is in bits
-per token; the loss has it in nats, as in the reference (big_vision `trainers/proj/jetformer/train.py`).
-Dimensions: B batch, H × W × C image, T text tokens, L image tokens, D token dimension.
+Image likelihoods are in bits per dim of 8-bit pixels: a pixel value x in 0..255 is dequantized to x + u with u uniform
+in [0, 1) and scaled to [-1, 1]; the likelihood includes the volume changes of scaling and flow. Text is in bits per
+token; its part of the loss is in nats, as in the reference (big_vision `trainers/proj/jetformer/train.py`).
+
+Dimensions: B batch, H × W × C image, T text tokens, L image tokens, D token dimension, K mixtures.
 """
 
 import dataclasses
@@ -26,115 +27,122 @@ from jetformer.ranges import NonNegativeFloat, Probability
 
 Batch = dict[str, Tensor]
 Draws = dict[str, Tensor]
-# What is measured, by name: values [B, ...], and which of them count, bool [B, ...]. Of each example's responsibilities
-# [B, K] all K count, or none; they alone are vectors, and `mixture.count_components` makes figures of them.
+# Metrics by name: values [B, ...], and which of them count, bool [B, ...]. The only vectors are responsibilities [B, K]
+# with counts [B]; `mixture.count_components` turns them into metrics.
 Terms = dict[str, tuple[Tensor, Tensor]]
-# The same summed: sum, a vector or 0-dimensional, and count, 0-dimensional. Sums of parts add up to the sum of the
-# whole.
+# Their sums [] or [K], and counts []. The sums of parts add up to the sums of the whole.
 Sums = dict[str, tuple[Tensor, Tensor]]
 
 _LN2 = math.log(2)
 _LOG_2PI = math.log(2 * math.pi)
 
-# What an example's key is folded with for each of its draws.
+# The numbers that an example's key is folded with, one for each draw.
 _TEXT_FIRST, _DEQUANT, _RGB_NOISE, _DROP_PREFIX, _INPUT_NOISE_STD, _INPUT_NOISE, _DROPOUT = range(7)
 
 
 def check_has(batch: Batch, *keys: str) -> None:
-    """Looks for what an objective reads.
+    """Checks that a batch has the given keys.
 
     Raises:
-      ValueError: if the batch lacks one of the keys.
+      ValueError: if it lacks one.
     """
     for key in keys:
         if key not in batch:
             raise ValueError(
-                f"the batch has no {key!r}: the preprocessing must make it (label_as_text makes a text of a label, "
-                "caption one of a text)"
+                f"the batch has no {key!r}: add it in the preprocessing (label_as_text makes a text from a label, "
+                "caption from a text)"
             )
 
 
 def labels_of(batch: dict[str, Any], argument: str = "Data.pp") -> Any:
-    """The class labels `[B]` of a batch of tensors or arrays: its `label`, or its texts of one token.
+    """Returns the class labels `[B]` of a batch of tensors or arrays: its `label`, or its texts of one token.
+
+    Args:
+      batch: the batch.
+      argument: the gin name of the preprocessing, for the message.
 
     Raises:
-      ValueError: if it has neither; `argument` is the preprocessing that a user may change.
+      ValueError: if it has neither.
     """
     if "label" in batch:
         return batch["label"]
     if "text" in batch and batch["text"].shape[1] == 1:
         return batch["text"][:, 0]
     raise ValueError(
-        "the examples have no label: give a preprocessing string that keeps it, as "
-        f"{argument} = \"decode | keep('image', 'label')\", or makes a text of it with label_as_text"
+        "the examples have no label: use a preprocessing string that keeps it, such as "
+        f"{argument} = \"decode | keep('image', 'label')\", or makes a text from it with label_as_text"
     )
 
 
 def batch_size(batch: Batch) -> int:
-    """B."""
+    """Returns B."""
     return len(next(iter(batch.values())))
 
 
 def standard_normal_nll(x: Tensor) -> Tensor:
-    """Negative log-density `[B]` in nats of `x` `[B, ...]` under a standard normal."""
+    """Returns the negative log-density `[B]` in nats of `x` `[B, ...]` under a standard normal."""
     return 0.5 * (x.square() + _LOG_2PI).flatten(1).sum(1)
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """Pixel values in [0, 255] to [-1, 1]."""
+    """Scales pixel values in [0, 255] to [-1, 1]."""
     return pixels / 127.5 - 1
 
 
 def sum_terms(terms: Terms, mask: Tensor | None = None) -> Sums:
-    """Sums each term over what counts, of the examples where `mask` (bool `[B]`) is true."""
+    """Sums each term over the values that count, in the examples where `mask` (bool `[B]`) is true."""
     sums = {}
     for name, (value, counts) in terms.items():
         if mask is not None:
             counts = counts & mask.view(-1, *[1] * (counts.ndim - 1))
-        # Not value · counts: what does not count may not be finite.
+        # Not value · counts, for the other values may not be finite.
         kept = value.where(counts.view(*counts.shape, *[1] * (value.ndim - counts.ndim)), 0.0)
         sums[name] = (kept.flatten(0, counts.ndim - 1).sum(0), counts.sum())
     return sums
 
 
 def split(tensors: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
-    """Cuts a batch (or its draws) `[B, ...]` into `parts`, which take its examples in turn: part i has the examples i,
-    i + parts, … So each part lies on as many devices as the batch does."""
+    """Splits a batch, or its draws, `[B, ...]` into `parts`: part i has the examples i, i + parts, …
+
+    So each part is on as many devices as the batch.
+    """
     return [{name: x.unflatten(0, (-1, parts))[:, i] for name, x in tensors.items()} for i in range(parts)]
 
 
 def add_sums(a: Sums, b: Sums) -> Sums:
-    """The sums of two parts to the sums of the whole."""
+    """Returns the sums of the whole from those of two parts."""
     return {name: (a[name][0] + b[name][0], a[name][1] + b[name][1]) for name in a}
 
 
 def means(sums: Sums) -> dict[str, Tensor]:
-    """The mean of each term; a term of which nothing counted is left at 0."""
+    """Returns the mean of each term; 0 for a term without values that count."""
     return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
 
 
 def expansion_used(flow: nn.Module | None, logdet: Tensor, counts: Tensor) -> Terms:
-    """The term flow_expansion_used: the log-determinants `[B]` as a share of `flow.max_logdet`; none, where the flow
-    has no such bound. N couplings of scale factor 2 can expand a dimension by 2^(N/2) on average; a share near 1 asks
-    for more couplings, one below 0 is of a flow that contracts."""
+    """Returns the term flow_expansion_used, the log-determinants `[B]` as a share of `flow.max_logdet`; {} without it.
+
+    N couplings of scale factor 2 expand a dimension by up to 2^(N/2) on average. A share near 1 calls for more
+    couplings; a flow with a share below 0 contracts.
+    """
     bound = getattr(flow, "max_logdet", None)
     return {} if bound is None else {"flow_expansion_used": (logdet / bound, counts)}
 
 
 @dataclasses.dataclass(frozen=True)
 class JetFormerObjective:
-    """Negative log-likelihood of images and texts, each after the other (JetFormer, section 3).
+    """Negative log-likelihood of images and texts, one after the other (JetFormer, section 3).
 
     Attributes:
       text_prefix_prob: probability that the text comes first in an example.
       loss_on_prefix: score the first modality too, not only the second.
       text_loss_weight: factor of the text's loss.
-      drop_labels_prob: probability that a text prefix is replaced by `nolabel_id` in training, for guidance.
-      input_noise_std: largest standard deviation of the noise on image tokens in training, drawn for each example and
-        used where the image comes second. The noisy tokens are also the target, as in the reference.
-      rgb_noise_on_image_prefix: put the noise of the curriculum also on images that come first.
-      stop_grad_image_prefix: no gradient from an image that comes first to the flow.
-      dequantize: add the dequantization noise.
+      drop_labels_prob: probability that `nolabel_id` replaces a text prefix in training, for guidance.
+      input_noise_std: largest standard deviation of the noise on image tokens in training. Each example draws its own;
+        images that come first get no noise. The noisy tokens are also the targets, as in the reference.
+      rgb_noise_on_image_prefix: add the noise of the curriculum to images that come first, too.
+      stop_grad_image_prefix: stop the gradient from images that come first to the flow.
+      dequantize: add dequantization noise.
     """
 
     text_prefix_prob: Probability = 0.5
@@ -146,17 +154,45 @@ class JetFormerObjective:
     stop_grad_image_prefix: bool = False
     dequantize: bool = True
 
+    def check_guidance(self, mode: str) -> None:
+        """Checks that the model learns the unconditional distribution that guidance needs.
+
+        Args:
+          mode: of `Guidance`; "none" needs nothing.
+
+        Raises:
+          ValueError: if it does not.
+        """
+        if mode != "none" and not self.drop_labels_prob:
+            raise ValueError(
+                f"guidance {mode} needs a model that was also trained without text, and this one was not: its "
+                "JetFormerObjective.drop_labels_prob is 0. Sample without guidance, or train with 0.1"
+            )
+
+    def check_order(self, text_first: bool) -> None:
+        """Checks that the model learns the modality that comes second: images after texts, or texts after images.
+
+        Raises:
+          ValueError: if it does not.
+        """
+        if self.text_prefix_prob == (0 if text_first else 1):
+            first, second = ("texts", "images") if text_first else ("images", "texts")
+            raise ValueError(
+                f"the model does not learn {second} after {first}: its JetFormerObjective.text_prefix_prob is "
+                f"{self.text_prefix_prob}"
+            )
+
     def draw(self, model: JetFormer, batch: Batch, keys: Tensor, train: bool) -> Draws:
-        """The random draws of one step.
+        """Makes the random draws of one step.
 
         Args:
           model: the model, for the shape of its tokens.
           batch: see `__call__`.
-          keys: int32 `[B, 2]`, one for each example; see `jetformer.prng`.
-          train: also draw what only training uses.
+          keys: int32 `[B, 2]`, one for each example; see `prng`.
+          train: also make the draws that only training uses.
 
         Returns:
-          text_first: bool `[B]`, left out where text_prefix_prob is 0 or 1;
+          text_first: bool `[B]`, omitted if text_prefix_prob is 0 or 1;
           dequant: `[B, H, W, C]`, uniform in [0, 1);
           in training also rgb_noise `[B, H, W, C]` (normal), drop_prefix bool `[B]`, input_noise_std `[B, 1, 1]`
           (uniform in [0, 1)), input_noise `[B, L, D]` (normal), dropout_keys int32 `[B, 2]`.
@@ -181,10 +217,10 @@ class JetFormerObjective:
         return draws
 
     def normalizers(self, batch: Batch, draws: Draws, train: bool) -> dict[str, Tensor]:
-        """How many examples the loss averages over, by modality.
+        """Returns the number of examples that the loss averages over, by modality.
 
-        A part of what a step sees (gradient accumulation, one of several processes) is scored with the sum of all
-        parts' normalizers, so that the parts' losses add up.
+        Each part of a step's batch (a microbatch, a process's share) is scored with the sum of all parts' normalizers,
+        so that the parts' losses add up.
         """
         _, _, text_counts, image_counts = self._roles(batch, draws, train)
         if self.loss_on_prefix:
@@ -193,12 +229,12 @@ class JetFormerObjective:
         return {"text": size, "image": size}
 
     def _roles(self, batch: Batch, draws: Draws, train: bool):
-        """Bool `[B]`: is the text first; is it dropped; does the text count; does the image."""
+        """Returns, bool `[B]` each: text comes first; text is dropped; text counts; image counts."""
         image = batch["image"]
         if (text_first := draws.get("text_first")) is None:
             text_first = torch.full((len(image),), self.text_prefix_prob > 0.5, device=image.device)
         dropped = torch.zeros_like(text_first)
-        if train and "drop_prefix" in draws:  # only text is dropped, and only where it comes first
+        if train and "drop_prefix" in draws:  # only texts that come first are dropped
             dropped = draws["drop_prefix"] & text_first
         if self.loss_on_prefix:
             return text_first, dropped, ~dropped, torch.ones_like(text_first)
@@ -207,9 +243,9 @@ class JetFormerObjective:
     def encode(
         self, model: JetFormer, batch: Batch, draws: Draws, *, noise_scale: Tensor | float = 0.0, train: bool = True
     ) -> Encoded:
-        """Encodes a batch's images, in training with the curriculum's noise; arguments as in `__call__`."""
+        """Encodes a batch's images, in training with the noise of the curriculum; arguments as in `__call__`."""
         text_first, _, _, _ = self._roles(batch, draws, train)
-        # RGB noise as if it had been added to the 8-bit image, then dequantization.
+        # RGB noise rounded, as if added to the 8-bit image, then dequantization.
         dtype = model.image_emb.weight.dtype
         pixels = batch["image"].to(dtype)
         if train:
@@ -235,22 +271,22 @@ class JetFormerObjective:
 
         Args:
           model: the model.
-          batch: image uint8 `[B, H, W, C]`, text int `[B, T]`, text_loss bool `[B, T]` (which text tokens count), and
-            text_mask bool `[B, T]` (which are valid; absent: all).
+          batch: image uint8 `[B, H, W, C]`; text int `[B, T]`; text_loss bool `[B, T]`, the text tokens that count; and
+            text_mask bool `[B, T]`, the valid text tokens, all if absent.
           draws: see `draw`.
-          noise_scale: standard deviation, in units of 8-bit pixel values, of the curriculum's noise at this step.
+          noise_scale: standard deviation of the curriculum's noise at this step, in 8-bit pixel values.
           train: whether to use the draws of training.
-          normalizers: see `normalizers`; None: this batch's.
+          normalizers: see `normalizers`; None for this batch's.
 
         Returns:
-          The loss, and what it consists of by example: bits_per_dim = bits_per_dim_tokens - bits_per_dim_logdet, of
-          the tokens bits_per_dim_factored for the dimensions that are factored out, if any are, and
-          text_bits_per_token; with both orders of modalities also by whether a modality was prefix or suffix. Of a
-          mixture also responsibilities and responsibility_entropy, see `mixture.TokenScores`, and of a bounded flow
-          flow_expansion_used, its log-determinant as a share of the largest that it can have.
+          The loss, and its terms by example: bits_per_dim = bits_per_dim_tokens - bits_per_dim_logdet;
+          bits_per_dim_factored, the part of bits_per_dim_tokens for factored-out dimensions, if there are any;
+          text_bits_per_token. With both orders of modalities, also the terms of prefixes and suffixes. With a mixture,
+          also responsibilities and responsibility_entropy, see `mixture_nll.TokenScores`; with a bounded flow also
+          flow_expansion_used, see `expansion_used`.
 
         Raises:
-          ValueError: if the batch lacks something, or its images have another shape than the model's.
+          ValueError: if the batch lacks a key, or its images do not have the model's shape.
         """
         check_has(batch, "image", "text", "text_loss")
         text = batch["text"]
@@ -271,7 +307,7 @@ class JetFormerObjective:
         text_hidden, image_hidden = model(
             text,
             tokens,
-            # A bool where one order is certain saves the model building the other.
+            # If all examples have the same order, a bool saves the model building the other.
             text_first=text_first if "text_first" in draws else self.text_prefix_prob > 0.5,
             text_mask=batch.get("text_mask"),
             drop_prefix=dropped if train and "drop_prefix" in draws else None,
@@ -283,8 +319,7 @@ class JetFormerObjective:
         in_loss = batch["text_loss"]
         nll_text = (nll_text * in_loss).sum(1) / in_loss.sum(1).clamp(min=1)
 
-        # Everything of the image is in bits per dim from here on. The head returns its part of the loss with its
-        # gradient, and its likelihoods without.
+        # From here on the image is in bits per dim. Of the head's scores only the total has a gradient.
         bits = 1 / (math.prod(model.image_shape) * _LN2)
         image_weight = image_counts / normalizers["image"]
         token_weight = (image_weight * bits)[:, None].expand(-1, tokens.shape[1])
@@ -323,33 +358,39 @@ class JetFormerObjective:
 class JetObjective:
     """Negative log-likelihood of images under a flow alone (Jet; big_vision `trainers/proj/jet/train.py`).
 
-    Of a `LabelledFlow` each image is scored given its label.
+    A `LabelledFlow` scores each image given its label.
 
     Attributes:
-      dequantize: add the dequantization noise.
-      drop_labels_prob: probability that a label is dropped in training, so that a `LabelledFlow` also learns images
-        without one.
+      dequantize: add dequantization noise.
+      drop_labels_prob: probability that training drops a label, so that a `LabelledFlow` also learns images without
+        one.
     """
 
     dequantize: bool = True
     drop_labels_prob: Probability = 0.0
 
     def draw(self, model: nn.Module, batch: Batch, keys: Tensor, train: bool) -> Draws:
-        """The random draws of one step: dequant `[B, H, W, C]`, uniform in [0, 1), and in training drop_labels bool
-        `[B]`. See `JetFormerObjective.draw`."""
+        """Makes the random draws of one step, see `JetFormerObjective.draw`.
+
+        Returns:
+          dequant `[B, H, W, C]`, uniform in [0, 1); in training also drop_labels, bool `[B]`.
+
+        Raises:
+          ValueError: if drop_labels_prob is set, but the model takes no labels.
+        """
         draws = {}
         if self.dequantize:
             draws["dequant"] = prng.uniform(prng.fold_in(keys, _DEQUANT), batch["image"].shape[1:])
         if self.drop_labels_prob and not isinstance(model, LabelledFlow):
             raise ValueError(
-                f"JetObjective.drop_labels_prob is of a LabelledFlow, not of a {type(model).__name__}: leave it out"
+                f"JetObjective.drop_labels_prob needs a LabelledFlow, not a {type(model).__name__}: leave it at 0"
             )
         if self.drop_labels_prob and train:
             draws["drop_labels"] = prng.uniform(prng.fold_in(keys, _DROP_PREFIX), ()) < self.drop_labels_prob
         return draws
 
     def normalizers(self, batch: Batch, draws: Draws, train: bool) -> dict[str, Tensor]:
-        """How many examples the loss averages over. See `JetFormerObjective.normalizers`."""
+        """Returns the number of examples that the loss averages over, see `JetFormerObjective.normalizers`."""
         del draws, train
         image = batch["image"]
         return {"image": torch.full((), len(image), device=image.device)}
@@ -364,21 +405,23 @@ class JetObjective:
         train: bool = True,
         normalizers: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Terms]:
-        """Scores the images uint8 `[B, H, W, C]` of a batch, of a `LabelledFlow` given its labels (see `labels_of`);
-        arguments as in `JetFormerObjective.__call__`.
+        """Scores a batch; arguments as in `JetFormerObjective.__call__`.
+
+        The batch has image, uint8 `[B, H, W, C]`, and for a `LabelledFlow` labels, see `labels_of`.
 
         Returns:
-          The loss, and what it consists of by example: bits_per_dim = bits_per_dim_latents - bits_per_dim_logdet; of a
-          bounded flow also flow_expansion_used, see `expansion_used`.
+          The loss in bits per dim, and its terms by example: bits_per_dim = bits_per_dim_latents - bits_per_dim_logdet;
+          with a bounded flow also flow_expansion_used, see `expansion_used`.
 
         Raises:
-          ValueError: if there is a noise curriculum, which Jet's objective does not have, or the batch lacks something.
+          ValueError: if there is a noise curriculum, which Jet's objective does not have, or the batch lacks a key.
         """
         if not isinstance(noise_scale, Tensor) and noise_scale:
-            raise ValueError("Jet's objective has no noise curriculum: leave train.noise_scale at 0")
+            raise ValueError("JetObjective has no noise curriculum: leave train.noise_scale at 0")
         check_has(batch, "image")
         normalizers = normalizers or self.normalizers(batch, draws, train)
-        pixels = batch["image"].to(next(model.parameters()).dtype)
+        parameter = next(model.parameters(), None)  # a flow may have none
+        pixels = batch["image"].to(torch.get_default_dtype() if parameter is None else parameter.dtype)
         if self.dequantize:
             pixels = pixels + draws["dequant"]
         context = None
@@ -390,7 +433,7 @@ class JetObjective:
 
     @staticmethod
     def score(model: nn.Module, x: Tensor, context: Tensor | None = None) -> Terms:
-        """The terms, with gradient, of `x` `[B, H, W, C]` in [-1, 1] given `context` `[B, M, context_dim]` or None."""
+        """Returns the terms, with gradient, of `x` `[B, H, W, C]` in [-1, 1], given `context` `[B, M, context_dim]`."""
         z, logdet = model(x, context)
         bits = 1 / (math.prod(x.shape[1:]) * _LN2)
         bits_latents = standard_normal_nll(z) * bits
@@ -406,16 +449,15 @@ class JetObjective:
 
 @dataclasses.dataclass(frozen=True)
 class TextObjective:
-    """Negative log-likelihood of texts under a `LanguageModel`, over tokens: long texts count for more."""
+    """Negative log-likelihood of texts under a `LanguageModel`, averaged over tokens: long texts weigh more."""
 
     def draw(self, model: LanguageModel, batch: Batch, keys: Tensor, train: bool) -> Draws:
-        """The random draws of one step: in training with dropout dropout_keys int32 `[B, 2]`. See
-        `JetFormerObjective.draw`."""
+        """Makes the random draws of one step: dropout_keys int32 `[B, 2]`, in training with dropout."""
         del batch
         return {"dropout_keys": prng.fold_in(keys, _DROPOUT)} if train and model.decoder.dropout else {}
 
     def normalizers(self, batch: Batch, draws: Draws, train: bool) -> dict[str, Tensor]:
-        """How many tokens the loss averages over. See `JetFormerObjective.normalizers`."""
+        """Returns the number of tokens that the loss averages over, see `JetFormerObjective.normalizers`."""
         del draws, train
         return {"text": batch["text_loss"].sum()}
 
@@ -429,8 +471,7 @@ class TextObjective:
         train: bool = True,
         normalizers: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Terms]:
-        """Scores the texts of a batch: text int `[B, T]`, text_loss bool `[B, T]` and text_mask bool `[B, T]`, see
-        `JetFormerObjective.__call__`.
+        """Scores a batch; arguments as in `JetFormerObjective.__call__`, without images.
 
         Returns:
           The loss in nats per token, and text_bits_per_token by token.
@@ -439,7 +480,7 @@ class TextObjective:
           ValueError: if there is a noise curriculum, or the batch has no texts.
         """
         if not isinstance(noise_scale, Tensor) and noise_scale:
-            raise ValueError("texts have no noise curriculum: leave train.noise_scale at 0")
+            raise ValueError("TextObjective has no noise curriculum: leave train.noise_scale at 0")
         check_has(batch, "text", "text_loss")
         normalizers = normalizers or self.normalizers(batch, draws, train)
         text, counts = batch["text"], batch["text_loss"]

@@ -1,5 +1,5 @@
-"""Preemption: a run that is asked to stop saves first: by SIGTERM, as a maintenance event or a scheduler sends it, by
-SIGINT (Ctrl-C), or by SIGHUP (a closed terminal)."""
+"""Stops a run on SIGTERM (a maintenance event, a scheduler), SIGINT (Ctrl-C) or SIGHUP (a closed terminal), so that it
+can save first."""
 
 import os
 import signal
@@ -8,14 +8,12 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-# sysexits.h's EX_TEMPFAIL, "try again": what the launcher restarts on.
-EXIT_CODE = 75
-INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT  # as a shell has it; nobody restarts what a user has ended
+EXIT_CODE = 75  # sysexits.h's EX_TEMPFAIL, "try again": the launcher restarts the run
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT  # as a shell's; the launcher does not restart what a user has ended
 
 
 class Preempted(BaseException):
-    """The run was asked to stop. What it had done is saved. It is no error, as KeyboardInterrupt is none: what handles
-    errors lets it pass.
+    """Says that the run was asked to stop. Like KeyboardInterrupt it is not an error: `except Exception` lets it pass.
 
     Args:
       signum: the signal.
@@ -31,19 +29,19 @@ class Preempted(BaseException):
 
 
 class Preemption:
-    """Watches for SIGTERM, SIGINT and SIGHUP while its context lasts, but for those that are ignored (as SIGHUP under
-    nohup). A second SIGINT ends the process at once.
+    """Handles SIGTERM, SIGINT and SIGHUP while its context lasts, except ignored ones (as SIGHUP under nohup). A second
+    SIGINT ends the process at once.
 
-    Of several processes each may be told at another moment, or only some are; they agree on stopping after the same
-    step, by an exchange that is awaited one call later, so that no step waits for it.
+    Several processes may get the signal at different moments, or only some of them get it. An all-reduce, which is
+    awaited one call later so that no step waits for it, makes all stop after the same step.
     """
 
     def __init__(self):
-        self._told = 0  # the highest signal
-        self._several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        # A group of its own: other exchanges may go on in other threads.
+        self._received = 0  # the highest signal
+        self._several = dist.is_initialized() and dist.get_world_size() > 1
+        # Its own group: other threads may run collectives at the same time.
         self._group = dist.new_group(backend="gloo") if self._several else None
-        self._asked: tuple[torch.Tensor, dist.Work] | None = None
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
         self._calls = 0
         self._interrupted = False
 
@@ -51,43 +49,43 @@ class Preemption:
         handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
         self._previous = {signum: handler for signum, handler in handlers.items() if handler != signal.SIG_IGN}
         for signum in self._previous:
-            signal.signal(signum, self._tell)
+            signal.signal(signum, self._receive)
         return self
 
     def __exit__(self, *exception) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
-    def _tell(self, signum: int, frame: FrameType | None) -> None:
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
         del frame
         if signum == signal.SIGINT:
             if self._interrupted:
-                os.write(2, b"interrupted twice: ended without waiting for what is being saved\n")
+                os.write(2, b"interrupted twice: ended without waiting for the checkpoint that is being saved\n")
                 os._exit(INTERRUPTED_EXIT_CODE)
             self._interrupted = True
-        self._told = max(self._told, signum)
+        self._received = max(self._received, signum)
 
     def check(self) -> None:
-        """Call it equally often on all processes.
+        """Raises if the run was asked to stop. All processes call it equally often.
 
         Raises:
-          Preempted: if one of them was told to stop; of several processes, at the call after the one that noticed.
+          Preempted: if any process has received a signal; with several processes, one call later.
         """
-        told = self._told
+        signum = self._received
         self._calls += 1
         if self._several:
-            told = 0
-            if self._asked is not None:
-                answer, work = self._asked
+            signum = 0
+            if self._pending is not None:
+                highest, work = self._pending
                 work.wait()
-                told = int(answer.item())
-            question = torch.tensor([self._told])
-            self._asked = question, dist.all_reduce(question, dist.ReduceOp.MAX, self._group, async_op=True)
-        if told:
-            raise Preempted(told)
+                signum = int(highest.item())
+            highest = torch.tensor([self._received])
+            self._pending = highest, dist.all_reduce(highest, dist.ReduceOp.MAX, self._group, async_op=True)
+        if signum:
+            raise Preempted(signum)
 
     def catch_up(self) -> None:
-        """Makes up for a call of `check` that some processes have left out, as where an error ended an evaluation; all
+        """Makes up for a call of `check` that some processes have missed, as after an error in an evaluation; all
         processes call it.
 
         Raises:
@@ -97,5 +95,5 @@ class Preemption:
             return
         calls = [0] * dist.get_world_size()
         dist.all_gather_object(calls, self._calls)
-        if self._calls < max(calls):  # by one: the call after it would have waited
+        if self._calls < max(calls):  # by one: the call after that would have waited for this process
             self.check()

@@ -1,11 +1,11 @@
-"""Counter-based random numbers: Threefry-2x32 with 20 rounds, the generator of JAX, in plain tensor operations.
+"""Counter-based random numbers: Threefry-2x32 with 20 rounds, JAX's generator, in plain tensor operations.
 
-(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.) A number is a function of a key and of where it
-stands, and of nothing else: neither of the device, nor of how many processes or devices share a batch, nor of what was
-drawn before. So every example has a key of its own, which travels with it; a batch can be cut up and put together
-anyhow; and a compiler sees neither state nor constants that change.
+(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.) A number is a function of a key and of its
+position, and of nothing else: not of the device, of how many processes share a batch, or of earlier draws. Every
+example has its own key, which travels with it, so a batch can be split and joined in any way, and a compiler sees
+neither state nor changing constants.
 
-A key is two words, int32 `[..., 2]`. Words are int32 everywhere, and wrap around as unsigned ones do.
+A key is two words, int32 `[..., 2]`. Words are int32 everywhere, and wrap around like unsigned words.
 """
 
 import math
@@ -15,14 +15,14 @@ from torch import Tensor
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
-# The second word of a counter says what the numbers are for, so that no key is ever also a random number.
+# The second word of a counter: random numbers or a new key, so that no key is also a random number.
 _BITS, _FOLD = 0, 1
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Shifts zeros in from the left."""
-    # Not x >> bits: torch_xla 2.9 lowers that to a division, which rounds negative words up; nor a Python number of
-    # bits, which it makes an int64 of. The mask takes away the sign, which is shifted in.
+    """Shifts right and fills with zeros."""
+    # Not x >> bits, which torch_xla 2.9 lowers to a division that rounds negative words up; and bits as a tensor, for
+    # it converts a Python number to int64. The mask removes the sign bits that the shift fills with.
     by = torch.full((), bits, dtype=torch.int32, device=x.device)
     return torch.bitwise_right_shift(x, by) & ((1 << (32 - bits)) - 1)
 
@@ -32,8 +32,8 @@ def _rotate_left(x: Tensor, bits: int) -> Tensor:
 
 
 def threefry(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Two random words for each counter of two words; all four tensors int32, of shapes that broadcast."""
-    # Not in place, which torch_xla takes ten times as long to trace.
+    """Returns two random words for each counter of two words; all four tensors are int32, of shapes that broadcast."""
+    # Not in place, which takes torch_xla ten times as long to trace.
     k = (*key, key[0] ^ key[1] ^ _PARITY)
     x0, x1 = counter[0] + k[0], counter[1] + k[1]
     for i in range(5):
@@ -46,13 +46,13 @@ def threefry(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor]) -> tupl
 
 
 def key(seed: int) -> Tensor:
-    """The key int32 `[2]`, on the CPU, of a seed of up to 64 bits."""
+    """Returns the key int32 `[2]`, on the CPU, of a seed of up to 64 bits."""
     words = torch.tensor([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF])
     return (words - (words >> 31 << 32)).int()
 
 
 def fold_in(keys: Tensor, number: Tensor | int) -> Tensor:
-    """Other keys `[..., 2]`, made of `keys` `[..., 2]` and an integer, or int32 integers `[...]`."""
+    """Returns new keys `[..., 2]` from `keys` `[..., 2]` and an integer, or int32 integers `[...]`."""
     if not isinstance(number, Tensor):
         number = torch.full((), number, dtype=torch.int32, device=keys.device)
     purpose = torch.full_like(number, _FOLD)
@@ -60,18 +60,18 @@ def fold_in(keys: Tensor, number: Tensor | int) -> Tensor:
 
 
 def example_keys(seed: int, examples: Tensor) -> Tensor:
-    """The keys int32 `[B, 2]` of examples with the given numbers, int32 `[B]`."""
+    """Returns the keys int32 `[B, 2]` of the examples of given numbers, int32 `[B]`."""
     return fold_in(key(seed).to(examples.device), examples)
 
 
 def bits(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Random words, int32 `[..., *shape]`, for each of `keys` `[..., 2]`."""
+    """Returns random words, int32 `[..., *shape]`, for `keys` `[..., 2]`."""
     size = math.prod(shape)
-    half = (size + 1) // 2  # a counter gives two words
+    half = (size + 1) // 2  # each counter yields two words
     counter = torch.arange(half, dtype=torch.int32, device=keys.device)
     words = torch.cat(threefry(keys[..., None, :].unbind(-1), (counter, torch.full_like(counter, _BITS))), dim=-1)
     if words.device.type == "xla":
-        # XLA would compute the rounds anew, fused into each use of the words, and take minutes to compile that.
+        # Otherwise XLA fuses the rounds into each use of the words, which takes minutes to compile.
         import torch_xla.core.xla_model as xm
 
         xm.optimization_barrier_([words])
@@ -79,20 +79,19 @@ def bits(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def uniform(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uniform in [0, 1), float32 `[..., *shape]`, for each of `keys` `[..., 2]`: multiples of 2⁻²⁴, all exact."""
+    """Returns uniform numbers in [0, 1), float32 `[..., *shape]`, for `keys` `[..., 2]`: exact multiples of 2⁻²⁴."""
     return _shift_right(bits(keys, shape), 8) * 2.0**-24
 
 
 def normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal, float32 `[..., *shape]`, for each of `keys` `[..., 2]`; within ±5.3."""
-    # The middles of 2²³ intervals of (-1, 1): symmetric, and neither end is among them.
-    middles = _shift_right(bits(keys, shape), 9) * 2.0**-22 + (2.0**-23 - 1)
-    return middles.erfinv() * math.sqrt(2)
+    """Returns standard normal numbers, float32 `[..., *shape]`, for `keys` `[..., 2]`; all are within ±5.3."""
+    # The centres of 2²³ intervals of (-1, 1): symmetric, without the ends.
+    centres = _shift_right(bits(keys, shape), 9) * 2.0**-22 + (2.0**-23 - 1)
+    return centres.erfinv() * math.sqrt(2)
 
 
 def dropout(x: Tensor, probability: float, keys: Tensor | None) -> Tensor:
-    """Drops entries of `x` `[B, ...]` with a probability, and scales up the others; `keys` `[B, 2]`, or None for no
-    dropout."""
+    """Drops entries of `x` `[B, ...]` at random and scales up the others; `keys` `[B, 2]` of None drop nothing."""
     if keys is None or not probability:
         return x
     keep = uniform(keys, x.shape[1:]) >= probability

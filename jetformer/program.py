@@ -1,7 +1,7 @@
-"""What all programs share: flags, and how they end.
+"""Flags and error handling that all programs share.
 
-Programs import this and `runtime` first, and the rest of the package after `runtime.initialize`: the rest brings
-TensorFlow, before which torch_xla has to be imported.
+A program imports this and `runtime` first, and the rest of the package after `runtime.initialize`: torch_xla must be
+imported before TensorFlow, which the rest brings.
 """
 
 import datetime
@@ -19,63 +19,71 @@ from clu import asynclib
 
 from jetformer import preemption, runtime
 
-flags.DEFINE_multi_string("gin_file", [], "A gin file; may be given several times, later ones win.")
+flags.DEFINE_multi_string("gin_file", [], "A gin file; can be given several times, later files override earlier ones.")
 flags.DEFINE_multi_string("gin_bindings", [], "A gin binding such as 'train.total_steps = 100'.")
 flags.DEFINE_enum(
     "device",
     "auto",
     ["auto", "cpu", "cuda", "xla"],
-    "What to run on; xla is all TPUs, or what PJRT_DEVICE says; auto is a TPU or a GPU where there is one.",
+    "Device to run on: xla is all TPUs, or what PJRT_DEVICE names; auto is a TPU or a GPU if there is one.",
 )
 flags.DEFINE_list(
     "trust_imports",
     [],
-    "Modules that a configuration of a workdir, a directory or the Hub may import, which runs them.",
+    "Modules that the configuration of a workdir, a directory or the Hub may import, which runs their code.",
 )
-flags.DEFINE_boolean("verify", True, "Compare the checksums of a checkpoint's files before it is loaded.")
+flags.DEFINE_boolean("verify", True, "Compare the checksums of a checkpoint's files before loading it.")
 
+_PACKAGE = os.path.dirname(__file__) + os.sep
 _STORE_TIMEOUT = datetime.timedelta(seconds=5)
 
 
+FLAGS = flags.FLAGS
+
+
 class StepParser(flags.ArgumentParser):
-    """Parses a flag that says which checkpoint: the number of a step, or "best"."""
+    """Parses a flag that names a checkpoint: the number of a step, or "best"."""
 
     syntactic_help = "a step, or best"
 
     def parse(self, argument: str) -> int | str:
-        """Raises a ValueError for anything else."""
+        """Returns the value of the flag.
+
+        Raises:
+          ValueError: for anything else.
+        """
         return argument if argument == "best" else int(argument)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program in one line for a user's mistake, a place that cannot be read or written, a diverged run, a
-    process lost, or one that was asked to stop, with a code of its own. What all processes of a run would say one of
-    them says.
-
-    --verbosity=1 shows where it came from.
+    """Ends the program with one line and an exit code for errors that a user can cause or has to know: a mistake, a
+    file that cannot be read or written, a diverged run, a lost process, or a signal. Of several processes one prints
+    it. --verbosity=1 shows the traceback.
     """
-    # Training, which has something to save, takes it over while it lasts (`preemption.Preemption`).
+    # While it trains, `preemption.Preemption` handles signals, and saves first.
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, _stop)
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # during the imports it is `jetformer`'s own
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # `jetformer/__init__.py` has set its own for the imports
     logging.get_absl_logger().addFilter(_is_not_raised_again)
     try:
         yield
     except KeyboardInterrupt:
-        _say("interrupted: start the same command again to go on")
+        _say("interrupted: run the same command again to resume")
         sys.exit(preemption.INTERRUPTED_EXIT_CODE)
     except preemption.Preempted as stopped:
-        _say(f"stopped by {stopped.signal.name}: start the same command again to go on")
+        _say(f"stopped by {stopped.signal.name}: run the same command again to resume")
         sys.exit(stopped.exit_code)
     except (ValueError, OSError, ImportError, FloatingPointError, runtime.OutOfStep) as error:
         logging.debug("", exc_info=True)
         _say(f"error: {' '.join(str(error).split())}")
         sys.exit(1)
-    except asynclib.AsyncError as error:  # of the writers of metrics
-        import tensorflow as tf  # which they have brought
+    except asynclib.AsyncError as error:  # from CLU's metric writers
+        import tensorflow as tf  # they have imported it already
 
         if not isinstance(error.__cause__, tf.errors.OpError):
             raise
@@ -86,21 +94,44 @@ def one_line_errors() -> Iterator[None]:
         if not runtime.are_apart(error):
             raise
         logging.debug("", exc_info=True)
-        _say("error: another process of this run has ended; what it said before tells why")
+        _say("error: another process of this run has ended; its own error message says why")
         sys.exit(1)
 
 
+def initialize(device: str | None = None) -> runtime.Runtime:
+    """Returns the runtime of this process, and sets up logging.
+
+    Without --verbosity, process 0 logs what this package says at INFO, the other processes errors; libraries are heard
+    from WARNING on.
+
+    Args:
+      device: see `runtime.initialize`; None: --device.
+    """
+    chosen = FLAGS["verbosity"].present
+    if not chosen:
+        logging.set_verbosity(logging.INFO)
+        logging.get_absl_handler().addFilter(_is_of_this_package_or_serious)
+    machine = runtime.initialize(device or FLAGS.device)
+    if not chosen and machine.process_index > 0:
+        logging.set_verbosity(logging.ERROR)
+    return machine
+
+
+def _is_of_this_package_or_serious(record: std_logging.LogRecord) -> bool:
+    return record.levelno >= std_logging.WARNING or record.pathname.startswith(_PACKAGE)
+
+
 def _is_not_raised_again(record: std_logging.LogRecord) -> bool:
-    """False for the tracebacks that CLU's writers log of errors that they raise afterwards."""
+    """Returns False for tracebacks that CLU's writers log before they raise the error."""
     return not str(record.msg).startswith("Error in producer thread")
 
 
 def _say(message: str) -> None:
-    """Prints a line, unless another process that torchrun started has printed the same."""
+    """Prints a line, unless another process of the same torchrun has printed it."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
-            # torchrun's own store, which outlives the processes of its host; another host's may be gone.
+            # torchrun's own store. It outlives the processes of its host; another host's may be gone.
             store = dist.TCPStore(*address, is_master=False, timeout=_STORE_TIMEOUT)
             if store.add(f"jetformer/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{message}", 1) > 1:
                 return
@@ -115,7 +146,7 @@ def _stop(signum: int, frame) -> None:
 
 
 def no_arguments(argv: list[str]) -> None:
-    """Programs take flags only.
+    """Checks that the command line has flags only.
 
     Raises:
       UsageError: for anything else.

@@ -1,5 +1,4 @@
-"""Types for annotations that say which values an argument can have. `config.parse` checks all values that gin binds by
-them."""
+"""Types that annotate the range of an argument; `config.parse` checks all values that gin binds against them."""
 
 from typing import Annotated
 
@@ -10,5 +9,5 @@ NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Probability = Annotated[float, Interval(ge=0, le=1)]
-# A decay or a dropout rate: at 1 nothing would be left.
+# A decay or a dropout rate, which leaves nothing at 1.
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]

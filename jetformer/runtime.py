@@ -1,4 +1,4 @@
-"""Which devices and how many processes: the one module that knows. It imports torch_xla, where that is wanted."""
+"""Devices and processes: which there are, and how processes agree. The one module that imports torch_xla first."""
 
 import dataclasses
 import datetime
@@ -17,32 +17,34 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from jetformer.errors import one_line
+
 T = TypeVar("T")
 
 # The only pair of versions that load against each other: torch_xla ended with this release.
 XLA_VERSIONS = "torch==2.9.0 and torch_xla==2.9.0"
 
-# How long a process waits for the others to come to the end of what they do together: after an error, and without.
+# How long a process waits for the others at the end of `Runtime.together`: after an error, and without one.
 _PATIENCE = datetime.timedelta(seconds=60)
 _TIMEOUT = datetime.timedelta(minutes=30)  # as that of collectives
 
-_KINDS = {kind.__name__: kind for kind in (ValueError, OSError, ImportError)}  # of errors that their message tells
+_KINDS = {kind.__name__: kind for kind in (ValueError, OSError, ImportError)}  # errors whose message says enough
 
 
 class OutOfStep(RuntimeError):
-    """Processes are at different places and cannot go on together. The message is one line."""
+    """Processes are at different places in the program and cannot continue. The message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Where this process runs.
+    """Describes where this process runs.
 
     Attributes:
-      device: what the model lives on; with "xla" it stands for all devices of all processes.
-      process_index: which of the processes this one is.
-      process_count: how many processes there are.
-      device_count: how many devices they have together.
-      store: where several processes leave messages for each other.
+      device: of the model; "xla" stands for all devices of all processes.
+      process_index: rank of this process.
+      process_count: number of processes.
+      device_count: number of devices of all processes.
+      store: key-value store that several processes share.
     """
 
     device: torch.device
@@ -52,20 +54,20 @@ class Runtime:
     store: dist.Store | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def agree_on(self, name: str, value: Any) -> None:
-        """Compares a value between processes.
+        """Checks that a value is the same on all processes.
 
         Raises:
-          ValueError: if it is not the same on all.
+          ValueError: if it is not.
         """
-        values = self.of_all(value)
+        values = self.all_gather(value)
         if any(other != values[0] for other in values):
             raise ValueError(f"{name} differs between processes: {values}; use a --workdir that all hosts share")
 
-    def first_does(self, action: Callable[[], None]) -> None:
-        """Process 0 does something, and the others wait until it is done.
+    def on_first(self, action: Callable[[], None]) -> None:
+        """Calls a function on process 0 only; the others wait until it returns.
 
         Raises:
-          ValueError, OSError: on all processes, what it raises.
+          ValueError, OSError: on all processes, what the function raises.
         """
         error = None
         if self.process_index == 0:
@@ -73,30 +75,31 @@ class Runtime:
                 action()
             except (ValueError, OSError) as raised:
                 error = raised
-        if (error := self.of_first(error)) is not None:
+        if (error := self.broadcast(error)) is not None:
             raise error
 
     def together(self, action: Callable[[], T]) -> T:
-        """Every process does something, and goes on once all have done it.
+        """Calls a function on every process and waits until all have returned.
 
         Returns:
-          What it gives in this process.
+          What the function returns on this process.
 
         Raises:
-          Exception: on all processes, what it raises in the first of those where it does: there that, in the others the
-            same as a ValueError, an OSError, an ImportError or a RuntimeError.
-          OutOfStep: if another process does not come to its end within a minute, as it waits for this one in its midst.
+          Exception: on all processes, the error of the first process where the function raises; the others raise it
+            as a ValueError, OSError, ImportError or RuntimeError with the same message.
+          OutOfStep: if the function raises here, and on another process does not return within a minute, because it
+            waits for this one.
         """
         if self.process_count == 1:
             return action()
         result = error = None
         try:
             result = action()
-        except Exception as raised:  # whatever it is: the others wait to hear how this process has ended
+        except Exception as raised:  # of any kind: the others wait for the outcome on this process
             error = raised
         if error is not None and are_apart(error):
             raise error
-        # Not by a collective: one that is given up keeps its process from ending.
+        # Not by a collective: a process that gives one up cannot end.
         number = self.store.add(f"together/calls/{self.process_index}", 1)
         keys = [f"together/{number}/{process}" for process in range(self.process_count)]
         self.store.set(keys[self.process_index], json.dumps(error and _described(error)))
@@ -107,32 +110,32 @@ class Runtime:
                 raise
             raise OutOfStep(f"{one_line(error)} (process {self.process_index}; the others wait for it)") from error
         theirs = [json.loads(self.store.get(key)) for key in keys]
-        # All are here, so all have read what they left the last time.
+        # All processes are here, so all have read the last outcome.
         self.store.delete_key(f"together/{number - 1}/{self.process_index}")
         first = next((i for i, described in enumerate(theirs) if described is not None), None)
         try:
             if first == self.process_index:
                 raise error
-            if first is not None:  # of one kind on all, or each would go on in its own way
+            if first is not None:  # of one kind on all, or they would handle it in different ways
                 kind, message = theirs[first]
                 raise _KINDS.get(kind, RuntimeError)(message) from error
         finally:
-            del error  # or it would refer to itself, and keep what the action has taken of the device's memory
+            del error  # else its traceback refers to itself and keeps device memory of the action
         return result
 
-    def of_all(self, value: Any) -> list[Any]:
-        """The values of all processes, on all processes."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """Returns the values of all processes, on all processes."""
         values = [value] * self.process_count
         if self.process_count > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def of_first(self, value: Any) -> Any:
-        """Process 0's value, on all processes."""
-        return self.of_all(value)[0]
+    def broadcast(self, value: Any) -> Any:
+        """Returns the value of process 0 on all processes."""
+        return self.all_gather(value)[0]
 
     def describe(self) -> str:
-        """The devices in words."""
+        """Returns the devices in words."""
         processes = f" in each of {self.process_count} processes" if self.process_count > 1 else ""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device) + processes
@@ -142,32 +145,25 @@ class Runtime:
 
 
 def are_apart(error: BaseException) -> bool:
-    """Whether an error says that processes cannot go on together: `OutOfStep`, or another one has gone."""
+    """Returns whether an error means that processes cannot continue: `OutOfStep`, or another process has ended."""
     if not isinstance(error, RuntimeError):
         return False
     # Gloo's errors have no type.
     return isinstance(error, OutOfStep | dist.DistError) or re.search(r"\bgloo\b", str(error)) is not None
 
 
-def one_line(error: Exception) -> str:
-    """Its message, or its kind where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _described(error: Exception) -> tuple[str | None, str]:
-    """Which of `_KINDS` an error is, and its message."""
+    """Returns which of `_KINDS` an error is, and its message."""
     return next((name for name, kind in _KINDS.items() if isinstance(error, kind)), None), one_line(error)
 
 
 def initialize(device: str) -> Runtime:
-    """The runtime of this process.
+    """Returns the runtime of this process; with torchrun it is one of several, each with its own device.
 
-    Call it before TensorFlow is imported: torch_xla comes first, or LLVM ends the process.
+    Call it before TensorFlow is imported: LLVM aborts the process if torch_xla comes later.
 
     Args:
-      device: "cpu", "cuda", "xla", or "auto" for a TPU or a GPU where there is one.
-
-    Started by torchrun, this process is one of several, each with a device of its own.
+      device: "cpu", "cuda", "xla", or "auto" for a TPU or a GPU if there is one.
 
     Raises:
       ValueError: if there is no such device, or not one for each process.
@@ -195,11 +191,11 @@ def _initialize_torchrun(device: str, cuda_count: int) -> Runtime:
             f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes on a host with {cuda_count} CUDA device(s): "
             f"use --nproc-per-node={cuda_count}"
         )
-    # Gloo as well: checkpoints and preemption are agreed on by the hosts, beside what the devices do.
+    # Gloo as well: checkpoints and preemption synchronize hosts, not devices.
     backend, device = ("cpu:gloo,cuda:nccl", f"cuda:{local_rank}") if device == "cuda" else ("gloo", "cpu")
     if device != "cpu":
         torch.cuda.set_device(device)
-    # A process that waits here for one that has failed hears of nothing but the signal itself.
+    # While it waits here for a process that has failed, Python runs no handler: let the signal end it.
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     dist.init_process_group(backend)
     signal.signal(signal.SIGTERM, handler)
@@ -210,7 +206,7 @@ def _initialize_torchrun(device: str, cuda_count: int) -> Runtime:
 def _on_tpu_host() -> bool:
     if "PJRT_DEVICE" in os.environ:
         return os.environ["PJRT_DEVICE"] == "TPU"
-    # libtpu comes with the [tpu] extra; without it there is no reason to wait for torch_xla.
+    # libtpu comes with the [tpu] extra; without it there is no need to import torch_xla, which takes seconds.
     if importlib.util.find_spec("libtpu") is None or importlib.util.find_spec("torch_xla") is None:
         return False
     _import_torch_xla()
@@ -221,7 +217,7 @@ def _on_tpu_host() -> bool:
 
 def _import_torch_xla() -> None:
     if "tensorflow" in sys.modules and "torch_xla" not in sys.modules:
-        raise RuntimeError("torch_xla has to be imported before TensorFlow: call runtime.initialize first")
+        raise RuntimeError("torch_xla must be imported before TensorFlow: call runtime.initialize first")
     if importlib.util.find_spec("torch_xla") is None:
         raise ImportError(f"--device=xla needs torch_xla: pip install -e '.[xla]', which brings {XLA_VERSIONS}")
     try:
@@ -242,7 +238,7 @@ def _initialize_xla() -> Runtime:
     xr.use_spmd()
     store = None
     if xr.process_count() > 1:
-        # Hosts agree on checkpoints and preemption over their network, beside what the devices do.
+        # For checkpoints and preemption, which synchronize hosts, not devices.
         import torch_xla.distributed.xla_backend
 
         dist.init_process_group("gloo", init_method="xla://")
@@ -252,15 +248,15 @@ def _initialize_xla() -> Runtime:
 
 
 def resolve_mesh(mesh: dict[str, int] | None, device_count: int) -> dict[str, int]:
-    """The sizes of the mesh's axes, which together make up all devices.
+    """Returns the sizes of the axes "data" and "fsdp" of the device mesh.
 
     Args:
-      mesh: sizes of "data" and "fsdp"; what is left out is 1, and one of them may be -1: what is left of the devices.
-        None: all are "data".
-      device_count: how many devices there are.
+      mesh: sizes by axis. A missing axis has size 1; one size may be -1, for the remaining devices. None: all devices
+        in "data".
+      device_count: number of devices.
 
     Raises:
-      ValueError: for another axis, or sizes that do not multiply to the number of devices.
+      ValueError: for another axis, or sizes whose product is not the number of devices.
     """
     sizes = {"data": 1, "fsdp": 1} | ({"data": -1} if mesh is None else mesh)
     rest = [name for name, size in sizes.items() if size == -1]
@@ -268,18 +264,18 @@ def resolve_mesh(mesh: dict[str, int] | None, device_count: int) -> dict[str, in
     for size in sizes.values():
         product *= 1 if size == -1 else size
     if set(sizes) != {"data", "fsdp"} or len(rest) > 1 or product < 1:
-        raise ValueError(f"train.mesh = {mesh}: give sizes of 'data' and 'fsdp', at most one of them -1, for the rest")
+        raise ValueError(f"train.mesh = {mesh}: expected sizes of 'data' and 'fsdp', at most one of them -1")
     if rest:
         sizes[rest[0]], remainder = divmod(device_count, product)
     if (rest and remainder) or (not rest and product != device_count):
         raise ValueError(
-            f"train.mesh = {mesh} does not fit {device_count} device(s): the sizes have to multiply to their number; "
-            "-1 takes the rest"
+            f"train.mesh = {mesh} does not fit {device_count} device(s): the sizes must multiply to their number; "
+            "-1 takes the remaining devices"
         )
     return sizes
 
 
 def derive_seed(*parts: int) -> int:
-    """A 63-bit seed that depends on the integers `parts`, their order and their number."""
+    """Returns a 63-bit seed that depends on the integers `parts`, their order and their number."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -215,8 +215,8 @@ def sample(experiment: Experiment, state: State, step: int, workdir: UPath, mach
         has = lambda request: gallery.has(request.label, request.seed, **identity(request))
         missing = [i for i, request in enumerate(wanted) if not has(request)]
 
-    machine.first_does(open_gallery)
-    lacking = [wanted[i] for i in machine.of_first(missing)]
+    machine.on_first(open_gallery)
+    lacking = [wanted[i] for i in machine.broadcast(missing)]
     if len(lacking) < len(wanted):
         logging.info("%d of %d samples exist already", len(wanted) - len(lacking), len(wanted))
     options = {"batch_size": FLAGS.batch_size, "ema": FLAGS.ema, "progress": True}

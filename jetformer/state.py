@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from upath import UPath
 
 from jetformer import checkpoint, config, objectives, optim, prng
-from jetformer.evaluators.base import Context, directory_of
+from jetformer.evaluators.context import Context
+from jetformer.evaluators.results import directory_of
 from jetformer.experiment import Experiment
 from jetformer.loops.base import Loop, Runner
 from jetformer.models import invertible, remat
@@ -58,17 +59,9 @@ class State:
             state["ema"] = self.ema
         return state
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Uses the moving average in the place of the parameters while the context lasts, if there is one."""
-        if self.ema is None:
-            yield
-            return
-        self.loop.swap(self.model, self.ema)
-        try:
-            yield
-        finally:
-            self.loop.swap(self.model, self.ema)
+    def averaged(self) -> AbstractContextManager:
+        """Returns a context with the moving average in the place of the parameters, if there is one."""
+        return self.loop.averaged(self.model, self.ema)
 
 
 def make_loop(experiment: Experiment, runtime: Runtime, cache_dir: str | None = None) -> Loop:
@@ -141,10 +134,10 @@ def initialize(experiment: Experiment, runtime: Runtime, model: nn.Module) -> No
     """
     if experiment.init_from is not None:
         load_weights(experiment.init_from, model)
-    elif invertible.needs_data(model):
-        runtime.first_does(lambda: _initialize_from_data(experiment, model))
+    elif invertible.parameters_from_data(model):
+        runtime.on_first(lambda: _initialize_from_data(experiment, model))
         values = [p.data for p in invertible.parameters_from_data(model)]
-        found = runtime.of_first(values if runtime.process_index == 0 else None)
+        found = runtime.broadcast(values if runtime.process_index == 0 else None)
         for value, theirs in zip(values, found, strict=True):
             value.copy_(theirs)
     heads = [module for module in model.modules() if isinstance(module, MixtureHead)]
@@ -193,9 +186,9 @@ def load_weights(path: str, model: nn.Module) -> None:
     workdir, step = checkpoint.split_path(path)
     if step is None and (step := checkpoint.latest(workdir)) is None:
         raise ValueError(f"train.init_from = {path!r}: there is no complete checkpoint")
-    info = checkpoint.verify(workdir, step)["info"]
-    _check_architecture(f"train.init_from = {path!r}", info, "start from another run")
-    checkpoint.load_weights(workdir, step, model.state_dict())
+    saved = checkpoint.Checkpoint(workdir, step)
+    _check_architecture(f"train.init_from = {path!r}", saved.info, "start from another run")
+    saved.load_weights(model.state_dict())
     logging.info("Weights of step %d of %s", step, workdir)
 
 
@@ -229,18 +222,19 @@ def restore(workdir: UPath, state: State, step: int | None = None, verify: bool 
     """
     if step is None and (step := checkpoint.latest(workdir)) is None:
         return 0
-    _check_architecture(str(workdir), checkpoint.verify(workdir, step)["info"], "use another --workdir")
+    saved = checkpoint.Checkpoint(workdir, step)
+    _check_architecture(str(workdir), saved.info, "use another --workdir")
     if verify:
         runtime = state.loop.runtime
-        checkpoint.verify_checksums(workdir, step, runtime.process_index, runtime.process_count)
+        saved.verify_checksums(runtime.process_index, runtime.process_count)
     tensors = state.tensors()
     to_train = state.optimizer is not None
-    if to_train and state.ema is not None and "ema" not in checkpoint.parts(workdir, step):
+    if to_train and state.ema is not None and "ema" not in saved.parts():
         logging.warning("The moving average begins at step %d: the checkpoint has none", step)
         del tensors["ema"]
         parameters = {"model": tensors["model"] | state.ema}
-        checkpoint.restore(workdir, step, parameters, state.loop.load_planner())
-    checkpoint.restore(workdir, step, tensors, state.loop.load_planner())
+        saved.restore(parameters, state.loop.load_planner())
+    saved.restore(tensors, state.loop.load_planner())
     return step
 
 
@@ -254,12 +248,16 @@ def evaluator_context(
 ) -> Context:
     """Returns what the evaluator `name` is given at a step."""
     return Context(
-        run=experiment,
-        state=state,
+        runner=state.runner,
+        ema=state.ema,
+        data=experiment.data,
+        objective=experiment.objective,
+        seed=experiment.seed,
+        batch_size=experiment.batch_size_of_evaluation(),
         step=step,
-        runtime=state.loop.runtime,
         loop=state.loop,
         directory=directory_of(workdir, name),
+        check_batch=experiment.check_batch,
         each_batch=each_batch,
     )
 

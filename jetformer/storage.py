@@ -1,9 +1,12 @@
-"""Files that others read while they are written, and where files are that an experiment names."""
+"""Reads and writes whole files: local, or on an object store (gs://…)."""
 
+import io
 import os
 import pathlib
 import uuid
+import zipfile
 
+import numpy as np
 from etils import epath
 from upath import UPath
 
@@ -11,8 +14,8 @@ _PROJECT = pathlib.Path(__file__).parent.parent
 
 
 def find(path: str) -> UPath | pathlib.Path:
-    """A file that an experiment names by its path or a URL that fsspec opens (gs://…). It is looked for as gin files
-    are, from here and from the project's root."""
+    """Returns where a file is that an experiment names by a path or a URL that fsspec opens (gs://…). As with gin
+    files, a relative path is searched for in the working directory, then in the project's root."""
     found = UPath(path)
     if isinstance(found, os.PathLike) and not found.is_absolute() and not found.exists():
         return _PROJECT / found
@@ -20,10 +23,10 @@ def find(path: str) -> UPath | pathlib.Path:
 
 
 def write_whole(path: UPath | epath.Path, content: str | bytes) -> None:
-    """Writes a file such that nobody ever sees a part of it, whoever else writes it at the same time; a kill leaves the
-    old one or the new one."""
+    """Writes a file atomically: readers and concurrent writers never see a part of it, and a kill leaves the old file
+    or the new one."""
     content = content.encode() if isinstance(content, str) else content
-    if "://" in str(path):  # an object store shows an object when it is whole
+    if "://" in str(path):  # an object store shows an object once it is complete
         path.write_bytes(content)
         return
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -31,7 +34,40 @@ def write_whole(path: UPath | epath.Path, content: str | bytes) -> None:
         with part.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # or a power cut may leave the new name, and nothing in the file
+            os.fsync(file.fileno())  # otherwise a power failure may leave an empty file under the new name
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_beside_data(path: epath.Path, content: bytes) -> None:
+    """Writes a file that belongs to a dataset, such as an index, atomically; creates its directory.
+
+    Raises:
+      ValueError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    except OSError as error:
+        raise ValueError(f"cannot write {path} ({error}): set Data.data_dir to a directory you can write to") from error
+
+
+def arrays_to_bytes(arrays: dict[str, np.ndarray]) -> bytes:
+    """Returns named arrays as the content of an .npz file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
+    """Reads all arrays of an .npz file.
+
+    Raises:
+      ValueError: it is not an .npz file, or is damaged.
+    """
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged: delete it, and it is created again ({error})") from error

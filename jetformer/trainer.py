@@ -18,7 +18,8 @@ from upath import UPath
 from jetformer import checkpoint, config, metrics, optim, run_files
 from jetformer.data.pipeline import peek
 from jetformer.evaluators import best
-from jetformer.evaluators.base import evaluated_steps, forget, prepare
+from jetformer.evaluators.context import prepare
+from jetformer.evaluators.results import evaluated_steps, forget
 from jetformer.evaluators.running import Evaluations
 from jetformer.experiment import Experiment
 from jetformer.loops.base import Loop, Step, Training, means
@@ -61,13 +62,13 @@ def train(
     total_steps = experiment.steps()
     schedule = experiment.build_schedule()
     in_training = {name: e for name, e in experiment.evaluators.items() if e.every_steps is not None}
-    latest = runtime.of_first(checkpoint.latest(workdir))
+    latest = runtime.broadcast(checkpoint.latest(workdir))
     ended = latest is not None and run_files.saved_facts(workdir).get("stopped_at") == latest
-    complete = latest == total_steps or runtime.of_first(ended and _is_out_of_patience(experiment, workdir, latest))
+    complete = latest == total_steps or runtime.broadcast(ended and _is_out_of_patience(experiment, workdir, latest))
     if latest is not None:
         run_files.check_changes(experiment, workdir, latest, allow_changes or complete)
-    if complete and runtime.of_first(all(latest in evaluated_steps(workdir, name) for name in in_training)):
-        runtime.first_does(lambda: checkpoint.verify(workdir, latest))
+    if complete and runtime.broadcast(all(latest in evaluated_steps(workdir, name) for name in in_training)):
+        runtime.on_first(lambda: checkpoint.Checkpoint(workdir, latest))
         logging.info("The run in %s is already complete at step %d: nothing to do", workdir, latest)
         return
 
@@ -95,7 +96,7 @@ def train(
     )
     first_batch, batches = peek(batches, "the training split")
     experiment.check_batch(first_batch)
-    evaluations = Evaluations(runtime)
+    evaluations = Evaluations(runtime, workdir, in_training, experiment.keep_best, experiment.best_mode())
     check = evaluations.check if start_step == 0 else evaluations.try_check
     for name in in_training:
         check(name, evaluator_context(experiment, state, start_step, name, workdir))
@@ -115,15 +116,21 @@ def train(
         # After run.json, from which an evaluation job learns that its results of later steps do not count.
         forget(workdir, start_step)
         if experiment.keep_best is None:
-            best.record_again(workdir)  # an evaluation job's
+            best.rewrite(workdir)  # an evaluation job's
         else:
-            best.record(workdir, experiment.keep_best, experiment.best_mode())
+            evaluations.write_best()
 
-    runtime.first_does(begin)
+    runtime.on_first(begin)
     checkpointer = checkpoint.Checkpointer(
         workdir, keep_last=experiment.keep_last, keep_every=experiment.keep_every, **loop.checkpointing()
     )
-    written = metrics.Metrics(workdir, runtime.process_index, experiment.wandb_project, start_step=start_step)
+    written = metrics.Metrics(
+        workdir,
+        runtime.process_index,
+        experiment.wandb_project,
+        start_step=start_step,
+        total_steps=total_steps,
+    )
     written.writer.write_texts(start_step, {"config": _preformatted(gin.operative_config_str())})
     metrics.log_parameters(state.model)
     num_examples = experiment.data.num_train_examples()
@@ -165,33 +172,33 @@ def train(
             due = number == last_step or number % evaluator.every_steps == 0
             if not due or evaluations.given_up(name, number):
                 continue
-            if missing and runtime.of_first(number in evaluated_steps(workdir, name)):
+            if missing and runtime.broadcast(number in evaluated_steps(workdir, name)):
                 continue
             meter.check()
             given = evaluator_context(experiment, state, number, name, workdir, preemption.check)
             with meter.paused(), progress.timed(f"eval_{name}", wait_jax_async_dispatch=False):
-                if not evaluations.evaluate(name, given, lambda: written):
+                evaluated = evaluations.evaluate(name, given, lambda: written)
+                if not evaluated:
                     preemption.catch_up()
-            if name == decides and saved < number and runtime.of_first(is_best(number)):
+            if evaluated and name == decides and saved < number and runtime.broadcast(is_best(number)):
                 save()
 
     def is_best(number: int) -> bool:
         """Returns whether a step is the best of those that have a checkpoint, or are getting one."""
-        among = {*checkpoint.steps(workdir), saved, number}
-        return next((step for step in checkpoint.ranked(workdir) if step in among), None) == number
+        return checkpoint.best_of(workdir, {*checkpoint.steps(workdir), saved, number}) == number
 
     def stop_early() -> bool:
         """Ends the run after this step if its patience is over; returns whether it is."""
         nonlocal last_step
         if experiment.patience is None or done == total_steps or done % in_training[decides].every_steps:
             return False
-        if not runtime.of_first(_is_out_of_patience(experiment, workdir, done)):
+        if not runtime.broadcast(_is_out_of_patience(experiment, workdir, done)):
             return False
         last_step = done
         if saved < done:
             save()
         evaluate_due(done, missing=True)  # those that run at the end
-        runtime.first_does(lambda: run_files.add_fact(workdir, "stopped_at", done))
+        runtime.on_first(lambda: run_files.add_fact(workdir, "stopped_at", done))
         logging.info(
             "Stopped early after step %d of %d: %d evaluation(s) without a better %s (train.patience)",
             *(done, total_steps, experiment.patience, experiment.keep_best),
@@ -229,8 +236,19 @@ def train(
                 lock.close()
     if evaluations.failures:
         # All processes finish writing first: when one ends with an error, its launcher stops the others.
-        runtime.of_all(None)
+        runtime.all_gather(None)
         raise ValueError(f"the run is complete, but {evaluations.summary()}")
+    _log_results(experiment, workdir, last_step)
+
+
+def _log_results(experiment: Experiment, workdir: UPath, step: int) -> None:
+    """Logs where a finished run has its results, how they compare with the expected values, and what comes next."""
+    for metric, expected in experiment.expected.items():
+        if (value := best.values(workdir, metric).get(step)) is not None:
+            logging.info("%s is %.4g; the experiment expects %.4g", metric, value, expected)
+    if images := sorted(map(str, workdir.glob(f"eval_*/*/{step:09d}.png"))):
+        logging.info("Images: %s", ", ".join(images))
+    logging.info("The run as a page: python -m jetformer.report --workdir=%s", workdir)
 
 
 def _is_out_of_patience(experiment: Experiment, workdir: UPath, step: int) -> bool:

@@ -1,44 +1,44 @@
-# What tpu_pod.sh and eval_job.sh share: one program kept going on all workers of a machine, from a workstation.
-# Sourced by them, with their variables set. In this order:
-#   1. the functions that run on the workers; they are sent there as text, with declare -f
+# Keeps one program running on all workers of a machine, from a workstation: what tpu_pod.sh and eval_job.sh share.
+# They source it with their variables set. In this order:
+#   1. functions that run on the workers, sent there as text by declare -f
 #   2. calls of gcloud
-#   3. the machine: is it there, does it have to be created again
-#   4. the workers: what they do, start, stop, stream, fetch logs
+#   3. the machine: its state, creating it again
+#   4. the workers: their state, start, stop, stream, fetch logs
 #   5. the loop
 #
-# On every worker the job lives in one directory (JOB_DIR, in the home directory):
+# On every worker the job has one directory (JOB_DIR, in the home directory):
 #   source/              the copied source; venv/ its environment; install.log
-#   attempt, command_id  which start this is, and the checksum of its command line
-#   lock                 locked as long as any process of the job lives; this, and no pid, tells a run that is going
-#   pid, child           the process that waits for the program, and the program
-#   exit_code            of the program, once it has ended; stopped: somebody asked for the end
+#   attempt, command_id  the id of this start, and the checksum of its command line
+#   lock                 locked while any process of the job lives; this, not a pid, shows that a run is alive
+#   pid, child           the supervising process, and the program
+#   exit_code            of the program, once it has ended; stopped: exists if a person stopped it
 #   logs/ATTEMPT.log     all output of the program
 # shellcheck shell=bash
 # shellcheck disable=SC2153,SC2154  # the variables of the two scripts
 
-# ---- 1. On the workers. All are safe to run twice: gcloud repeats a command whose connection broke.
+# ---- 1. On the workers. All are idempotent: gcloud repeats a command whose connection broke.
 
-# One line on stdout that names this worker. It is short, so that those of many workers do not mix.
+# Prints one line that names this worker. It is short, so that the lines of many workers do not interleave.
 remote_say() {
   local number url=http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number
   number=$(curl -sf -m 5 -H 'Metadata-Flavor: Google' "$url") || number=${HOSTNAME##*-w-}
-  [[ $number =~ ^[0-9]+$ ]] || number=0 # a machine of one host
+  [[ $number =~ ^[0-9]+$ ]] || number=0 # a single-host machine
   printf 'launch: %s %s\n' "$number" "$*"
 }
 
-# Whether any process of the job lives.
+# Returns 0 if any process of the job lives.
 remote_alive() {
   [[ -e $1/lock ]] && ! flock --shared --nonblock "$1/lock" true
 }
 
-# Says "status ATTEMPT COMMAND STATE"; STATE is none, running, stopped, lost (it ended without an exit code, as when the
-# host restarts) or the exit code.
+# Prints "status ATTEMPT COMMAND STATE". STATE is none, running, stopped, lost (ended without an exit code, for example
+# because the host restarted) or the exit code.
 remote_status() {
   cd || return
   local state=none attempt=- command=-
   if [[ -e $1/attempt ]]; then
     attempt=$(<"$1/attempt") command=$(<"$1/command_id") state=lost
-    # The lock first: between the two looks a run may end, but not begin.
+    # Checks the lock first: between the two checks a run may end, but not begin.
     if remote_alive "$1"; then
       state=running
     elif [[ -e $1/stopped ]]; then
@@ -50,18 +50,18 @@ remote_status() {
   remote_say "status $attempt $command $state"
 }
 
-# DIR TARBALL EXTRAS [PIP_OPTION...]: unpacks the source and installs it.
+# DIR TARBALL EXTRAS [PIP_OPTION...]: unpacks and installs the source.
 remote_install() {
   cd && mkdir -p "$1" || return
   local dir=$1 tarball=$2 extras=$3
   shift 3
   if remote_alive "$dir"; then
-    remote_say "failed a process of an earlier start still runs"
+    remote_say "failed a process of an earlier start is still running"
     return 1
   fi
   {
     rm -rf "$dir/source" && mkdir "$dir/source" && tar -xzf "$tarball" -C "$dir/source" &&
-      # Debian and Ubuntu have venv in a package of its own.
+      # Debian and Ubuntu package venv separately.
       { [[ -x $dir/venv/bin/pip ]] || python3 -m venv "$dir/venv" || {
         sudo apt-get update -q && sudo apt-get -o DPkg::Lock::Timeout=300 install -qy python3-venv &&
           python3 -m venv --clear "$dir/venv"
@@ -69,12 +69,12 @@ remote_install() {
       "$dir/venv/bin/pip" install --no-input -e "$dir/source[$extras]" "$@"
   } >"$dir/install.log" 2>&1 </dev/null && remote_say ok && return
   tail -n 20 "$dir/install.log"
-  remote_say "failed the installation; its log is ~/$dir/install.log there"
+  remote_say "failed the installation; see ~/$dir/install.log there"
   return 1
 }
 
-# DIR SECONDS [mark]: asks the program to end (it saves, then exits with 75), and kills what is left after SECONDS.
-# With mark the job counts as stopped by a person, and no launcher that watches it starts it again.
+# DIR SECONDS [mark]: asks the program to end (it saves, then exits with 75), and kills it after SECONDS. With mark, the
+# job counts as stopped by a person, and no launcher restarts it.
 remote_stop() {
   cd || return
   local dir=$1 seconds=$2 _
@@ -91,24 +91,24 @@ remote_stop() {
     sleep 1
   fi
   if remote_alive "$dir"; then
-    remote_say "failed a process does not end even when killed; restart the machine"
+    remote_say "failed a process does not end when killed; restart the machine"
     return 1
   fi
   remote_say ok
 }
 
-# ARGUMENTS...: runs the program, from the job's directory, in a session of its own, with the lock as its file 9.
+# ARGUMENTS...: runs the program in the job's directory, in its own session, with the lock as file descriptor 9.
 remote_supervise() {
   local code=0
   echo $$ >pid
-  # A signal meant for the whole session must not take away the one that notes the exit code. (Children get the
-  # default back.)
+  # A signal to the whole session must not end the process that records the exit code. (Children get the default
+  # handler.)
   trap : TERM HUP INT
-  # exec: the program has the pid that was noted.
+  # exec: the program keeps the recorded pid.
   (cd source && exec bash -c 'echo "$BASHPID" >../child && exec ../venv/bin/python "$@"' run "$@") || code=$?
-  echo "[$(date -u '+%F %T')] ended with code $code"
+  echo "[$(date -u '+%F %T')] ended with exit code $code"
   echo "$code" >exit_code.new && mv exit_code.new exit_code
-  kill -KILL -- -$$ # what the program left behind would hold the accelerator, and the lock
+  kill -KILL -- -$$ # processes that the program leaves behind would hold the accelerator and the lock
 }
 
 # DIR ATTEMPT COMMAND SOURCE ARGUMENTS...: starts python ARGUMENTS, independent of this connection.
@@ -122,7 +122,7 @@ remote_start() {
   fi
   exec 9>>lock
   if ! flock --wait 10 9; then
-    remote_say "failed a process of an earlier start still runs"
+    remote_say "failed a process of an earlier start is still running"
     return 1
   fi
   rm -f exit_code stopped pid child
@@ -139,13 +139,13 @@ remote_start() {
   remote_say ok
 }
 
-# DIR ATTEMPT: the log, as it grows, until the program ends.
+# DIR ATTEMPT: prints the log as it grows, until the program ends.
 remote_stream() {
   cd && cd "$1" || return
   tail --pid="$(cat pid)" --sleep-interval=0.2 -n 100 -F "logs/$2.log" 2>/dev/null
 }
 
-# DIR ATTEMPT: the log.
+# DIR ATTEMPT: prints the log.
 remote_log() {
   cd && cat "$1/logs/$2.log"
 }
@@ -164,7 +164,7 @@ usage_error() {
   exit 2
 }
 
-# gcloud's last error, or its last line, for a message of one line.
+# Prints gcloud's last error, or its last line, to append to a one-line message.
 gcloud_says() {
   local lines line
   lines=$(tail -n 20 "$local_dir/gcloud.log" 2>/dev/null | tr -d '\r') || lines=''
@@ -172,7 +172,7 @@ gcloud_says() {
   printf '%s' "${line:+ (gcloud: $line)}"
 }
 
-# Runs gcloud, or prints the command on a dry run. Its own messages go to gcloud.log; --quiet: it must not ask.
+# Runs gcloud, or prints the command on a dry run. gcloud's messages go to gcloud.log. (--quiet keeps it from asking.)
 call_gcloud() {
   if [[ -n $dry_run ]]; then
     _gcloud_quote gcloud "$@"
@@ -182,7 +182,7 @@ call_gcloud() {
 }
 
 # WORKER FUNCTION ARGUMENTS...: runs one of the functions above on a worker, or on "all". The text is quoted for the
-# worker's shell, and says bash, since that may be another one.
+# worker's login shell, which need not be bash, and starts bash.
 remote() {
   local worker=$1 function=$2 text
   shift 2
@@ -197,8 +197,8 @@ remote() {
   fi
 }
 
-# STEP FUNCTION ARGUMENTS...: runs a function on all workers. 0: each said ok; 1: no word from some worker. One that
-# says that it failed ends the script: trying again would not help.
+# STEP FUNCTION ARGUMENTS...: runs a function on all workers. Returns 0 if each reported ok, 1 if one did not answer. A
+# worker that reports a failure ends the script: a retry would not help.
 on_all() {
   local step=$1 code=0 worker out=$local_dir/$1.$$
   shift
@@ -220,8 +220,8 @@ on_all() {
 
 # ---- 3. The machine
 
-# Sets state (READY, GONE, UNKNOWN where Google cannot be asked, or Google's word) and workers.
-look_at_machine() {
+# Sets workers, and state: READY, GONE, UNKNOWN (gcloud failed), or Google's own name for it.
+poll_machine() {
   local command=(compute tpus tpu-vm describe "$NAME" --zone="$ZONE" --project="$PROJECT")
   local out ready=READY error=$local_dir/describe.$$
   if [[ $MACHINE == vm ]]; then
@@ -251,7 +251,7 @@ look_at_machine() {
   rm -f "$error"
 }
 
-# What the queued resource is at, or nothing.
+# Prints the state of the queued resource, or nothing.
 queue_state() {
   [[ $PROVISIONING == queue* ]] || return 0
   local error=$local_dir/queue.$$
@@ -259,30 +259,30 @@ queue_state() {
     '--format=value(state.state)' 2>"$error" </dev/null || grep -qi 'not.found' "$error" || echo UNKNOWN
 }
 
-# Returns when the machine is ready. Creates it again if it was preempted, where PROVISIONING says how; ends the script
-# where it cannot become ready.
+# Returns when the machine is ready. Creates a preempted machine again as PROVISIONING says; ends the script if the
+# machine cannot become ready.
 await_machine() {
   local last='' queue unknown=0
   while true; do
-    look_at_machine
+    poll_machine
     [[ -z $dry_run ]] || return 0
     if [[ $state == GONE ]]; then
       queue=$(queue_state)
       case $queue in
         UNKNOWN) state=UNKNOWN ;;
         ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING | CREATING | ACTIVE) state="in the queue: $queue" ;;
-        FAILED) die "the queued resource ${QUEUE_NAME:-$NAME} is FAILED: see why with tpu_queue_list of gcloud.bash" ;;
+        FAILED) die "the queued resource ${QUEUE_NAME:-$NAME} is FAILED; see tpu_queue_list of gcloud.bash" ;;
       esac
     fi
     [[ $state == "$last" || $state == READY ]] || say "$NAME is $state"
     last=$state
     case $state in
       READY)
-        ((workers <= MAX_WORKERS)) || die "$NAME has $workers hosts; this job runs on a machine of $MAX_WORKERS"
+        ((workers <= MAX_WORKERS)) || die "$NAME has $workers hosts, this job needs $MAX_WORKERS: use another machine"
         return ;;
       UNKNOWN)
         ((++unknown <= MAX_FAILURES)) ||
-          die "step 'describe' failed: no word about $NAME$(gcloud_says); what runs there goes on; run this again"
+          die "step 'describe' failed: state of $NAME unknown$(gcloud_says); its programs keep running; run this again"
         pause "$RESTART_PAUSE" ;;
       PREEMPTED | TERMINATED | SUSPENDED | GONE) create_again ;;
       STOPPED) die "$NAME is stopped; start it with: gcloud compute tpus tpu-vm start $NAME --zone=$ZONE" ;;
@@ -291,20 +291,20 @@ await_machine() {
   done
 }
 
-# Counts a restart, and waits before it.
+# Counts a restart and waits before it.
 count_restart() {
   ((++restarts <= MAX_RESTARTS)) ||
-    die "$NAME: restarted $MAX_RESTARTS times (MAX_RESTARTS), last because $1; run this again to go on"
+    die "$NAME: restarted $MAX_RESTARTS times (MAX_RESTARTS), last because $1; run this again to resume"
   say "restart $restarts of at most $MAX_RESTARTS, in $RESTART_PAUSE s: $1"
   pause "$RESTART_PAUSE"
 }
 
-# Makes the machine anew, by the function of gcloud.bash that made it.
+# Creates the machine again, as it was created before.
 create_again() {
   [[ -n $seen ]] ||
-    die "there is no machine $NAME in $ZONE of $PROJECT: create it, for a TPU with: source gcloud.bash && tpu_create"
+    die "there is no machine $NAME in $ZONE of $PROJECT: create it; a TPU with: source gcloud.bash && tpu_create"
   if [[ $PROVISIONING == on_demand ]]; then
-    die "$NAME is $state and PROVISIONING=on_demand: delete it, create it again, then run this again; it resumes"
+    die "$NAME is $state and PROVISIONING=on_demand: delete and create it, then run this again to resume"
   fi
   count_restart "$NAME is $state"
   installed=''
@@ -313,13 +313,13 @@ create_again() {
   recreate >>"$local_dir/gcloud.log" 2>&1 || say "creating $NAME failed$(gcloud_says)"
 }
 
-# The commands of it, also for a dry run.
+# Runs the commands that create it, or prints them on a dry run.
 recreate() {
   if [[ $MACHINE == vm ]]; then
     call_gcloud compute instances start "$NAME" --zone="$ZONE" --project="$PROJECT"
     return
   fi
-  # shellcheck disable=SC2034  # gcloud.bash reads them
+  # shellcheck disable=SC2034  # gcloud.bash reads these variables
   local TPU_NAME=$NAME DRY_RUN=$dry_run
   case $PROVISIONING in
     spot)
@@ -336,16 +336,15 @@ recreate() {
 
 # ---- 4. The workers
 
-# Asks all workers. Sets verdict and attempt, and broken to a list of the workers that failed:
+# Asks all workers for their status. Sets attempt, broken (a list of the failed workers), and verdict:
 #   none         nothing was ever started
-#   running      all run the same start of our command, or some have finished it
-#   ending       some have ended otherwise, some still run
+#   running      all run the same start of this command, or have finished it
+#   ending       some have ended without success, others still run
 #   foreign      another command runs
-#   torn         some run, or ran, another start than the others
+#   torn         workers run, or ran, different starts
 #   finished, interrupted, stopped, failed: all have ended
-# and ended to one of the last four, for those that have ended.
-# Returns 1 if there is no word from some worker.
-look_at_workers() {
+# Sets ended to one of the last four, for the workers that have ended. Returns 1 if a worker does not answer.
+poll_workers() {
   local out=$local_dir/status.$$ worker line a command s
   local running=0 none=0 finished=0 interrupted=0 stopped=0 foreign=0 torn=0
   broken='' attempt='' ended=finished
@@ -375,7 +374,7 @@ look_at_workers() {
   if ((stopped)); then
     ended=stopped
   elif ((interrupted)); then
-    ended=interrupted # the others have failed because that one was gone
+    ended=interrupted # the failures of the others follow from it
   elif [[ -n $broken ]]; then
     ended=failed
   fi
@@ -393,13 +392,13 @@ look_at_workers() {
   fi
 }
 
-# Makes the tarball of the committed source. The run is then known by a commit.
+# Packs the committed source, so that a commit identifies what runs.
 pack_source() {
   local dirty=''
-  commit=$(git -C "$root" rev-parse HEAD 2>/dev/null) || die "$root is no git checkout: the source is copied from one"
+  commit=$(git -C "$root" rev-parse HEAD 2>/dev/null) || die "$root is not a git checkout: there is no source to copy"
   tarball=$local_dir/source-${commit:0:12}.tar.gz
   dirty=$(git -C "$root" status --porcelain | head -n 3 | cut -c 4- | tr '\n' ' ') || true
-  [[ -z $dirty ]] || say "warning: only what is committed is copied; not so: $dirty…" >&2
+  [[ -z $dirty ]] || say "warning: only committed files are copied, without: $dirty…" >&2
   if [[ -n $dry_run ]]; then
     _gcloud_quote mkdir -p "$local_dir"
     _gcloud_quote git -C "$root" archive --format=tar.gz --output="$tarball" "$commit"
@@ -417,8 +416,8 @@ copy_source() {
   fi
 }
 
-# Stops what is left on any worker, installs if this is a new machine or a new call of the script, and starts on all.
-# Sets step to what it was at. Returns 1 when that failed for a reason that may go away.
+# Stops old processes on all workers, installs (once per machine and call of this script), and starts the program on
+# all. Sets step to the current step. Returns 1 if it failed for a reason that a retry may overcome.
 launch() {
   local new
   new=$(date -u +%Y%m%d-%H%M%S)-$$-$((++launches))
@@ -429,7 +428,7 @@ launch() {
     say "# copying ${commit:0:12} to all workers of $NAME"
     copy_source || return 1
     step='install'
-    say "# installing (some minutes the first time)"
+    say "# installing (takes minutes the first time)"
     on_all install remote_install "$JOB_DIR" "$JOB_DIR.tar.gz" "$EXTRAS" ${pip_options[@]+"${pip_options[@]}"} ||
       return 1
     installed=1
@@ -440,10 +439,11 @@ launch() {
   watched=$new
 }
 
-# Shows worker 0's log. A group of its own, to end gcloud's children with it; disowned, so that bash does not report.
+# Streams worker 0's log, in a process group of its own, to end gcloud's children with it; disowned, so that bash does
+# not report its end.
 keep_stream() {
   if [[ -n $stream ]] && kill -0 "$stream" 2>/dev/null; then return; fi
-  [[ -z $stream ]] || say "# the stream of worker 0 broke; it goes on from the last 100 lines"
+  [[ -z $stream ]] || say "# the stream of worker 0 broke; it continues from the last 100 lines"
   set -m
   remote 0 remote_stream "$JOB_DIR" "$watched" &
   stream=$!
@@ -462,7 +462,7 @@ cleanup() {
   rm -f "$local_dir"/*.$$
 }
 
-# It ends by itself once the program has; the last lines are on their way.
+# Waits for the last lines: the stream ends by itself after the program.
 finish_stream() {
   local _
   for ((_ = 0; _ < 30; _++)); do
@@ -494,42 +494,42 @@ fetch_logs() {
 
 pause() { sleep "$1"; }
 
-# A step failed for lack of a connection: tries again, unless it did so too often or the machine is not to be had.
-again() {
+# STEP: retries after a step failed for want of a connection, at most MAX_FAILURES times in a row.
+retry() {
   ((++failures <= MAX_FAILURES)) ||
     die "step '$1' failed $failures times on $NAME$(gcloud_says); see $local_dir/gcloud.log, then run this again:" \
-      "it attaches to a run that is going, and starts all workers together otherwise"
-  say "step '$1' failed$(gcloud_says); trying again in $RESTART_PAUSE s ($failures of $MAX_FAILURES)"
+      "it attaches to a live run, and starts all workers together otherwise"
+  say "step '$1' failed$(gcloud_says); retrying in $RESTART_PAUSE s ($failures of $MAX_FAILURES)"
   pause "$RESTART_PAUSE"
   await_machine
 }
 
-# Prints, in order, what would be run: on a machine that is ready and idle.
+# Prints the commands in order, for a machine that is ready and idle.
 print_plan() {
   local attempt
-  say "# the machine: is it there?"
+  say "# the machine: does it exist?"
   await_machine
-  say "# the workers: is the run already going? (then it is attached to; nothing is copied or started)"
-  look_at_workers
-  say "# otherwise: end what is left, copy the source, install, start"
+  say "# the workers: is the run alive? (then this attaches to it, and copies and starts nothing)"
+  poll_workers
+  say "# otherwise: stop old processes, copy the source, install, start"
   pack_source
   launch
   attempt=$watched
-  say "# show worker 0, and ask all every $POLL_SECONDS s, as above, whether they run"
+  say "# stream worker 0, and poll all workers every $POLL_SECONDS s, as above"
   remote 0 remote_stream "$JOB_DIR" "$attempt"
-  say "# at the end, from each worker, into $local_dir/$attempt/worker-N.log"
+  say "# at the end, for each worker, into $local_dir/$attempt/worker-N.log"
   fetch_logs
-  say "# exit code 75 of the program: stop and start as above, at most $MAX_RESTARTS times (MAX_RESTARTS)"
+  say "# if the program exits with 75: stop and start as above, at most $MAX_RESTARTS times (MAX_RESTARTS)"
   if [[ $PROVISIONING == on_demand ]]; then
-    say "# machine preempted: the script ends (PROVISIONING=on_demand)"
+    say "# if the machine is preempted: the script ends (PROVISIONING=on_demand)"
   else
-    say "# machine preempted: create it again, copy, install and start as above"
+    say "# if the machine is preempted: create it again, then copy, install and start as above"
     recreate
   fi
 }
 
 stop_job() {
-  look_at_machine
+  poll_machine
   [[ -n $dry_run || $state == READY ]] ||
     die "$NAME is $state$(gcloud_says): there is nothing to stop, or no connection"
   on_all stop remote_stop "$JOB_DIR" "$STOP_SECONDS" mark ||
@@ -537,15 +537,15 @@ stop_job() {
   [[ -n $dry_run ]] || say "stopped on all workers of $NAME; the run resumes when it is started again"
 }
 
-# What an interrupt does: lets go of the run. It comes at any time, also while output goes to a file.
+# Handles an interrupt: detaches from the run. It may come at any time, also while output is redirected to a file.
 detach() {
   exec >&3 2>&4
-  [[ -n $watched ]] || die "interrupted before all workers were started; run this again: it starts them all together"
-  say "detached: the run on $NAME goes on; the same command attaches to it, --stop ends it"
+  [[ -n $watched ]] || die "interrupted before all workers were started; run this again to start them together"
+  say "detached: the run on $NAME keeps running; the same command attaches to it, --stop ends it"
   exit 130
 }
 
-# Takes the script's own arguments; the rest, the program's, go to arguments.
+# Parses the script's own arguments; arguments receives those of the program.
 read_arguments() {
   dry_run=${DRY_RUN:-} stop='' arguments=()
   local argument
@@ -553,19 +553,19 @@ read_arguments() {
     case $argument in
       --dry_run) dry_run=1 ;;
       --stop) stop=1 ;;
-      --workdir | --workdir=*) usage_error "set the workdir with: export WORKDIR=gs://…" ;;
-      --device | --device=*) usage_error "$argument: the device is that of the machine, and set by this script" ;;
+      --workdir | --workdir=*) usage_error "$argument: set the workdir with: export WORKDIR=gs://…" ;;
+      --device | --device=*) usage_error "$argument: leave it out; this script sets the machine's device" ;;
       *) arguments+=("$argument") ;;
     esac
   done
 }
 
-# VALUES...: those that PROVISIONING may have.
+# VALUES...: checks that PROVISIONING is one of them.
 check_provisioning() {
-  [[ " $* " == *" $PROVISIONING "* ]] || usage_error "PROVISIONING=$PROVISIONING: it is one of $*"
+  [[ " $* " == *" $PROVISIONING "* ]] || usage_error "PROVISIONING=$PROVISIONING: expected one of $*"
 }
 
-# Starts "python ${command[@]}" on all workers, or attaches to it, and keeps it going to its end.
+# Starts "python ${command[@]}" on all workers, or attaches to it, and keeps it running to its end.
 run_job() {
   local_dir=$LOG_DIR/$NAME
   command_id=$(printf '%s\n' "${command[@]}" | cksum | cut -d ' ' -f 1)
@@ -577,7 +577,7 @@ run_job() {
     return
   fi
   command -v gcloud >/dev/null ||
-    usage_error "no gcloud on the PATH: install it from https://cloud.google.com/sdk/docs/install"
+    usage_error "gcloud is not on the PATH: install it from https://cloud.google.com/sdk/docs/install"
   mkdir -p "$local_dir"
   if [[ -n $stop ]]; then
     stop_job
@@ -589,17 +589,17 @@ run_job() {
   trap detach INT TERM HUP
   await_machine
   while true; do
-    if ! look_at_workers; then
-      again status
+    if ! poll_workers; then
+      retry status
       continue
     fi
     case $verdict in
       foreign)
-        die "$NAME runs another command, or this one with other arguments; end that first with: $0 --stop" ;;
+        die "$NAME runs another command, or this one with other arguments; stop it first with: $0 --stop" ;;
       running)
         failures=0 ending_since=''
         if [[ $attempt != "$watched" ]]; then
-          say "# attached to the run that is going on $NAME (its source stays as it is)"
+          say "# attached to the live run on $NAME (its source does not change)"
           stop_stream
           watched=$attempt
         fi
@@ -607,7 +607,7 @@ run_job() {
         pause "$POLL_SECONDS"
         continue ;;
       ending)
-        # The others of a worker that ended need a moment to notice, and to save.
+        # When one worker has ended, the others need a moment to notice and to save.
         watched=$attempt
         ending_since=${ending_since:-$SECONDS}
         if [[ $attempt != "$handled" ]] && ((SECONDS - ending_since < GRACE_SECONDS)); then
@@ -616,19 +616,19 @@ run_job() {
         fi
         verdict=$ended ;;
       torn)
-        say "# not all workers run the same start: all are stopped, and started together"
+        say "# not all workers run the same start: stopping all, then starting them together"
         installed='' ;;
       none) installed='' ;;
     esac
     ending_since=''
-    # Here all have ended, were never started, or have to be stopped. What ended before this script saw it run is
-    # history: start. So is what was handled.
+    # Here all have ended, were never started, or must be stopped. A start that ended before this script saw it run, or
+    # that was handled already, is history: start again.
     if [[ $verdict != torn && -n $watched && $attempt == "$watched" && $attempt != "$handled" ]]; then
       finish_stream
       fetch_logs
       case $verdict in
         finished)
-          say "done: all $workers workers of $NAME ended with code 0"
+          say "done: all $workers workers of $NAME ended with exit code 0"
           exit 0 ;;
         stopped)
           say "stopped by request; the same command resumes"
@@ -636,15 +636,15 @@ run_job() {
         failed)
           on_all stop remote_stop "$JOB_DIR" "$STOP_SECONDS" || say "warning: not all workers could be stopped" >&2
           worker=${broken%% *}
-          die "worker ${worker%%:*} of $NAME ended with code ${worker##*:}; read $log_dir/worker-${worker%%:*}.log" ;;
+          die "worker ${worker%%:*} of $NAME exited with ${worker##*:}; read $log_dir/worker-${worker%%:*}.log" ;;
         interrupted)
-          count_restart "the program was interrupted (code 75, or its host went away)"
+          count_restart "the program was interrupted (exit code 75, or its host restarted)"
           handled=$attempt
-          # Another launcher may have started it meanwhile: look again, and start only if none has.
+          # Another launcher may have started it in the meantime: poll again, and start only if none has.
           continue ;;
       esac
     fi
     stop_stream
-    if launch; then keep_stream; else again "$step"; fi
+    if launch; then keep_stream; else retry "$step"; fi
   done
 }

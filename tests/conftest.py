@@ -11,18 +11,18 @@ import jetformer  # noqa: F401  (before any test imports TensorFlow)
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """Where this test run prepares data sets, once: never ~/tensorflow_datasets."""
+    """Where this test run prepares datasets, once: never ~/tensorflow_datasets."""
     return tmp_path_factory.mktemp("tensorflow_datasets")
 
 
 @pytest.fixture(scope="session")
 def shapes_dir(tmp_path_factory):
-    """Some of the data set `shapes`, 40 scenes of each split; not in `data_dir`, where it would be taken for all."""
+    """Part of the dataset `shapes`, 40 scenes of each split; not in `data_dir`, where it would be taken for all."""
     import tensorflow_datasets as tfds
 
-    from jetformer.data import pipeline
+    from jetformer.data import sources
 
     directory = str(tmp_path_factory.mktemp("some_shapes"))
     few = tfds.download.DownloadConfig(max_examples_per_split=40)
-    pipeline._builder("shapes", directory).download_and_prepare(download_config=few)
+    sources.builder("shapes", directory).download_and_prepare(download_config=few)
     return directory

@@ -1,12 +1,16 @@
-"""What is true of every invertible module."""
+"""Small flows, and checks of invertible modules."""
 
 import torch
 
 from jetformer.models.initializers import init_weights
 
+SMALL = {"emb_dim": 8, "num_heads": 2, "ps": 2}
+CHANNELS = ["random", "halves", "halves-inv"]
+SPATIAL = [f"{kind}{inv}" for kind in ("checkerboard", "vstripes", "hstripes") for inv in ("", "-inv")]
+
 
 def randomized(model, seed=0):
-    """In float64, with the weights that start at zero random too: else shift and scale are constants."""
+    """The model in float64, with random values also for weights that start at zero: these make couplings constant."""
     generator = torch.Generator().manual_seed(seed)
     init_weights(model, generator)
     with torch.no_grad():
@@ -19,7 +23,7 @@ def randomized(model, seed=0):
 
 
 def assert_invertible(forward, inverse, x):
-    """inverse(forward(x)) = x, and both log-determinants agree with autograd's Jacobian."""
+    """Asserts that inverse(forward(x)) = x, and that both log-determinants agree with autograd's Jacobian."""
     z, logdet = forward(x)
     y, inverse_logdet = inverse(z)
     torch.testing.assert_close(y, x)

@@ -11,7 +11,11 @@ DIRECTORY = pathlib.Path(os.environ.get("JETFORMER_GOLDEN_DIR", pathlib.Path(__f
 
 
 def paths(pattern: str) -> list:
-    """The directory's files of a kind. A kind of which there is none is a mistake, not an empty test."""
+    """Returns the directory's files of a kind.
+
+    Raises:
+      FileNotFoundError: if there is none, for a test without files would pass.
+    """
     found = sorted(DIRECTORY.glob(f"{pattern}*.npz"))
     if not found and ("JETFORMER_GOLDEN_DIR" not in os.environ or not any(DIRECTORY.glob("*.npz"))):
         raise FileNotFoundError(f"no golden file {pattern}*.npz in {DIRECTORY}")
@@ -19,7 +23,7 @@ def paths(pattern: str) -> list:
 
 
 class Golden:
-    """One file: its config, and its arrays by prefix."""
+    """The config and the arrays of one file."""
 
     def __init__(self, path):
         self.arrays = np.load(path, allow_pickle=False)
@@ -34,28 +38,28 @@ class Golden:
 
 
 def assert_output(actual, expected, tolerance: float = 2e-4) -> None:
-    """Equal to 2e-4, relative or absolute, whichever is larger."""
+    """Asserts equality to 2e-4, relative or absolute."""
     expected = torch.as_tensor(expected)
     torch.testing.assert_close(actual.detach().to(expected.dtype), expected, rtol=tolerance, atol=tolerance)
 
 
 def assert_log(actual, expected) -> None:
-    """Log-determinants and log-probabilities: equal to 1e-3 absolute."""
+    """Asserts equality of log-determinants or log-probabilities to 1e-3."""
     expected = torch.as_tensor(expected)
     torch.testing.assert_close(actual.detach().to(expected.dtype), expected, rtol=0, atol=1e-3)
 
 
 def assert_gradients(model, gradients: dict[str, np.ndarray], convert) -> None:
-    """Every gradient is there, equal to 1e-3 of the largest entry of the reference's tensor it belongs to.
+    """Asserts that all gradients exist, and equal the reference's to 1e-3 of the tensor's largest entry.
 
     Args:
-      model: after a backward pass.
-      gradients: the reference's, by its names; those of frozen permutations do not count.
-      convert: maps parameters by the reference's names to a state dict of the model.
+      model: the model, after a backward pass.
+      gradients: the reference's, by its names; frozen permutations are ignored.
+      convert: maps tensors by the reference's names to a state dict of the model.
     """
     gradients = {k: v for k, v in gradients.items() if "FREEZE_ME" not in k}
     expected = convert(gradients, model)
-    # Several tensors of the reference may make up one of ours: which entry is whose?
+    # One tensor of ours may consist of several of the reference's: the owner of each entry.
     owners = convert({k: np.full(v.shape, float(i)) for i, (k, v) in enumerate(gradients.items())}, model)
     bounds = torch.tensor([1e-3 * np.abs(v).max() + 1e-10 for v in gradients.values()])
     parameters = dict(model.named_parameters())

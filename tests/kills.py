@@ -1,10 +1,10 @@
-"""Kill a run, and the evaluation job that follows it, at random moments, and start them again until both are done.
+"""Kill a run, and the evaluation job that follows it, at random moments, and restart them until both are done.
 
     python tests/kills.py --kills=50 --workdir=/tmp/kills
     python tests/kills.py --kills=20 --processes=2 --workdir=/tmp/kills2
 
-Then everything has to be as in a run that nobody has killed: parameters, moments and moving average of the last
-checkpoint, every logged value and every evaluation to the bit, each once, and no other file in the workdir.
+Afterwards the workdir must equal that of an uninterrupted run: parameters, moments and moving average of the last
+checkpoint, every logged value and every evaluation, bit for bit and each once, and no other files.
 """
 
 import os
@@ -34,13 +34,13 @@ OVERRIDES = {
     "Likelihood__every_steps": None,
     "own/Likelihood.every_steps": 4,
 }
-# Timings, and the machine's memory.
+# Parts of the tags of timings and memory.
 NOT_COMPARED = ("_per_sec", "seconds", "wait", "uptime", "memory", "flops")
 
 
 def start_training(workdir: pathlib.Path, gin: list[str], processes: int) -> subprocess.Popen:
     args = command(workdir, gin)
-    # With as many threads each time: another number adds up in another order.
+    # The same number of threads each time: another one adds up in another order.
     return start(
         args if processes == 1 else torchrun(args, processes), OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR"
     )
@@ -66,7 +66,7 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def kill(process: subprocess.Popen, processes: int, chance: random.Random) -> None:
-    """Kills a program, or one of the processes that torchrun has started for it; torchrun then ends the others."""
+    """Kills a program, or one of the processes that torchrun started for it; torchrun then ends the others."""
     children = []
     if processes > 1:
         children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -75,22 +75,22 @@ def kill(process: subprocess.Popen, processes: int, chance: random.Random) -> No
 
 
 def train_amid_kills(workdir: pathlib.Path, gin: list[str], kills: int, processes: int, seed: int) -> int:
-    """Trains with a job beside it, both killed at random, and returns how often they were; a run is over after some.
+    """Trains beside a job, kills both at random, and returns the number of kills; the run may end before `kills`.
 
-    Three times of four a program is killed after it has done something since it was started, so that they get on; once
-    at any moment."""
+    In three of four cases a program is killed only after it has made progress since its start; in the fourth at any
+    moment."""
     chance = random.Random(seed)
     starts = {"train": lambda: start_training(workdir, gin, processes), "job": lambda: start_job(workdir)}
-    done = {"train": lambda: checkpoint.steps(workdir), "job": lambda: evaluated(workdir, "val")}
+    progress = {"train": lambda: checkpoint.steps(workdir), "job": lambda: evaluated(workdir, "val")}
     running = {name: begin() for name, begin in starts.items()}
     killed = 0
     while running:
         name = chance.choice(list(running))
         process = running[name]
         if killed < kills:
-            before, at_any_moment = done[name](), chance.random() < 0.25
+            before, at_any_moment = progress[name](), chance.random() < 0.25
             deadline = time.monotonic() + (chance.uniform(0, 10) if at_any_moment else 300)
-            while process.poll() is None and done[name]() == before and time.monotonic() < deadline:
+            while process.poll() is None and progress[name]() == before and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(chance.uniform(0, 0.5))
             if process.poll() is None:
@@ -109,7 +109,7 @@ def evaluated(workdir: pathlib.Path, name: str) -> list[int]:
 
 
 def logged(directory: pathlib.Path) -> dict[str, list[tuple[int, bytes]]]:
-    """All that is compared of what a writer has left to TensorBoard: by tag, step and value in the order written."""
+    """Returns what is compared of TensorBoard's files: by tag, steps and values in the order written."""
     accumulator = EventAccumulator(str(directory), size_guidance={"tensors": 0})
     accumulator.Reload()
     return {
@@ -120,13 +120,13 @@ def logged(directory: pathlib.Path) -> dict[str, list[tuple[int, bytes]]]:
 
 
 def files(workdir: pathlib.Path) -> set[str]:
-    """The files of a workdir, but for those of which each start makes its own."""
+    """Returns the files of a workdir, except those that each start adds."""
     paths = (path.relative_to(workdir) for path in workdir.rglob("*") if path.is_file())
     return {str(path) for path in paths if not path.name.startswith("events.") and path.parts[0] != "configs"}
 
 
 def compare(workdir: pathlib.Path, whole: pathlib.Path) -> None:
-    """Compares a workdir with that of a run that nobody has killed.
+    """Compares a workdir with that of an uninterrupted run.
 
     Raises:
       AssertionError: if they differ.
@@ -146,7 +146,7 @@ def compare(workdir: pathlib.Path, whole: pathlib.Path) -> None:
 
 
 def check(directory: pathlib.Path, data_dir: pathlib.Path, kills: int, processes: int, seed: int) -> int:
-    """Makes both runs in a directory, compares them, and returns how many kills there were."""
+    """Makes both runs in a directory, compares them, and returns the number of kills."""
     gin = bindings(data_dir, **OVERRIDES)
     finish(start_training(directory / "whole", gin, processes))
     finish(start_job(directory / "whole"))
@@ -163,12 +163,12 @@ def main(argv: list[str]) -> None:
         number += 1
         kills, seed = FLAGS.kills - total, FLAGS.seed + number
         total += check(directory / str(number), directory / "data", kills, FLAGS.processes, seed)
-        print(f"{total} kills, {number} runs equal to those that nobody has killed", flush=True)
+        print(f"{total} kills, {number} runs equal to uninterrupted ones", flush=True)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("kills", 50, "How often the run or the job is killed.")
-    flags.DEFINE_integer("processes", 1, "In how many processes the run trains.")
-    flags.DEFINE_integer("seed", 0, "Of the moments.")
-    flags.DEFINE_string("workdir", None, "Where to make the runs.", required=True)
+    flags.DEFINE_integer("kills", 50, "Number of kills.")
+    flags.DEFINE_integer("processes", 1, "Number of processes of the run.")
+    flags.DEFINE_integer("seed", 0, "Of the moments of the kills.")
+    flags.DEFINE_string("workdir", None, "Directory of the runs.", required=True)
     app.run(main)

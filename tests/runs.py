@@ -109,7 +109,7 @@ def checkpoint_tensors(workdir, step):
     experiment = config.call(Experiment)
     state = build(experiment, make_loop(experiment, Runtime(torch.device("cpu"))))
     tensors = state.tensors()
-    checkpoint.restore(workdir, step, tensors)
+    checkpoint.Checkpoint(workdir, step).restore(tensors)
     return {f"{part}/{name}": value for part in ("model", "ema") for name, value in tensors.get(part, {}).items()} | {
         f"optimizer/{name}/{key}": value
         for name, values in tensors["optimizer"].items()

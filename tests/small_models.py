@@ -1,4 +1,4 @@
-"""A JetFormer that is small enough for float64, with all its parts."""
+"""A JetFormer with all its parts, small enough for float64."""
 
 import functools
 

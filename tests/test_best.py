@@ -33,7 +33,7 @@ def test_which_values_are_better(tag, direction):
         ({2: None, 4: None}, "lower", [], 2),
         ({2: 3.0, 4: 1.0, 6: None, 8: 2.0}, "lower", [4, 8, 2], 2),
         ({2: 3.0, 4: 1.0, 6: None, 8: 2.0}, "higher", [2, 8, 4], 3),
-        ({2: 1.0, 4: 1.0}, "lower", [2, 4], 1),  # as good is no better
+        ({2: 1.0, 4: 1.0}, "lower", [2, 4], 1),  # an equal value is not better
         ({2: 1.0, 4: 0.5}, "lower", [4, 2], 0),
     ],
 )

@@ -21,6 +21,7 @@ from jetformer.convert.sources import Source, assemble, fit, permutation
 from jetformer.convert.weights import Weights
 from jetformer.experiment import Experiment
 from jetformer.models.decoder import Decoder, GatedMlp
+from jetformer.models.flow_ablations import make_jet
 from jetformer.models.initializers import init_weights
 from jetformer.models.jet import Jet, spatial_permutation
 from jetformer.models.jetformer import JetFormer
@@ -135,11 +136,11 @@ def test_permutations_have_one_1_in_each_row_and_column():
 
 
 def test_parts_that_a_format_lacks_are_named():
-    model = Jet((4, 4, 3), depth=1, emb_dim=8, num_heads=2, ps=2, actnorm=True)
+    model = make_jet((4, 4, 3), depth=1, emb_dim=8, num_heads=2, ps=2, actnorm=True)
     state = {k: v for k, v in model.state_dict().items() if "actnorm" not in k}
     with pytest.raises(ValueError, match=r"weights of jet_pytorch .*actnorms"):
         fit(state, model.state_dict(), model, "weights of jet_pytorch")
-    model = Jet((4, 4, 3), depth=1, emb_dim=8, num_heads=2, ps=2, predictor="cnn")
+    model = make_jet((4, 4, 3), depth=1, emb_dim=8, num_heads=2, ps=2, predictor="cnn")
     with pytest.raises(ValueError, match=r"Jet\.predictor .*'vit'"):
         from_big_vision({}, model)
 
@@ -656,9 +657,9 @@ def test_the_other_branch_of_the_gated_mlp():
     up.load_state_dict(state | {"gate_up.weight": state["gate_up.weight"].roll(16, 0)})
     x = torch.randn(2, 3, 8)
     torch.testing.assert_close(up(x), gate(x))
-    with pytest.raises(ValueError, match="unknown branch 'both' of the gated MLP: one of gate, up"):
+    with pytest.raises(ValueError, match=r"'both' .*gate or up"):
         GatedMlp(8, 16, "tanh", "both")
-    with pytest.raises(ValueError, match="unknown form of GELU 'erf': one of tanh, exact"):
+    with pytest.raises(ValueError, match=r"'erf'.*tanh or exact"):
         Decoder(width=8, depth=1, mlp_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, gelu="erf")
 
 
@@ -669,7 +670,7 @@ def test_patches_channel_by_channel():
     tokens, _ = patches(x)
     assert torch.equal(tokens, F.unfold(x.permute(0, 3, 1, 2), 2, stride=2).transpose(1, 2))
     assert torch.equal(patches.inverse(tokens)[0], x)
-    with pytest.raises(ValueError, match="unknown order 'cwh' of a patch's numbers: one of hwc, chw"):
+    with pytest.raises(ValueError, match=r"'cwh' .*hwc or chw"):
         Patchify((6, 4, 3), 2, order="cwh")
 
 

@@ -1,5 +1,5 @@
-"""Evaluation as a job of its own: the figures of training, each checkpoint once, deletions and restarts survived, one
-process equals two."""
+"""Evaluation jobs: the metrics of training, each checkpoint once, through deletions and restarts, one process equals
+several."""
 
 import json
 import shutil
@@ -12,8 +12,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from upath import UPath
 
-from jetformer import checkpoint, evaluate, metrics
+from jetformer import checkpoint, evaluation, metrics
 from jetformer.evaluators import base
+from jetformer.evaluators import results as files
 from jetformer.evaluators.likelihood import Likelihood
 from jetformer.evaluators.probe import Probe
 from jetformer.preemption import Preempted
@@ -28,7 +29,7 @@ VAL = '{"val": @Likelihood()}'
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data_dir):
-    """A run of 8 steps with checkpoints at 2, 4, 6 and 8, evaluated in training at 4 and 8."""
+    """A run of 8 steps with checkpoints at 2, 4, 6 and 8, evaluated during training at 4 and 8."""
     workdir = tmp_path_factory.mktemp("finished")
     run(workdir, data_dir, train__total_steps=8, train__checkpoint_steps=2, train__keep_last=9, train__evaluators=VAL,
         Likelihood__every_steps=4, train__keep_best='"val_ema/bits_per_dim"')  # fmt: skip
@@ -36,7 +37,7 @@ def finished(tmp_path_factory, data_dir):
 
 
 def copy_of(finished, to, *steps):
-    """The run as it is when it has saved these steps, and nothing is evaluated."""
+    """Copies the run as it is when it has saved these steps, without evaluations."""
     shutil.copytree(finished, to, ignore=shutil.ignore_patterns("eval_*"))
     for step in {2, 4, 6, 8} - set(steps):
         shutil.rmtree(to / "checkpoints" / f"{step:09d}")
@@ -44,17 +45,17 @@ def copy_of(finished, to, *steps):
 
 
 def save(finished, workdir, step):
-    """Training saves a step."""
+    """Saves a step, as training does."""
     name = f"checkpoints/{step:09d}"
     shutil.copytree(finished / name, workdir / name)
 
 
 def job(workdir, *gin_bindings, names=None):
-    return evaluate.Job(UPath(workdir), [], gin_bindings, CPU, names)
+    return evaluation.Job(UPath(workdir), [], gin_bindings, CPU, names)
 
 
 def follow(workdir, *gin_bindings, names=None, **how):
-    """Follows a run to its end; what failed."""
+    """Follows a run to its end; returns the failures."""
     following = job(workdir, *gin_bindings, names=names)
     following.follow(poll_seconds=0.0, **how)
     following.close()
@@ -70,7 +71,7 @@ def program(workdir, *flags):
     return start(args, OMP_NUM_THREADS="1")
 
 
-def test_the_figures_are_those_of_training(finished, tmp_path):
+def test_metrics_equal_those_of_training(finished, tmp_path):
     workdir = copy_of(finished, tmp_path / "run", 2, 4, 6, 8)
     assert follow(workdir) == []
     assert evaluated(workdir) == [2, 4, 6, 8]
@@ -86,7 +87,7 @@ def test_the_figures_are_those_of_training(finished, tmp_path):
     assert evaluated(workdir) == [2, 4, 6, 8]
 
 
-def test_what_training_has_evaluated_is_not_done_again(finished, tmp_path):
+def test_steps_that_training_evaluated_are_skipped(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     before = (workdir / "eval_val" / "steps" / "000000004.json").stat().st_mtime_ns
@@ -95,25 +96,25 @@ def test_what_training_has_evaluated_is_not_done_again(finished, tmp_path):
     assert (workdir / "eval_val" / "steps" / "000000004.json").stat().st_mtime_ns == before
 
 
-def test_checkpoints_are_evaluated_as_they_come(finished, tmp_path, monkeypatch):
+def test_checkpoints_are_evaluated_as_they_appear(finished, tmp_path, monkeypatch):
     workdir = copy_of(finished, tmp_path / "run", 4)
     waited = []
 
     def sleep(seconds):
-        """Training saves its last step meanwhile, and deletes the one before."""
+        """Saves the last step and deletes the one before, as training does meanwhile."""
         waited.append(seconds)
         save(finished, workdir, 8)
         shutil.rmtree(workdir / "checkpoints" / "000000004")
 
-    monkeypatch.setattr(evaluate.time, "sleep", sleep)
+    monkeypatch.setattr(evaluation.time, "sleep", sleep)
     follow(workdir)
     assert len(waited) == 1
     assert evaluated(workdir) == [4, 8]
 
 
 def deleting(monkeypatch, when, delete):
-    """Has training delete a checkpoint before or after what reading one begins with."""
-    check = checkpoint.check_compatible
+    """Deletes a checkpoint, as training does, before or after the check that precedes reading it."""
+    check = checkpoint.Checkpoint.check_compatible
 
     def delete_then_check(*args):
         if when == "before":
@@ -122,11 +123,11 @@ def deleting(monkeypatch, when, delete):
         if when == "after":
             delete()
 
-    monkeypatch.setattr(checkpoint, "check_compatible", delete_then_check)
+    monkeypatch.setattr(checkpoint.Checkpoint, "check_compatible", delete_then_check)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_checkpoint_that_is_deleted_while_it_is_read(finished, tmp_path, monkeypatch, caplog, when):
+def test_a_checkpoint_deleted_while_it_is_read(finished, tmp_path, monkeypatch, caplog, when):
     workdir = copy_of(finished, tmp_path / "run", 4)
 
     def delete():
@@ -138,16 +139,16 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read(finished, tmp_path, monke
     caplog.set_level("WARNING")
     assert follow(workdir) == []
     assert evaluated(workdir) == [8]
-    (said,) = [record.message for record in caplog.records if record.name == "absl"]
-    assert said.startswith("The checkpoint of step 4 was deleted while it was read")
+    (warning,) = [record.message for record in caplog.records if record.name == "absl"]
+    assert "step 4 was deleted while it was read" in warning
 
 
-def test_a_checkpoint_that_is_being_written_is_waited_for(finished, tmp_path, monkeypatch):
+def test_waits_for_a_checkpoint_that_is_being_written(finished, tmp_path, monkeypatch):
     workdir = copy_of(finished, tmp_path / "run", 8)
     marker = workdir / "checkpoints" / "000000008" / checkpoint.MARKER
     whole = marker.read_bytes()
     marker.unlink()
-    monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: marker.write_bytes(whole))
+    monkeypatch.setattr(evaluation.time, "sleep", lambda seconds: marker.write_bytes(whole))
     follow(workdir)
     assert evaluated(workdir) == [8]
 
@@ -155,7 +156,7 @@ def test_a_checkpoint_that_is_being_written_is_waited_for(finished, tmp_path, mo
 @pytest.mark.parametrize(
     ("how", "steps"), [({"every": 3}, [6, 8]), ({"every": 2}, [4, 8]), ({"newest": True}, [8])], ids=str
 )
-def test_some_checkpoints_only(finished, tmp_path, how, steps):
+def test_selected_checkpoints(finished, tmp_path, how, steps):
     workdir = copy_of(finished, tmp_path / "run", 2, 4, 6, 8)
     follow(workdir, **how)
     assert evaluated(workdir) == steps
@@ -173,12 +174,12 @@ def test_some_checkpoints_only(finished, tmp_path, how, steps):
     ],
 )
 def test_which_checkpoints_are_due(steps, period, newest, expected):
-    assert evaluate.due(steps, 45, period, newest) == expected
+    assert evaluation.due(steps, 45, period, newest) == expected
 
 
 def test_one_step(finished, tmp_path):
     workdir = copy_of(finished, tmp_path / "run", 2, 4, 6)
-    shutil.copytree(finished / "eval_val", workdir / "eval_val")  # of 4 and 8, which is gone
+    shutil.copytree(finished / "eval_val", workdir / "eval_val")  # of 4, and of 8, whose checkpoint is gone
     for flag, step, steps in (("--step=best", 4, [4, 8]), ("--once", 6, [4, 6, 8]), ("--step=2", 2, [2, 4, 6, 8])):
         process = program(workdir, flag)
         _, log = process.communicate(timeout=600)
@@ -186,10 +187,10 @@ def test_one_step(finished, tmp_path):
         assert f"Step {step}: val took" in log
         assert evaluated(workdir) == steps
     for flags, message in (
-        (["--step=8"], "has no complete checkpoint of step 8, but of 2, 4, 6 (see train.keep_last)"),
+        (["--step=8"], "has no complete checkpoint of step 8, only of 2, 4, 6 (see train.keep_last)"),
         (["--step=2", "--once"], "give --once or --step"),
-        (["--once", "--newest"], "--newest is of a job that follows a run"),
-        (["--evaluators="], "--evaluators names none"),
+        (["--once", "--newest"], "--newest does not apply"),
+        (["--evaluators="], "--evaluators is empty"),
         (["--evaluators=vall"], "there is no evaluator 'vall'; train.evaluators has val"),
         (["--gin_bindings=train.evaluators = {}"], "has no evaluators"),
     ):
@@ -200,8 +201,8 @@ def test_one_step(finished, tmp_path):
         assert "Traceback" not in log
 
 
-def test_one_that_fails_leaves_the_others(finished, tmp_path, monkeypatch):
-    """An evaluator of a dataset that the machine lacks, and one that fails at every step."""
+def test_the_others_run_if_an_evaluator_fails(finished, tmp_path, monkeypatch):
+    """One lacks its dataset, one fails at every step, one has a misspelt metric."""
     workdir = copy_of(finished, tmp_path / "run", 4, 8)
     several = (
         'train.evaluators = {"lacking": @lacking/Likelihood(), "failing": @failing/Likelihood(), "misspelt": @Fid(), '
@@ -224,16 +225,16 @@ def test_one_that_fails_leaves_the_others(finished, tmp_path, monkeypatch):
     assert [line.partition(":")[0] for line in following.evaluations.failures if line.startswith("lacking")] == [
         "lacking at step 4"
     ]
-    assert "there is no data set 'coco_capshuns'" in following.evaluations.failures[0]
+    assert "'coco_capshuns'" in following.evaluations.failures[0]
     (misspelt,) = [line for line in following.evaluations.failures if line.startswith("misspelt")]
-    assert misspelt.startswith("misspelt at step 4: Fid.metrics: there is no 'frechet'; there are fid, ")
+    assert misspelt.startswith("misspelt at step 4: Fid.metrics: there is no 'frechet'")
     assert [line.partition(":")[0] for line in following.evaluations.failures if "failing" in line] == [
         "failing at step 4",
         "failing at step 8",
     ]
 
 
-def test_the_exit_code_tells(finished, tmp_path):
+def test_a_failure_shows_in_the_exit_code(finished, tmp_path):
     workdir = copy_of(finished, tmp_path / "run", 8)
     process = program(
         workdir,
@@ -243,13 +244,13 @@ def test_the_exit_code_tells(finished, tmp_path):
     _, log = process.communicate(timeout=600)
     assert process.returncode == 1
     assert evaluated(workdir) == [8]
-    assert log.count("lacking at step 8: data set digits/1.0.0 has no split 'nope'") == 1
-    assert log.splitlines()[-1] == "error: 1 evaluation(s) failed, as said before: lacking at step 8"
+    assert log.count("has no split 'nope'") == 1
+    assert log.splitlines()[-1] == "error: 1 evaluation(s) failed, see the errors above: lacking at step 8"
     assert "Traceback" not in log
 
 
-def test_the_job_says_which_is_the_best(finished, tmp_path, caplog):
-    """By a metric of its own. Training, which has none, keeps it, and ends the job where it has stopped early."""
+def test_a_job_ranks_the_checkpoints(finished, tmp_path, caplog):
+    """By its own metric. Training, which has none, keeps the best, and the job ends where training stopped early."""
     workdir = copy_of(finished, tmp_path / "run", 2, 4, 6)
     facts = json.loads((workdir / "run.json").read_text())
     (workdir / "run.json").write_text(json.dumps(facts | {"stopped_at": 6}))
@@ -264,8 +265,8 @@ def test_the_job_says_which_is_the_best(finished, tmp_path, caplog):
     assert checkpoint.steps(workdir) == [first, 7]
 
 
-def test_a_run_that_does_not_go_on_is_given_up(finished, tmp_path, monkeypatch):
-    """Not while checkpoints come."""
+def test_a_run_without_new_checkpoints_times_out(finished, tmp_path, monkeypatch):
+    """But not while checkpoints appear."""
     workdir, clock = copy_of(finished, tmp_path / "run", 2), [0.0]
 
     def sleep(seconds):
@@ -273,16 +274,16 @@ def test_a_run_that_does_not_go_on_is_given_up(finished, tmp_path, monkeypatch):
         if clock[0] in (2.0, 5.0):
             save(finished, workdir, {2.0: 4, 5.0: 6}[clock[0]])
 
-    monkeypatch.setattr(evaluate.time, "sleep", sleep)
-    monkeypatch.setattr(evaluate.time, "monotonic", lambda: clock[0])
-    with pytest.raises(ValueError, match=r"^no checkpoint after step 6 of 8 has come for 4 s: start the run again, or"):
+    monkeypatch.setattr(evaluation.time, "sleep", sleep)
+    monkeypatch.setattr(evaluation.time, "monotonic", lambda: clock[0])
+    with pytest.raises(ValueError, match=r"after step 6 of 8 for 4 s: .*--timeout_seconds"):
         follow(workdir, timeout_seconds=3.5)
     assert evaluated(workdir) == [2, 4, 6]
     assert clock[0] == 9.0
 
 
 def test_a_new_evaluator_is_a_new_file(tmp_path, data_dir):
-    """The example of `base.py`, as it stands there."""
+    """The example in the docstring of `base.py`."""
     example = base.__doc__[base.__doc__.index("    @dataclasses") : base.__doc__.index("`Context.per_example`")]
     imports = """
         import dataclasses
@@ -296,10 +297,13 @@ def test_a_new_evaluator_is_a_new_file(tmp_path, data_dir):
         from jetformer import evaluators
         evaluators.__path__.append({str(tmp_path)!r})
         sys.path.append("tests")
+        from jetformer import config
+        from jetformer.experiment import Experiment
         from runs import untrained
         overrides = {{"train__evaluators": '{{"latents": @LatentStd()}}', "LatentStd__split": '"validation[:20]"'}}
         context = untrained({str(tmp_path)!r}, {str(data_dir)!r}, **overrides)
-        (std,) = context.run.evaluators["latents"](context).scalars.values()
+        evaluator = config.call(Experiment).evaluators["latents"]
+        (std,) = evaluator(context).scalars.values()
         print(0.1 < std < 10)"""
     _, log = start([sys.executable, "-c", code]).communicate(timeout=100)
     message = "ImportError: jetformer/evaluators/broken.py cannot be imported: No module named 'nothing_like_it'"
@@ -322,49 +326,49 @@ def test_two_jobs_at_once_lose_nothing(finished, tmp_path):
     assert len(list(workdir.glob(".*"))) == 0
 
 
-def test_results_are_made_of_what_all_jobs_have_found(tmp_path):
-    """Where one job has written its list before it saw what another one found, the next to write has both."""
+def test_results_include_those_of_all_jobs(tmp_path):
+    """If a job wrote results.jsonl without a record of another job, the next to write includes both."""
 
     workdir = UPath(tmp_path)
     written = metrics.Metrics(workdir, process_index=0)
     found = lambda value: base.Results(scalars={"x": value}, ema_scalars={"x": -value})
-    add = lambda step, value: base.write(found(value), "e", step, 1.0, Likelihood(), workdir, written, CPU)
+    add = lambda step, value: files.write(found(value), "e", step, 1.0, Likelihood(), workdir, written, CPU)
     add(4, 1.0)
     stale = (tmp_path / "eval_e" / "results.jsonl").read_text()
     add(2, 2.0)
     (tmp_path / "eval_e" / "results.jsonl").write_text(stale)
-    assert base.evaluated_steps(workdir, "e") == {2, 4}
+    assert files.evaluated_steps(workdir, "e") == {2, 4}
     (tmp_path / "eval_e" / "steps" / "notes.json").write_text("mine")
-    base.write_results(workdir, "e")  # as a job does at its start and end
+    files.build(workdir, "e")  # as a job does at its start and end
     assert [line["step"] for line in results(tmp_path, "e")] == [2, 4]
-    read = base._read
+    loads = json.loads
     with pytest.MonkeyPatch.context() as patch:
-        seen = []
-        patch.setattr(base, "_read", lambda path: seen.append(path.stem) or read(path))
+        read = []
+        patch.setattr(files.json, "loads", lambda text: read.append(loads(text)) or read[-1])
         add(6, 3.0)
         add(4, 4.0)
-    assert seen == ["000000006", "000000004"]  # the others' lines are there: on gs:// each record takes its time
+    assert [record["step"] for record in read] == [6, 4]  # and no others: on gs:// each takes its time
     written.close()
     assert [(line["step"], line["e/x"], line["e_ema/x"]) for line in results(tmp_path, "e")] == [
         (2, 2.0, -2.0), (4, 4.0, -4.0), (6, 3.0, -3.0)]  # fmt: skip
 
 
-def test_a_run_with_a_configuration_that_cannot_be_used_ends_the_job(finished, tmp_path, monkeypatch):
-    """And does not pass for one that has ended."""
+def test_an_unusable_configuration_ends_the_job(finished, tmp_path, monkeypatch):
+    """With an error, unlike the end of the run."""
     workdir = copy_of(finished, tmp_path / "run", 4)
 
     def sleep(seconds):
         text = (finished / "config.gin").read_text()
         (workdir / "config.gin").write_text(text.replace("'val': @Likelihood()", "'other': @Likelihood()"))
 
-    monkeypatch.setattr(evaluate.time, "sleep", sleep)
+    monkeypatch.setattr(evaluation.time, "sleep", sleep)
     with pytest.raises(ValueError, match=r"there is no evaluator 'val'; train\.evaluators has other"):
         follow(workdir, names=["val"])
     assert evaluated(workdir) == [4]
 
 
-def test_a_run_with_a_new_configuration_is_read_anew(finished, tmp_path, monkeypatch, data_dir):
-    """Training is started again for longer, while the job waits."""
+def test_a_changed_configuration_is_read(finished, tmp_path, monkeypatch, data_dir):
+    """Training is restarted for longer, while the job waits."""
     workdir = copy_of(finished, tmp_path / "run", 8)
     facts = (workdir / "run.json").read_text()
     longer = facts.replace('"total_steps": 8', '"total_steps": 100')
@@ -381,7 +385,7 @@ def test_a_run_with_a_new_configuration_is_read_anew(finished, tmp_path, monkeyp
             save(finished, workdir, 6)
             (workdir / "run.json").write_text(facts)
 
-    monkeypatch.setattr(evaluate.time, "sleep", sleep)
+    monkeypatch.setattr(evaluation.time, "sleep", sleep)
     follow(workdir)
     assert len(waited) == 2
     assert evaluated(workdir) == [6, 8]
@@ -389,8 +393,8 @@ def test_a_run_with_a_new_configuration_is_read_anew(finished, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(("processes", "batch_size"), [(2, 16), (3, 18)])
-def test_several_processes_are_one(finished, tmp_path, processes, batch_size):
-    """41 examples: of the last batch the first process has a part, the second a smaller one or nothing."""
+def test_several_processes_equal_one(finished, tmp_path, processes, batch_size):
+    """With 41 examples: the last batch is smaller on the second process, or empty."""
     gin = [f"train.eval_batch_size = {batch_size}", "Data.eval_split = 'validation[:41]'",
            "Samples.num_images = 3", "Samples.num_classes = 3",
            'train.evaluators = {"val": @Likelihood(), "samples": @Samples(), "probe": @Probe()}',
@@ -410,7 +414,7 @@ def test_several_processes_are_one(finished, tmp_path, processes, batch_size):
             assert actual[tag] == pytest.approx(expected[tag], rel=1e-5, abs=0.0 if name == "val" else 1e-4), tag
 
 
-def test_a_dataset_that_is_lacking_in_several_processes(finished, tmp_path):
+def test_a_missing_split_with_several_processes(finished, tmp_path):
     """All leave out the same evaluator, and none waits for another."""
     workdir = copy_of(finished, tmp_path / "run", 8)
     args = [sys.executable, "-m", "jetformer.evaluate", f"--workdir={workdir}", "--device=cpu",
@@ -419,13 +423,13 @@ def test_a_dataset_that_is_lacking_in_several_processes(finished, tmp_path):
     process = start(torchrun(args, 2), OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
     _, log = process.communicate(timeout=600)
     assert process.returncode == 1
-    assert log.count("error: 1 evaluation(s) failed, as said before: lacking at step 8") == 1
-    assert log.count("lacking at step 8: data set digits/1.0.0 has no split 'nope'") == 1
+    assert log.count("error: 1 evaluation(s) failed, see the errors above: lacking at step 8") == 1
+    assert log.count("has no split 'nope'") == 1
     assert evaluated(workdir) == [8]
 
 
-def test_what_a_run_takes_anew_is_evaluated_anew(finished, tmp_path, data_dir, caplog):
-    """Its last checkpoints are deleted, and it goes on from before with a lower learning rate."""
+def test_repeated_steps_are_evaluated_again(finished, tmp_path, data_dir, caplog):
+    """Its last checkpoints are deleted, and it resumes from the one before with a lower learning rate."""
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     follow(workdir)
@@ -440,7 +444,7 @@ def test_what_a_run_takes_anew_is_evaluated_anew(finished, tmp_path, data_dir, c
     caplog.set_level("WARNING")
     run(workdir, data_dir, train__total_steps=8, train__checkpoint_steps=2, train__keep_last=9, train__evaluators=VAL,
         Likelihood__every_steps=8, make_optimizer__lr=1e-5)  # fmt: skip
-    assert "val: deleted figures of 2 step(s) that come again" in caplog.text
+    assert "val: deleted the results of 2 step(s)" in caplog.text
     assert [path.name for path in (workdir / "eval_val" / "grid").iterdir()] == ["000000004.png"]
     assert [path.name for path in (workdir / "eval_val" / "images").iterdir()] == ["000000004"]
     assert evaluated(workdir) == [2, 4, 8]
@@ -453,13 +457,11 @@ def test_what_a_run_takes_anew_is_evaluated_anew(finished, tmp_path, data_dir, c
 
 @pytest.mark.parametrize("starts", [[0, 4], [0, 4, 8], [4]], ids=str)
 @pytest.mark.parametrize("when", ["evaluating", "writing"])
-def test_what_a_job_finds_of_a_course_that_was_left_does_not_count(
-    finished, tmp_path, monkeypatch, caplog, when, starts
-):
-    """The run goes back behind a checkpoint while the job evaluates it: once, or again from its new step 8; or it is
+def test_results_of_steps_that_a_run_repeats_do_not_count(finished, tmp_path, monkeypatch, caplog, when, starts):
+    """The run goes back to before a checkpoint while the job evaluates it: once, or again from its new step 8; or it is
     another run."""
     workdir = copy_of(finished, tmp_path / "run", 8)
-    call, write = Likelihood.__call__, base.write
+    call, write = Likelihood.__call__, files.write
     facts = json.loads((workdir / "run.json").read_text())
     assert facts["start_steps"] == [0]
 
@@ -472,25 +474,25 @@ def test_what_a_job_finds_of_a_course_that_was_left_does_not_count(
         return call(self, context)
 
     def writing(*args):
-        if when == "writing":  # too late for the first look, and the run finds nothing to delete
+        if when == "writing":  # after the first check, and the run finds nothing to delete
             go_back()
         write(*args)
 
     monkeypatch.setattr(Likelihood, "__call__", evaluating)
-    monkeypatch.setattr(base, "write", writing)
+    monkeypatch.setattr(files, "write", writing)
     following = job(workdir)
     caplog.set_level("WARNING")
     assert following.evaluate(8)
-    assert "Step 8 is taken anew by the run" in caplog.text
-    assert base.evaluated_steps(UPath(workdir), "val") == set()
+    assert "repeats step 8" in caplog.text
+    assert files.evaluated_steps(UPath(workdir), "val") == set()
     starts = [*starts, 8]
-    assert following._read_config()  # as a job that follows does
-    assert following.evaluate(8)  # now it goes on from there
+    assert following.reload()  # as a job that follows does
+    assert following.evaluate(8)  # now the run resumes from there
     following.close()
     assert evaluated(workdir) == [8]
 
 
-def test_figures_and_pictures_are_in_the_event_files(finished, tmp_path):
+def test_metrics_and_pictures_are_in_the_event_files(finished, tmp_path):
     workdir = copy_of(finished, tmp_path / "run", 8)
     follow(workdir, 'train.evaluators = {"samples": @Samples()}', "Samples.num_images = 1")
     accumulator = EventAccumulator(str(workdir / "eval_samples"), size_guidance={"tensors": 0})
@@ -502,33 +504,33 @@ def test_figures_and_pictures_are_in_the_event_files(finished, tmp_path):
     assert event.tensor_proto.string_val[2].startswith(b"\x89PNG")
 
 
-def test_what_is_not_finite_is_null(tmp_path):
-    """Which any reader of JSON knows; the event file has what it is."""
+def test_values_that_are_not_finite_are_null(tmp_path):
+    """JSON has no NaN; the event file has the value."""
     workdir = UPath(tmp_path)
     written = metrics.Metrics(workdir, process_index=0)
     found = base.Results(scalars={"x": float("nan"), "y": float("-inf"), "z": 1.0})
-    base.write(found, "e", 3, 1.0, Likelihood(), workdir, written, CPU)
+    files.write(found, "e", 3, 1.0, Likelihood(), workdir, written, CPU)
     written.close()
     (line,) = (tmp_path / "eval_e" / "results.jsonl").read_text().splitlines()
     assert line == '{"step": 3, "seconds": 1.0, "e/x": null, "e/y": null, "e/z": 1.0}'
 
 
-def test_records_that_cannot_be_read(tmp_path, caplog):
-    """One is damaged, another is deleted just now: training goes on, and the rest counts."""
+def test_unreadable_records_are_left_out(tmp_path, caplog):
+    """One is damaged, another was just deleted: training continues, and the others count."""
     workdir = UPath(tmp_path)
     written = metrics.Metrics(workdir, process_index=0)
     caplog.set_level("WARNING")
     for step in (2, 4):
-        base.write(base.Results(scalars={"x": 1.0}), "e", step, 1.0, Likelihood(), workdir, written, CPU)
+        files.write(base.Results(scalars={"x": 1.0}), "e", step, 1.0, Likelihood(), workdir, written, CPU)
     written.close()
     steps = tmp_path / "eval_e" / "steps"
     (steps / "000000003.json").write_text("")
     (steps / "000000005.json").symlink_to(tmp_path / "deleted")
-    base.write_results(workdir, "e")
+    files.build(workdir, "e")
     assert [line["step"] for line in results(tmp_path, "e")] == [2, 4]
-    assert base.other_settings(workdir, "e", Likelihood(num_draws=2)) == [2, 4]
-    (said,) = {record.message for record in caplog.records}
-    assert "000000003.json is damaged" in said
+    assert files.other_settings(workdir, "e", Likelihood(num_draws=2)) == [2, 4]
+    (warning,) = {record.message for record in caplog.records}
+    assert "000000003.json is damaged" in warning
 
 
 def test_a_workdir_at_a_url(finished):
@@ -555,8 +557,8 @@ def test_a_damaged_checkpoint_is_left_out(finished, tmp_path):
         job(workdir).evaluate(4)
 
 
-def test_a_damaged_checkpoint_that_comes_again(finished, tmp_path, monkeypatch):
-    """It is deleted, as the message says, and the run saves it once more."""
+def test_a_damaged_checkpoint_that_is_saved_again(finished, tmp_path, monkeypatch):
+    """It is deleted, as the message says, and the run saves it again."""
     workdir = copy_of(finished, tmp_path / "run", 4)
     (file,) = (workdir / "checkpoints" / "000000004").glob("*.distcp")
     file.write_bytes(bytes(file.stat().st_size))
@@ -570,13 +572,13 @@ def test_a_damaged_checkpoint_that_comes_again(finished, tmp_path, monkeypatch):
             save(finished, workdir, 4)
             save(finished, workdir, 8)
 
-    monkeypatch.setattr(evaluate.time, "sleep", sleep)
+    monkeypatch.setattr(evaluation.time, "sleep", sleep)
     (failure,) = follow(workdir)
     assert failure.startswith("the checkpoint of step 4: the checkpoint of step 4 is damaged")
     assert evaluated(workdir) == [4, 8]
 
 
-def test_sigterm_while_a_checkpoint_is_read_is_no_damage(finished, tmp_path, monkeypatch):
+def test_sigterm_while_a_checkpoint_is_read(finished, tmp_path, monkeypatch):
     workdir = copy_of(finished, tmp_path / "run", 4, 8)
 
     def load(*args, **kwargs):
@@ -587,7 +589,7 @@ def test_sigterm_while_a_checkpoint_is_read_is_no_damage(finished, tmp_path, mon
         follow(workdir)
 
 
-def test_a_bug_in_an_evaluator_leaves_the_others(finished, tmp_path, monkeypatch, caplog):
+def test_the_others_run_if_an_evaluator_has_a_bug(finished, tmp_path, monkeypatch, caplog):
     workdir = copy_of(finished, tmp_path / "run", 8)
     monkeypatch.setattr(Probe, "__call__", lambda self, context: [][0])
     failures = follow(workdir, 'train.evaluators = {"probe": @Probe(), "val": @Likelihood()}')
@@ -596,7 +598,7 @@ def test_a_bug_in_an_evaluator_leaves_the_others(finished, tmp_path, monkeypatch
     assert evaluated(workdir) == [8]
 
 
-def test_a_checkpoint_that_goes_before_its_turn_is_named(finished, tmp_path, monkeypatch, caplog):
+def test_a_checkpoint_deleted_before_its_turn_is_named(finished, tmp_path, monkeypatch, caplog):
     workdir = copy_of(finished, tmp_path / "run", 2, 4, 8)
     call = Likelihood.__call__
 
@@ -611,7 +613,7 @@ def test_a_checkpoint_that_goes_before_its_turn_is_named(finished, tmp_path, mon
     assert evaluated(workdir) == [2, 8]
 
 
-def test_results_of_other_settings_are_named(finished, tmp_path, caplog):
+def test_results_with_other_settings_are_named(finished, tmp_path, caplog):
     workdir = copy_of(finished, tmp_path / "run", 8)
     follow(workdir)
     caplog.set_level("WARNING")
@@ -619,13 +621,13 @@ def test_results_of_other_settings_are_named(finished, tmp_path, caplog):
     assert "other settings" not in caplog.text
     other = "Likelihood.num_draws = 2"
     follow(workdir, other)
-    assert "val: 1 step(s) were evaluated with other settings and stay as they are" in caplog.text
+    assert "val: 1 step(s) were evaluated with other settings" in caplog.text
     caplog.clear()
     following = job(workdir, other)  # --once
     assert following.evaluate(8)
     following.close()
     assert [record.message.partition(":")[0] for record in caplog.records] == ["val"]
-    assert "the figures of step 8, which were of other settings, have been replaced" in caplog.text
+    assert "replaced the results of step 8" in caplog.text
     caplog.clear()
     following = job(workdir, "Likelihood.split = 'nope'")
     assert following.evaluate(8)
@@ -635,7 +637,7 @@ def test_results_of_other_settings_are_named(finished, tmp_path, caplog):
     assert "val/bits_per_dim_importance_weighted" in line
 
 
-def test_once_takes_the_next_where_the_newest_goes(finished, tmp_path, monkeypatch):
+def test_a_deleted_checkpoint_is_reported_to_the_caller(finished, tmp_path, monkeypatch):
     workdir = copy_of(finished, tmp_path / "run", 4)
 
     def delete():
@@ -651,7 +653,7 @@ def test_once_takes_the_next_where_the_newest_goes(finished, tmp_path, monkeypat
     assert evaluated(workdir) == [8]
 
 
-def test_a_job_that_is_started_before_its_run(finished, tmp_path):
+def test_a_job_started_before_its_run(finished, tmp_path):
     process = program(tmp_path / "run", "--poll_seconds=0.1")
     for line in process.stderr:
         if "Waiting up to 60 s for a run" in line:

@@ -1,4 +1,4 @@
-"""Every experiment file parses, is complete, and builds the model it says, on the meta device."""
+"""Every experiment file parses, is complete, and builds its model on the meta device."""
 
 import functools
 import pathlib
@@ -51,11 +51,11 @@ PARAMETERS = {
     "ablations/scale_exp": 825_408,
     "ablations/stripes": 825_408,
 }
-# What goes on top of an experiment.
+# A file to add to an experiment.
 ON_TOP = "ablations/on_photo_patches"
 
 
-def test_every_experiment_is_here():
+def test_every_experiment_is_tested():
     files = {path.relative_to(DIRECTORY).with_suffix("").as_posix() for path in DIRECTORY.rglob("*.gin")}
     assert files == {*PARAMETERS, ON_TOP}
 
@@ -75,7 +75,7 @@ def test_on_photo_patches(name, bindings, count):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_experiment(name, monkeypatch, tmp_path):
-    # What would be downloaded by its name.
+    # Otherwise it would be downloaded.
     here = (DIRECTORY / "shapes.model").as_uri()
     monkeypatch.setattr(tokenizer, "PUBLIC", {"c4_en": (here, None)})
     monkeypatch.setattr(tokenizer, "load", functools.partial(tokenizer.load, cache_dir=str(tmp_path)))

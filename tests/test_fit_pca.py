@@ -1,4 +1,4 @@
-"""A PCA fitted by the program is one that an experiment trains with."""
+"""An experiment trains with a PCA that the program has fitted."""
 
 import sys
 
@@ -32,7 +32,7 @@ def test_fit_and_train(tmp_path, data_dir):
         train__total_steps=2,
     )
     assert 0 < scalars(tmp_path / "run")["train/bits_per_dim"][1] < 12
-    # The checkpoint has the PCA: another machine needs no file of it.
+    # The checkpoint has the PCA: the file is not needed any more.
     output.unlink()
     _, state, _ = load(UPath(tmp_path / "run"), [], [], Runtime(torch.device("cpu")))
     components = state.model.patches.components

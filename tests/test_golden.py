@@ -1,6 +1,6 @@
-"""The numerics equal those of independent implementations, for every file of the golden directory.
+"""Numerics equal those of independent implementations, for every file of the golden directory.
 
-The kinds of files and what they hold: tests/golden/README.md.
+tests/golden/README.md describes the files.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from jetformer.sampling.decode import CachedDecoder
 
 
 def golden(pattern, having="config"):
-    """Parametrizes a test over the golden files of a kind, of those that hold `having`."""
+    """Parametrizes a test over the golden files of a kind that have the array `having`."""
     files = {path.stem: Golden(path) for path in paths(pattern)}
     files = {name: file for name, file in files.items() if having in file.arrays.files}
     return pytest.mark.parametrize("file", files.values(), ids=files.keys())
@@ -44,9 +44,9 @@ def jet_from_config(config, input_shape, context_dim=None):
 
 
 def jetformer_from_config(config, image_shape=None, patch_size=1, flow=None):
-    """A JetFormer of a big_vision model configuration; without an image shape, one whose tokens are its pixels."""
+    """Builds a JetFormer from a big_vision configuration; without an image shape, its tokens are its pixels."""
     backbone = ("width", "depth", "mlp_dim", "num_heads", "num_kv_heads", "head_dim", "dropout")
-    # Not of the model: how big_vision runs its layers, and what our objective draws.
+    # Not arguments of the model: how big_vision runs its layers, and a draw of our objective.
     elsewhere = (
         *("scan", "remat_policy", "cache_dtype", "embed_dtype", "dropout_bdims", "norm_eps"),
         "drop_labels_probability",
@@ -62,7 +62,7 @@ def jetformer_from_config(config, image_shape=None, patch_size=1, flow=None):
 
 
 def head_order(model):
-    """Positions of the image head's outputs in the reference's."""
+    """Returns the positions of the image head's outputs among the reference's."""
     head = model.image_head
     if isinstance(head, MixtureHead):
         return image_head_order(head.num_mixtures, model.out_dim)
@@ -137,7 +137,7 @@ def objective_from_config(config):
 
 
 def objective_inputs(file):
-    """Model, batch and draws of an `objective_*` file."""
+    """Returns model, batch and draws of an `objective_*` file."""
     config, inputs = file.config, file.tensors("in")
     flow = functools.partial(Jet, **config["adaptor"]) if config["adaptor"] else None
     model = jetformer_from_config(
@@ -170,14 +170,14 @@ def test_objective(file):
     assert_output(nats, expected["nll_text_per_example"])
     loss, _ = objective_from_config(config)(model, batch, draws, noise_scale=config["noise_scale"])
     assert_output(loss, expected["loss"])
-    if gradients := file.numpy("out/grad"):  # a file of evaluation has none
+    if gradients := file.numpy("out/grad"):  # files of evaluation have none
         loss.backward()
         assert_gradients(model, gradients, from_big_vision)
 
 
 @golden("objective_")
 def test_one_order_of_modalities(file):
-    """A batch in which all texts come first gives the same loss when a bool says so instead of a tensor."""
+    """If all texts come first, a bool and a tensor yield the same loss."""
     model, batch, draws = objective_inputs(file)
     objective = objective_from_config(file.config)
     draws["text_first"] = torch.ones_like(draws["text_first"])
@@ -211,7 +211,7 @@ def test_trajectory(file):
         losses.append(loss.detach())
     assert_output(torch.stack(losses), expected["loss"], 1e-3)
     assert_output(torch.stack(norms), expected["grad_norm"], 1e-3)
-    # Norms of the final parameters. Several of the reference's may make up one of ours, so compare by ours.
+    # Norms of the final parameters. One of ours may consist of several of the reference's.
     squares = {}
     for name, value in file.numpy("params").items():
         if "FREEZE_ME" not in name:
@@ -259,7 +259,7 @@ def test_schedules(file):
     config, expected = file.config, file.numpy("out")
     steps = file.numpy("in")["steps"]
     sizes = [config[k] for k in ("total_steps", "batch_size", "data_size")]
-    ours = {"polynomial": "linear"}  # big_vision's names for the same, and what it takes where nothing is said
+    ours = {"polynomial": "linear"}  # big_vision's names, and its default
     for i, options in enumerate(config["schedules"]):
         options = {"decay_type": "stair"} | {"linear_end" if k == "end" else k: v for k, v in options.items()}
         options["decay_type"] = ours.get(options["decay_type"], options["decay_type"])

@@ -1,4 +1,4 @@
-"""The short form of `kills.py`."""
+"""A short run of `kills.py`."""
 
 import pytest
 
@@ -7,5 +7,5 @@ import kills
 pytestmark = pytest.mark.slow
 
 
-def test_a_run_and_a_job_that_are_killed_are_as_if_nothing_had_been(tmp_path, data_dir):
+def test_killed_runs_and_jobs_leave_what_uninterrupted_ones_do(tmp_path, data_dir):
     assert kills.check(tmp_path, data_dir, kills=4, processes=1, seed=0) == 4

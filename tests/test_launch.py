@@ -1,9 +1,9 @@
-"""The launch scripts do on Google Cloud what they say, with a stand-in gcloud in its place.
+"""The launch scripts against a simulated Google Cloud.
 
-The stand-in records its arguments. What is to run on a worker it runs here, with a home directory for each worker and a
-stand-in python there, so that the remote half of the scripts is executed too. The property: whatever ends halfway, all
-workers run the same start of one program or none does, a run is never started twice, and the script ends either with
-the program's success or with one line that says what to do.
+A fake gcloud records its arguments and runs remote commands here, with a home directory and a fake python for each
+worker, so that the remote half of the scripts is executed too. The property: whatever fails halfway, all workers run
+the same start of one program or none does, a run is never started twice, and the script ends either with the program's
+success or with one line that says what to do.
 """
 
 import contextlib
@@ -172,7 +172,7 @@ def write(path: pathlib.Path, text: str) -> None:
 
 
 class Cloud:
-    """A cloud with one machine, the workstation's checkout, and what was asked of them."""
+    """A cloud with one machine, the workstation's checkout, and a record of all calls."""
 
     def __init__(self, path: pathlib.Path, repository: pathlib.Path):
         self.path, self.repository = path, repository
@@ -184,7 +184,7 @@ class Cloud:
         self.set("state", "READY")
         self.workers(2)
         self.plan(all=[0])
-        # Nothing of the caller's environment but what a shell needs.
+        # Of the caller's environment only what a shell needs.
         self.environ = {
             "PATH": f"{path}/bin:{os.environ['PATH']}",
             "HOME": str(path),
@@ -202,7 +202,7 @@ class Cloud:
         }
 
     def path_without_gcloud(self) -> str:
-        """A PATH with what the scripts need of any Unix, and no gcloud, whatever this computer has."""
+        """A PATH with the Unix tools that the scripts need, and without gcloud."""
         tools = self.path / "tools"
         tools.mkdir(exist_ok=True)
         names = "bash cat cksum cmp cut date dirname git grep head mkdir rm sed sleep tail tr"
@@ -220,7 +220,7 @@ class Cloud:
             (self.path / f"home{worker}").mkdir(exist_ok=True)
 
     def plan(self, **acts: list) -> None:
-        """What the program does, per worker or on all: an act for each time it is started, the last for all others."""
+        """Sets what the program does, per worker or on all: one act per start; the last repeats."""
         self.set("plan", json.dumps({name.removeprefix("w"): act for name, act in acts.items()}))
 
     def fail(self, match: str, skip: int = 0, times: int = 1000, first: int = 0) -> None:
@@ -245,7 +245,7 @@ class Cloud:
         for worker in range(8):
             for run in self.runs(worker):
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                    # Z: it ended, and nobody has asked for its exit code yet.
+                    # Z: it has ended, and nobody has read its exit code yet.
                     if pathlib.Path(f"/proc/{run['pid']}/stat").read_text().rpartition(") ")[2][0] != "Z":
                         found.append(worker)
         return found
@@ -282,7 +282,7 @@ class Cloud:
 
 
 def error_of(result: subprocess.CompletedProcess) -> str:
-    """The one line that a failing script ends in."""
+    """Returns the one-line error of a failing script."""
     lines = result.stderr.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     assert len(errors) == 1, result
@@ -299,7 +299,7 @@ def wait_for(condition, seconds: float = 15) -> None:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A checkout with the scripts; a space in its path, as people have them."""
+    """A checkout with the scripts, with a space in its path."""
     path = tmp_path_factory.mktemp("check out")
     for name in [*SCRIPTS, "setup.cfg", "experiments/imagenet64.gin"]:
         (path / name).parent.mkdir(exist_ok=True)
@@ -340,7 +340,7 @@ def test_a_run_from_start_to_end(cloud):
         assert pathlib.Path(run["cwd"], "experiments/imagenet64.gin").exists()
         (log,) = cloud.path.glob(f"logs/pod/*/worker-{worker}.log")
         assert f"worker {worker} run 1: 0" in log.read_text()
-        assert "ended with code 0" in log.read_text()
+        assert "exit code 0" in log.read_text()
         (pip,) = cloud._lines(f"pip{worker}")
         assert pip[-2:] == ["-f", "https://storage.googleapis.com/libtpu-releases/index.html"]
         assert pip[3] == "jetformer_train/source[tpu,gcs]"
@@ -350,7 +350,7 @@ def test_a_run_from_start_to_end(cloud):
     assert all("--project=my-project" in call and "--zone=us-west4-a" in call for call in cloud.calls())
 
 
-def test_the_lines_of_a_dry_run_run_the_job(cloud):
+def test_the_output_of_a_dry_run_runs_the_job(cloud):
     result = cloud.train(f"--gin_bindings={BINDINGS}", "--dry_run", PATH=cloud.path_without_gcloud())
     assert result.returncode == 0, result
     assert not cloud.calls()
@@ -363,18 +363,18 @@ def test_the_lines_of_a_dry_run_run_the_job(cloud):
     assert [len(cloud.runs(worker)) for worker in range(2)] == [1, 1]
     assert cloud.runs(1)[0]["args"][-1] == f"--gin_bindings={BINDINGS}"
     done = cloud.calls()
-    # The script itself makes these calls in this order, and asks for the state more often.
+    # The script itself makes these calls in this order, and polls more often.
     cloud.set("calls", "")
     assert cloud.train(f"--gin_bindings={BINDINGS}").returncode == 0
     anonymous = lambda calls: [re.sub(r"\d{8}-\d{6}-\d+-\d+", "START", json.dumps(call)) for call in calls]
     calls = anonymous(cloud.calls())
-    # Streaming goes on beside the asking.
+    # Streaming runs beside polling.
     assert set(anonymous(done)) <= set(calls)
     order = [call for call in anonymous(done) if "remote_stream" not in call]
     assert [calls.index(call) for call in order] == sorted(calls.index(call) for call in order)
 
 
-def test_dry_run_names_what_a_preemption_would_run(cloud):
+def test_a_dry_run_prints_the_commands_after_a_preemption(cloud):
     kinds = {"spot": "tpu-vm create pod", "queue": "queued-resources create pod"}
     for provisioning, command in kinds.items():
         result = cloud.train(DRY_RUN="1", PROVISIONING=provisioning, ACCELERATOR_TYPE="a", RUNTIME_VERSION="b")
@@ -409,33 +409,33 @@ def test_a_missing_variable_is_named(cloud, script, variable):
         (["--gin_file=a"], {"PROVISIONING": "spott"}, "PROVISIONING"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_done(cloud, args, environ, words):
+def test_invalid_arguments_are_refused_before_any_call(cloud, args, environ, words):
     result = cloud.launch(*args, **({"ACCELERATOR_TYPE": "a", "RUNTIME_VERSION": "b"} | environ))
     assert result.returncode == 2
     assert words in error_of(result)
     assert not cloud.calls()
 
 
-def test_a_missing_gcloud_is_said(cloud):
+def test_a_missing_gcloud_is_named(cloud):
     result = cloud.train(PATH=cloud.path_without_gcloud())
     assert result.returncode == 2
-    assert "no gcloud on the PATH" in error_of(result)
+    assert "gcloud" in error_of(result)
 
 
-def test_what_is_not_committed_is_said(cloud, repository):
+def test_uncommitted_files_are_named(cloud, repository):
     extra = repository / "mine.gin"
     extra.write_text("")
     try:
         result = cloud.train("--dry_run")
     finally:
         extra.unlink()
-    assert "warning: only what is committed is copied; not so: mine.gin" in result.stderr
+    assert re.search(r"^warning: .* mine\.gin", result.stderr, re.M)
 
 
 # Interruptions
 
 
-def test_code_75_restarts_all_workers_together(cloud):
+def test_exit_code_75_restarts_all_workers_together(cloud):
     cloud.plan(w0=["run", 0], w1=[75, 0])
     result = cloud.train()
     assert result.returncode == 0, result
@@ -448,7 +448,7 @@ def test_code_75_restarts_all_workers_together(cloud):
 
 
 def test_a_host_that_restarts_is_an_interruption_too(cloud):
-    cloud.plan(w0=[134, 0], w1=["vanish", 0])  # 134: what a worker may die of when another is gone
+    cloud.plan(w0=[134, 0], w1=["vanish", 0])  # 134: a worker may die of it when another is gone
     assert cloud.train(GRACE_SECONDS="5").returncode == 0
     assert [len(cloud.runs(worker)) for worker in range(2)] == [2, 2]
 
@@ -462,16 +462,16 @@ def test_restarts_are_bounded(cloud):
     assert len(cloud.runs(0)) == 2
 
 
-def test_another_code_stops_all_and_names_the_log(cloud):
+def test_another_exit_code_stops_all_and_names_the_log(cloud):
     cloud.plan(w0=["run"], w1=[3])
     result = cloud.train()
     assert result.returncode == 1
     error = error_of(result)
-    assert "worker 1 of pod ended with code 3" in error
+    assert re.search(r"worker 1 of pod .*\b3\b", error)
     assert "run 1: 3" in pathlib.Path(error.rpartition(" ")[2]).read_text()
     assert not cloud.alive()
     assert [len(cloud.runs(worker)) for worker in range(2)] == [1, 1]
-    # Mended, the same command starts anew.
+    # Once fixed, the same command starts again.
     cloud.plan(all=[0])
     assert cloud.train().returncode == 0
 
@@ -511,11 +511,11 @@ def test_creating_again_is_bounded(cloud):
     assert len(cloud.calls("create")) == 2
 
 
-def test_a_machine_that_was_never_there_is_not_created(cloud):
+def test_a_machine_that_never_existed_is_not_created(cloud):
     cloud.set("state", "GONE")
     result = cloud.train(ACCELERATOR_TYPE="a", RUNTIME_VERSION="b", PROVISIONING="spot")
     assert result.returncode == 1
-    assert "there is no machine pod" in error_of(result)
+    assert "pod in us-west4-a of my-project" in error_of(result)
     assert not cloud.calls("create")
 
 
@@ -541,8 +541,8 @@ STEPS = {
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_gcloud_failing_halfway_ends_in_a_line_and_the_same_command_mends_it(cloud, step):
-    cloud.fail(STEPS[step], first=1 if "remote" in STEPS[step] else 0)  # on one of the two workers it does happen
+def test_after_a_failure_of_gcloud_the_same_command_resumes(cloud, step):
+    cloud.fail(STEPS[step], first=1 if "remote" in STEPS[step] else 0)  # it succeeds on one of the two workers
     result = cloud.train()
     assert result.returncode == 1
     assert f"step '{step}' failed" in error_of(result)
@@ -553,7 +553,7 @@ def test_gcloud_failing_halfway_ends_in_a_line_and_the_same_command_mends_it(clo
     assert len(cloud.runs(1)) == 1
 
 
-def test_half_a_start_is_undone_before_the_next(cloud):
+def test_a_partial_start_is_undone_before_the_next(cloud):
     cloud.plan(w0=["run", 0], w1=[0])
     cloud.fail("remote_start", first=1)
     assert cloud.train(MAX_FAILURES="0").returncode == 1
@@ -566,17 +566,17 @@ def test_half_a_start_is_undone_before_the_next(cloud):
 
 
 @pytest.mark.parametrize("step", ["describe", "start"])
-def test_a_failure_that_goes_away_is_survived(cloud, step):
+def test_a_transient_failure_is_retried(cloud, step):
     cloud.fail(STEPS[step], times=1)
     assert cloud.train().returncode == 0
     assert [len(cloud.runs(worker)) for worker in range(2)] == [1, 1]
 
 
-def test_a_failed_installation_is_not_tried_again(cloud):
+def test_a_failed_installation_is_not_retried(cloud):
     cloud.set("no_pip", "")
     result = cloud.train()
     assert result.returncode == 1
-    assert re.search(r"step 'install' failed on worker \d of pod: the installation; its log is", error_of(result))
+    assert re.search(r"step 'install' failed on worker \d of pod: .*install\.log", error_of(result))
     assert len(cloud._lines("pip0")) == 1
     assert not cloud.runs(0)
 
@@ -584,7 +584,7 @@ def test_a_failed_installation_is_not_tried_again(cloud):
 # Attaching, stopping
 
 
-def test_the_run_outlives_the_script_and_is_attached_to(cloud):
+def test_the_run_outlives_the_script_which_attaches_again(cloud):
     cloud.plan(all=["run"])
     args = ["--gin_file=experiments/imagenet64.gin"]
     first = cloud.start(*args)
@@ -592,12 +592,12 @@ def test_the_run_outlives_the_script_and_is_attached_to(cloud):
     first.send_signal(signal.SIGTERM)
     out, _ = first.communicate(timeout=30)
     assert first.returncode == 130
-    assert "the run on pod goes on" in out
+    assert "--stop" in out
     assert cloud.alive() == [0, 1]
-    # Another command does not touch it.
+    # Another command leaves it alone.
     result = cloud.launch(*args, "--gin_bindings=Jet.depth = 1")
     assert result.returncode == 1
-    assert "pod runs another command" in error_of(result)
+    assert re.search(r"^error: pod .*--stop$", error_of(result))
     # The same one attaches, and sees it to its end.
     second = cloud.start(*args)
     wait_for(lambda: len(cloud.calls("--worker=0")) == 2)
@@ -610,7 +610,7 @@ def test_the_run_outlives_the_script_and_is_attached_to(cloud):
     assert len(cloud.calls("scp")) == 1
 
 
-def test_a_broken_stream_is_taken_up_again(cloud):
+def test_a_broken_stream_is_resumed(cloud):
     cloud.plan(all=["run"])
     cloud.fail("remote_stream", times=1)
     process = cloud.start("--gin_file=a.gin")
@@ -643,7 +643,7 @@ def test_a_worker_starts_no_second_program_beside_the_first(cloud):
     (start,) = [call for call in cloud.calls("--worker=all") if "remote_start" in call[-1]]
     gcloud = lambda call: subprocess.run(["gcloud", *call], env=cloud.environ, capture_output=True, text=True)
     again = gcloud(start)
-    assert again.stdout == "launch: 0 ok\n"  # gcloud repeats what broke: that is no second start
+    assert again.stdout == "launch: 0 ok\n"  # gcloud repeats a broken call: that is no second start
     other = gcloud([re.sub(r"\d{8}-\d{6}-\d+-\d+", "other", a).replace("--wait 10", "--wait 0") for a in start])
     assert other.stdout.startswith("launch: 0 failed")
     assert len(cloud.runs(0)) == 1
@@ -656,7 +656,7 @@ def test_a_worker_starts_no_second_program_beside_the_first(cloud):
 
 
 @pytest.mark.parametrize(("machine", "device"), [("tpu", "xla"), ("vm", "auto")])
-def test_an_evaluation_on_its_own_machine(cloud, machine, device):
+def test_an_evaluation_on_another_machine(cloud, machine, device):
     cloud.workers(1)
     cloud.plan(all=[75, 0])
     result = cloud.launch(script="launch/eval_job.sh", EVAL_NAME="eval", EVAL_MACHINE=machine)
@@ -770,7 +770,7 @@ def test_sourcing_changes_no_option_of_the_shell_and_a_failure_does_not_end_it(c
     result = subprocess.run(["bash", "-c", source], env=cloud.environ, capture_output=True, text=True)
     assert result.stdout == "same\n"
     assert result.returncode == 0
-    assert result.stderr.count("error: no gcloud on the PATH") == 2
+    assert result.stderr.count("error: gcloud ") == 2
 
 
 @pytest.mark.parametrize("shell", ["bash", "sh"])

@@ -1,4 +1,4 @@
-"""What is written arrives: in TensorBoard's files, and in Weights & Biases, which stops no run, whatever goes wrong."""
+"""Metrics arrive in the log, in TensorBoard files and in Weights & Biases, whose failure stops no run."""
 
 import json
 import os
@@ -9,22 +9,25 @@ import sys
 import tempfile
 import threading
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from absl import logging
 from PIL import Image
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
+from torch import nn
 from upath import UPath
 
 from jetformer import metrics
 from runs import scalars
 
-WARNING = "Going on without W&B: "
+WARNING = "without W&B: "
 
 
 def write(writer):
-    """Scalars at three steps, of which the last is before the others, as an evaluation's may be, and an image."""
+    """Writes scalars at three steps, the last one before the others, as evaluations may, an image and a text."""
     writer.write_scalars(10, {"train/loss": 3.5, "grad_norm": np.float32(0.25)})
     writer.write_scalars(20, {"train/loss": 2.5})
     writer.write_scalars(5, {"val/loss": 4.5})
@@ -44,7 +47,7 @@ def check_events(directory):
 
 @pytest.fixture
 def wandb(tmp_path_factory, monkeypatch):
-    """W&B as on a machine where nobody has logged in, and offline."""
+    """W&B offline, and logged out."""
     wandb = pytest.importorskip("wandb")
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
@@ -59,7 +62,7 @@ def wandb(tmp_path_factory, monkeypatch):
 
 
 def records(file):
-    """What the file of a W&B run holds: 7 bytes, then LevelDB's log format."""
+    """Yields the records of a W&B run's file: a header of 7 bytes, then LevelDB's log format."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data = file.read_bytes()
@@ -78,13 +81,13 @@ def records(file):
 
 
 def wandb_runs(directory):
-    """The files of the W&B runs in a directory, in the order they were started, once W&B has written all."""
+    """Waits for W&B, and returns the files of the W&B runs in a directory, oldest first."""
     pytest.importorskip("wandb").teardown()
     return sorted(directory.glob("wandb/*run-*/*.wandb"), key=lambda file: file.parent.name)
 
 
 def history(file):
-    """The rows of a W&B run, without what W&B adds."""
+    """Returns the rows of a W&B run's history, without those keys that W&B adds."""
     rows = []
     for record in records(file):
         if record.WhichOneof("record_type") == "history":
@@ -98,7 +101,7 @@ def history(file):
 
 
 def one(file, kind):
-    """A W&B run's first record of a kind."""
+    """Returns a W&B run's first record of a kind."""
     return next(getattr(record, kind) for record in records(file) if record.WhichOneof("record_type") == kind)
 
 
@@ -117,8 +120,78 @@ def test_events(tmp_path):
     assert [file.name for file in tmp_path.iterdir() if not file.name.startswith("events.")] == []
 
 
-def test_a_resumed_run_takes_the_place_of_later_steps(tmp_path):
-    """As TensorBoard reads it: a curve goes back to where the run resumed from, and is there once."""
+def infos(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+
+
+@pytest.fixture
+def verbosity():
+    """Sets absl's verbosity for a test."""
+    before = logging.get_verbosity()
+    yield logging.set_verbosity
+    logging.set_verbosity(before)
+
+
+def test_the_log_is_one_line_for_each_write(tmp_path, caplog, verbosity):
+    """Loss, bits, throughput and time left; no texts, images, steps/s or metrics of parts."""
+    verbosity(logging.INFO)
+    written = metrics.Metrics(UPath(tmp_path), process_index=0, start_step=1000, total_steps=4000)
+    written.writer.write_texts(1000, {"config": "A.b = 1"})
+    written.writer.write_scalars(1010, {"steps_per_sec": 7.0, "uptime": 9.0})
+    scalars = {"train/loss": 123.456, "train/bits_per_dim": 3.25, "train/text_bits_per_token": 1.75}
+    scalars |= {"examples_per_sec": 1234.4, "grad_norm": 0.5}
+    written.writer.write_scalars(2000, scalars)
+    written.writer.write_scalars(2000, {"val/bits_per_dim": 3.5, "val_ema/bits_per_dim": 3.25, "val/logdet": 0.125})
+    written.writer.write_scalars(3000, {"probe/accuracy": 0.25, "probe/accuracy/class_1": 0.75})
+    written.writer.write_images(2000, {"samples": np.zeros((1, 4, 4, 3), np.uint8)})
+    written.writer.write_scalars(4000, {"train/loss": 100.0})
+    written.close()
+    train, likelihood, probe, end = infos(caplog)
+    bits = "3.2500 bits per dim, 1.7500 bits per token"
+    for value in ("2,000 of 4,000", "123.46", bits, "1,234 examples/s", "left"):
+        assert value in train
+    assert "0.5" not in train
+    assert "2,000: val/bits_per_dim 3.5, val_ema/bits_per_dim 3.25" in likelihood
+    assert "logdet" not in likelihood
+    assert "3,000: probe/accuracy 0.25" in probe
+    assert "class_1" not in probe
+    assert "4,000 of 4,000" in end
+    assert "0:00:00 left" in end
+
+
+def test_the_time_left_is_estimated_without_the_first_steps(tmp_path, caplog, verbosity, monkeypatch):
+    """They may include compilation."""
+    verbosity(logging.INFO)
+    clock = iter([0.0, 50.0, 60.0, 90.0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    log = metrics.LogWriter(start_step=100, total_steps=1100)
+    for step in (200, 300, 600):
+        log.write_scalars(step, {"train/loss": 1.0})
+    assert [line.rpartition(", ")[2] for line in infos(caplog)] == ["0:07:30 left", "0:01:20 left", "0:00:50 left"]
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_parameters_and_progress_in_the_log(tmp_path, caplog, verbosity, verbose):
+    """Sizes by top-level module; --verbosity=1 adds a table, all metrics and the progress."""
+    verbosity(logging.DEBUG if verbose else logging.INFO)
+    model = nn.ModuleDict({"small": nn.Linear(2, 3), "large": nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 1))})
+    metrics.log_parameters(model)
+    assert "1,270 parameters: large 1,261, small 9" in infos(caplog)[0]
+    written = metrics.Metrics(UPath(tmp_path), process_index=0)
+    progress = metrics.create_progress(written.writer, 2)
+    progress(1)
+    progress(2)
+    written.close()
+    assert scalars(tmp_path).keys() == {"steps_per_sec", "uptime"}
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert ("large.0.weight" in text) == verbose
+    assert ("steps_per_sec=" in text) == verbose
+    assert ("steps/s" in text) == verbose
+    assert len(caplog.records) > 1 if verbose else len(caplog.records) == 1
+
+
+def test_a_resumed_run_replaces_later_steps(tmp_path):
+    """TensorBoard shows one curve: the first run's up to the step of the resume, then the second's."""
     for start_step, value in ((0, 1.0), (20, 2.0)):
         written = metrics.Metrics(UPath(tmp_path), process_index=0, start_step=start_step)
         for step in range(start_step + 10, start_step + 31, 10):
@@ -126,7 +199,7 @@ def test_a_resumed_run_takes_the_place_of_later_steps(tmp_path):
         if start_step == 0:
             written.writer.write_scalars(20, {"val/bits_per_dim": 5.0})
         written.close()
-        for file in list(tmp_path.glob("events.out.tfevents.*")):  # as if the second came an hour later
+        for file in list(tmp_path.glob("events.out.tfevents.*")):  # as if the resumed run started an hour later
             _, _, _, seconds, *rest = file.name.split(".")
             file.rename(file.with_name(".".join(("events.out.tfevents", str(int(seconds) - 3600), *rest))))
     accumulator = EventAccumulator(str(tmp_path))
@@ -154,7 +227,7 @@ def test_events_at_a_url(tmp_path):
     assert scalars(fetched())["train/loss"][30] == 1.5
 
 
-def test_other_processes_write_to_the_log_alone(tmp_path, wandb):
+def test_other_processes_write_only_to_the_log(tmp_path, wandb):
     written = metrics.Metrics(UPath(tmp_path), process_index=1, wandb_project="jetformer")
     write(written.writer)
     written.close()
@@ -166,9 +239,7 @@ def test_wandb(tmp_path, wandb, caplog):
     workdir.mkdir(parents=True)
     written = metrics.Metrics(UPath(workdir), process_index=0, wandb_project="jetformer")
     picture = write(written.writer)
-    written.writer.write_images(20, {"gray": np.full((2, 4, 4, 1), 0.5, np.float32)})
-    written.writer.write_histograms(20, {"weights": np.arange(10.0)}, {"weights": 5})
-    written.writer.write_hparams({"Jet.depth": 2})
+    written.writer.write_images(20, {"grey": np.full((2, 4, 4, 1), 128, np.uint8)})
     written.close()
 
     check_events(workdir)
@@ -179,18 +250,16 @@ def test_wandb(tmp_path, wandb, caplog):
         {"step": 20, "train/loss": 2.5},
         {"step": 5, "val/loss": 4.5},
     ]
-    samples, config, gray, weights = rows[3:]
+    samples, config, grey = rows[3:]
     files = file.parent / "files"
     assert samples["step"] == 20
     with Image.open(files / samples["samples/filenames"][0]) as image:
         np.testing.assert_array_equal(np.asarray(image), picture)
-    assert gray["gray/count"] == 2
-    with Image.open(files / gray["gray/filenames"][1]) as image:
+    assert grey["grey/count"] == 2
+    with Image.open(files / grey["grey/filenames"][1]) as image:
         np.testing.assert_array_equal(np.asarray(image), np.full((4, 4), 128))
     assert config["step"] == 0
     assert "<pre>    Jet.depth = 2\n    a &lt; b</pre>" in (files / config["config/path"]).read_text()
-    assert weights["weights/values"] == [2, 2, 2, 2, 2]
-    assert [(update.key, update.value_json) for update in one(file, "config").update] == [("Jet/depth", "2")]
     run = one(file, "run")
     assert (run.project, run.display_name, run.run_group, run.job_type) == (
         "jetformer",
@@ -198,8 +267,8 @@ def test_wandb(tmp_path, wandb, caplog):
         "digits/3",
         "train",
     )
-    drawn_over = {record.metric.glob_name: record.metric.step_metric for record in records(file)}
-    assert drawn_over["*"] == "step"
+    x_axes = {record.metric.glob_name: record.metric.step_metric for record in records(file)}
+    assert x_axes["*"] == "step"
     assert one(file, "exit").exit_code == 0
     assert not list(file.parent.rglob("*.patch"))
     assert warnings(caplog) == []
@@ -217,8 +286,8 @@ def test_a_resumed_run_continues_its_wandb_run(tmp_path, wandb):
     assert [history(file)[0]["step"] for file in wandb_runs(tmp_path)] == [1, 2]
 
 
-def test_an_evaluation_job_is_a_wandb_run_of_the_group(tmp_path, wandb):
-    """While the run goes on in the same process, too."""
+def test_evaluation_jobs_are_wandb_runs_in_the_group_of_their_run(tmp_path, wandb):
+    """Even in the same process, at the same time."""
     workdir = UPath(tmp_path / "digits" / "3")
     directory = workdir / "eval_fid"
     directory.mkdir(parents=True)
@@ -239,7 +308,7 @@ def test_an_evaluation_job_is_a_wandb_run_of_the_group(tmp_path, wandb):
 
 
 def test_wandb_of_a_run_at_a_url(tmp_path, wandb, monkeypatch):
-    """An offline run's files stay where they are, for nobody else has them."""
+    """The files of an offline run are kept."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     workdir = UPath(f"memory://{tmp_path.name}/wandb/3")
     workdir.mkdir(parents=True)
@@ -255,7 +324,7 @@ def test_wandb_of_a_run_at_a_url(tmp_path, wandb, monkeypatch):
     assert run.run_id == (workdir / metrics.WANDB_ID_FILE).read_text()
 
 
-def test_a_run_that_fails_is_a_failed_wandb_run(tmp_path, wandb):
+def test_a_failed_run_is_a_failed_wandb_run(tmp_path, wandb):
     written = metrics.Metrics(UPath(tmp_path), process_index=0, wandb_project="jetformer")
     with pytest.raises(FloatingPointError), closing(written):
         raise FloatingPointError
@@ -272,7 +341,7 @@ def test_wandb_disabled(tmp_path, wandb, monkeypatch, caplog):
     assert warnings(caplog) == []
 
 
-def test_no_wandb(tmp_path, monkeypatch, caplog):
+def test_wandb_is_not_installed(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it raises ModuleNotFoundError
     written = metrics.Metrics(UPath(tmp_path), process_index=0, wandb_project="jetformer")
     write(written.writer)
@@ -282,7 +351,7 @@ def test_no_wandb(tmp_path, monkeypatch, caplog):
     assert "pip install -e '.[wandb]'" in warning
 
 
-def test_an_error_while_writing(tmp_path, wandb, caplog):
+def test_only_the_first_error_of_wandb_is_logged(tmp_path, wandb, caplog):
     writer = metrics.WandbWriter("jetformer", UPath(tmp_path))
     writer.write_scalars(1, {"train/loss": 1.0})
     writer.write_scalars(2, {"train/loss": np.zeros(3)})
@@ -294,15 +363,15 @@ def test_an_error_while_writing(tmp_path, wandb, caplog):
 
 
 def test_no_network(tmp_path, wandb, monkeypatch, caplog):
-    """Nothing waits for it but the end."""
+    """Only the end of the run waits for W&B."""
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    monkeypatch.setattr(metrics, "_WANDB_INIT_SECONDS", 2)
+    monkeypatch.setattr(metrics, "WANDB_INIT_SECONDS", 2)
     written = metrics.Metrics(UPath(tmp_path), process_index=0, wandb_project="jetformer")
     write(written.writer)
     written.publish()
-    assert warnings(caplog) == []  # W&B is still trying
+    assert warnings(caplog) == []  # W&B is still connecting
     check_events(tmp_path)
     written.writer.write_scalars(30, {"train/loss": 1.5})
     written.close()
@@ -314,7 +383,7 @@ def test_no_network(tmp_path, wandb, monkeypatch, caplog):
 
 @pytest.mark.slow
 def test_no_login_at_a_terminal(tmp_path, wandb, monkeypatch):
-    """Nobody is asked for a key, though somebody might be there."""
+    """W&B asks for no key, even at a terminal."""
     monkeypatch.delenv("WANDB_MODE")
     program = (
         "import sys; from jetformer import metrics; from upath import UPath\n"
@@ -333,7 +402,7 @@ def test_no_login_at_a_terminal(tmp_path, wandb, monkeypatch):
     try:
         while part := os.read(terminal, 2**16):
             output += part
-    except OSError:  # how Linux says that the other end is closed
+    except OSError:  # Linux: the other end is closed
         pass
     finally:
         os.close(terminal)
@@ -345,8 +414,8 @@ def test_no_login_at_a_terminal(tmp_path, wandb, monkeypatch):
     assert scalars(tmp_path)["train/loss"] == {1: 1.0}
 
 
-def test_a_full_disk_is_one_line(tmp_path):
-    """Here a limit of the size of files."""
+def test_a_full_disk_ends_the_program_in_one_line(tmp_path):
+    """With a limit on the size of files in place of the disk's."""
     code = """
 import resource, sys
 from jetformer import metrics, program

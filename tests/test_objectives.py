@@ -1,4 +1,4 @@
-"""The objectives: likelihoods that are likelihoods, parts that add up, draws that can be replayed."""
+"""Objectives: proper likelihoods, parts that add up to the batch, draws that can be replayed."""
 
 import dataclasses
 import math
@@ -9,6 +9,7 @@ from scipy import stats
 
 from flows import randomized
 from jetformer import objectives, prng
+from jetformer.models.flow_ablations import make_jet
 from jetformer.models.initializers import init_weights
 from jetformer.models.jet import Jet
 from jetformer.objectives import JetFormerObjective, JetObjective
@@ -49,7 +50,7 @@ def slice_of(tensors, rows):
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 def test_parts_of_a_batch_add_up_to_the_batch(objective):
-    """With the whole batch's normalizers, losses, gradients and terms of its parts add up to its own."""
+    """Losses, gradients and terms of the parts, with the batch's normalizers, add up to those of the batch."""
     model = small_model()
     batch = batch_of(8)
     draws = objective.draw(model, batch, keys(3, 8), train=True)
@@ -86,7 +87,7 @@ def test_draws_are_a_function_of_the_seed():
     assert not torch.equal(first["rgb_noise"], other["rgb_noise"])
     assert first["dequant"].min() >= 0
     assert first["dequant"].max() < 1
-    # An example's draws are its own, whatever batch it is in.
+    # An example's draws do not depend on its batch.
     part = EVERYTHING.draw(model, slice_of(batch, [2, 0]), keys(0, 4)[[2, 0]], True)
     assert all(torch.equal(first[name][[2, 0]], part[name]) for name in first)
     evaluation = EVERYTHING.draw(model, batch, keys(0, 4), train=False)
@@ -112,9 +113,8 @@ def test_the_image_prefix_sends_no_gradient_to_the_flow():
     assert model.image_emb.weight.grad.any()
 
 
-def test_bits_per_dim_are_of_a_distribution_over_pixels():
-    """For an image of two pixels: the probabilities of all pairs of 8-bit values sum to the mass of the density within
-    the range of pixels, with every volume change counted."""
+def test_bits_per_dim_describe_a_distribution_over_pixels():
+    """The probabilities of all images of two 8-bit pixels sum to the density's mass within the range of pixels."""
     flow = randomized(Jet((1, 1, 2), depth=2, emb_dim=4, num_heads=1, ps=1, kinds=("channels",)))
     values = torch.arange(0, 256, 2)
     pixels = torch.cartesian_prod(values, values).view(-1, 1, 1, 2).to(torch.uint8)
@@ -126,7 +126,7 @@ def test_bits_per_dim_are_of_a_distribution_over_pixels():
         ]
     )
     mass = (4 * 2 ** (-2 * bits)).sum()
-    # The same mass, by sampling latents and looking which images lie within the range.
+    # The same mass, as the fraction of samples within the range.
     z = torch.randn(200_000, 1, 1, 2, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
         x, _ = flow.inverse(z)
@@ -135,10 +135,9 @@ def test_bits_per_dim_are_of_a_distribution_over_pixels():
     assert abs(mass - inside.mean()) < error + 1e-3
 
 
-def test_jets_objective_is_that_of_a_normal():
-    """Without couplings, an image's likelihood is that of its pixels under a standard normal."""
+def test_jets_objective_without_couplings_is_a_normals():
+    """The likelihood of an image is that of its pixels under a standard normal."""
     flow = Jet((2, 2, 1), depth=0, ps=1)
-    flow.register_parameter("unused", torch.nn.Parameter(torch.zeros(()).double()))
     image = torch.tensor([0, 100, 200, 255], dtype=torch.uint8).view(1, 2, 2, 1)
     draws = {"dequant": torch.full((1, 2, 2, 1), 0.25).double()}
     loss, _ = JetObjective()(flow, {"image": image}, draws)
@@ -153,7 +152,7 @@ def test_jets_objective_has_no_curriculum():
         JetObjective()(flow, batch_of(2, (2, 2, 1)), {}, noise_scale=3.0)
 
 
-def test_what_does_not_count_is_not_summed():
+def test_values_that_do_not_count_are_not_summed():
     value = torch.tensor([1.0, float("nan"), 3.0, 5.0])
     counts = torch.tensor([True, False, True, True])
     mask = torch.tensor([True, True, True, False])
@@ -164,7 +163,7 @@ def test_what_does_not_count_is_not_summed():
 
 
 def test_the_share_of_a_flows_largest_expansion():
-    """Near 1 where all couplings scale by nearly as much as they can, 0 where they leave volumes as they are."""
+    """1 if all couplings have their largest scale, 0 if they preserve volumes."""
     flow = Jet((4, 4, 1), depth=3, emb_dim=8, num_heads=2, ps=2)
     init_weights(flow, torch.Generator().manual_seed(0))
     batch = batch_of(2, (4, 4, 1))
@@ -180,7 +179,7 @@ def test_the_share_of_a_flows_largest_expansion():
 
 
 def test_a_flow_without_bound_has_no_share_of_it():
-    flow = Jet((4, 4, 1), depth=2, emb_dim=8, num_heads=2, ps=2, actnorm=True)
+    flow = make_jet((4, 4, 1), depth=2, emb_dim=8, num_heads=2, ps=2, actnorm=True)
     init_weights(flow, torch.Generator().manual_seed(0))
     _, terms = JetObjective(dequantize=False)(flow, batch_of(2, (4, 4, 1)), {})
     assert "flow_expansion_used" not in terms

@@ -1,4 +1,4 @@
-"""Optimizer and schedules: the reference's update, what is decayed, durations in every unit, the moving average."""
+"""Optimizers and schedules: the reference's update, decayed parameters, durations in every unit, the EMA."""
 
 import functools
 
@@ -10,7 +10,7 @@ from small_models import small_model
 
 
 def test_an_update_is_adam_plus_decay_by_the_schedule():
-    """-schedule · (lr · adam + wd · p), with the weight decay not multiplied by the learning rate."""
+    """-schedule · (lr · adam + wd · p): the learning rate is no factor of the weight decay."""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -38,7 +38,7 @@ def test_decayed_are_matrices_and_nothing_else():
 
 
 def test_optimizer_state_is_there_before_the_first_step():
-    """So a checkpoint can be restored into it, and a step does what it does without."""
+    """So a checkpoint can be restored into it; the first step is the same without it."""
     models = [small_model(), small_model()]
     optimizers = [optim.make_optimizer(m) for m in models]
     optimizers[1].state.clear()
@@ -52,8 +52,8 @@ def test_optimizer_state_is_there_before_the_first_step():
     torch.testing.assert_close(*states)
 
 
-def test_muon_is_pytorchs():
-    """Which computes in bfloat16: updates are equal to 2%."""
+def test_muon_equals_pytorchs():
+    """Up to 2%, for PyTorch computes in bfloat16."""
     torch.manual_seed(0)
     shapes = [(6, 10), (10, 6), (6, 10)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -104,7 +104,7 @@ def test_muon_needs_transformer_blocks():
 
 
 def step(model, optimizer):
-    """A step on the same random gradients each time, of what is trained."""
+    """Updates the trained parameters by the same random gradients each time."""
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
         gradient = torch.randn(p.shape, generator=generator, dtype=p.dtype)
@@ -116,7 +116,7 @@ def step(model, optimizer):
 
 @pytest.mark.parametrize("muon", [False, True])
 def test_frozen_parameters_are_left_alone(muon):
-    """The others are updated as without them."""
+    """All others are updated as if nothing were frozen."""
     whole, part = small_model(), small_model()
     before = {name: p.detach().clone() for name, p in part.named_parameters()}
     frozen = {name for name in before if name.startswith("flow.") or name.endswith(".qkv.weight")}
@@ -133,7 +133,7 @@ def test_frozen_parameters_are_left_alone(muon):
 
 @pytest.mark.parametrize("muon", [False, True])
 def test_a_factor_is_another_learning_rate(muon):
-    """With the same weight decay. Of several patterns the first counts."""
+    """The weight decay is the same. The first of several matching patterns counts."""
     factors = {r"decoder\..*\.qkv\..*": 3.0, "decoder.*": 0.1}
     updated = {}
     for factor in (1.0, 0.1, 3.0, None):
@@ -155,7 +155,7 @@ def test_a_factor_is_another_learning_rate(muon):
         ({"frozen": ("flow.*", ".*")}, r"frozen = \('flow\.\*', '\.\*'\)"),
     ],
 )
-def test_patterns_that_cannot_be_meant(how, named):
+def test_impossible_patterns_are_named(how, named):
     with pytest.raises(ValueError, match=rf"make_optimizer\.{named}") as error:
         optim.make_optimizer(small_model(), **how)
     assert "\n" not in str(error.value)
@@ -193,10 +193,10 @@ def test_durations(amounts, steps):
 @pytest.mark.parametrize(
     ("amounts", "message"),
     [
-        ({"steps": 1, "epochs": 1}, "warmup is given in steps and in epochs: give one"),
-        ({"percent": 10}, "warmup_percent = 10 is a fraction"),
-        ({"steps": -1}, "is negative"),
-        ({"steps": None}, "warmup is missing: give warmup_steps"),
+        ({"steps": 1, "epochs": 1}, "warmup .*steps .*epochs"),
+        ({"percent": 10}, "warmup_percent = 10 "),
+        ({"steps": -1}, "warmup_steps = -1 "),
+        ({"steps": None}, "warmup .*warmup_steps"),
     ],
 )
 def test_impossible_durations_are_named(amounts, message):
@@ -228,11 +228,11 @@ def test_rsqrt_begins_where_it_warms_up_to():
 
 
 def test_impossible_schedules_are_named():
-    with pytest.raises(ValueError, match="a stair of 1 steps has 0 mults"):
+    with pytest.raises(ValueError, match=r"1 steps .*0 mults"):
         optim.make_schedule(100, 32, 1000, decay_type="stair", steps=(10,))
-    with pytest.raises(ValueError, match="unknown decay_type 'exponential'"):
+    with pytest.raises(ValueError, match=r"decay_type 'exponential'.*cosine"):
         optim.make_schedule(100, 32, 1000, decay_type="exponential")
-    with pytest.raises(ValueError, match="a warm-up of 100 steps does not fit"):
+    with pytest.raises(ValueError, match=r"warm-up of 100 .* 100 steps"):
         optim.make_schedule(100, 32, 1000, warmup_steps=100)
 
 
@@ -244,7 +244,7 @@ def test_noise_falls_from_its_scale_to_its_minimum():
     assert values == sorted(values, reverse=True)
 
 
-def test_a_moving_average_that_warms_up_forgets_where_it_began():
+def test_an_ema_that_warms_up_forgets_the_initial_parameters():
     average, steps = 1.0, 30
     for step in range(steps):
         average *= optim.warmed_up_decay(step, 0.998)  # of parameters that are 1 at the start and 0 after each step
@@ -252,7 +252,7 @@ def test_a_moving_average_that_warms_up_forgets_where_it_began():
     assert [optim.warmed_up_decay(step, 0.9) for step in (0, 80, 10_000)] == pytest.approx([0.1, 0.9, 0.9])
 
 
-def test_moving_average():
+def test_ema():
     model = torch.nn.Linear(2, 1)
     ema = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for _ in range(3):

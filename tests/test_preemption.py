@@ -1,4 +1,4 @@
-"""Preemption: processes that are told at different moments, or not at all, stop at the same step."""
+"""Preemption: processes that receive a signal at different moments, or not at all, stop at the same step."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from jetformer.preemption import Preempted, Preemption
 
 
 @pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)])
-def test_one_process_stops_at_once(signum, exit_code):
+def test_a_single_process_stops_at_once(signum, exit_code):
     before = signal.getsignal(signum)
     with Preemption() as preemption:
         preemption.check()
@@ -24,8 +24,8 @@ def test_one_process_stops_at_once(signum, exit_code):
     assert signal.getsignal(signum) == before
 
 
-def test_a_signal_that_is_ignored_stays_ignored():
-    """As SIGHUP is under nohup."""
+def test_an_ignored_signal_stays_ignored():
+    """As SIGHUP under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Preemption() as preemption:
@@ -35,12 +35,12 @@ def test_a_signal_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_other_signals_while_it_saves():
+def test_a_second_signal_does_not_interrupt_the_save():
     with Preemption() as preemption:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(Preempted):
             preemption.check()
-        os.kill(os.getpid(), signal.SIGTERM)  # while it saves: nothing more
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_second_interrupt_ends_the_process():
@@ -60,15 +60,15 @@ with Preemption():
     assert len(ended.stderr.splitlines()) == 1
 
 
-def _steps_until_preempted(rank, rendezvous, told_after, results):
+def _steps_until_preempted(rank, rendezvous, received_after, results):
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     with Preemption() as preemption:
         for step in range(20):
-            if told_after[rank] == step:
+            if received_after[rank] == step:
                 os.kill(os.getpid(), signal.SIGTERM)
             try:
                 preemption.check()
-                if step == 1:  # an evaluation ends in an error, in one of them a batch earlier
+                if step == 1:  # an evaluation fails, on one process a batch earlier
                     if rank == 0:
                         preemption.check()
                     preemption.catch_up()
@@ -79,19 +79,19 @@ def _steps_until_preempted(rank, rendezvous, told_after, results):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told_after", [(None, 3), (2, 7), (5, 5), (None, None)])
-def test_processes_stop_together(tmp_path, told_after):
+@pytest.mark.parametrize("received_after", [(None, 3), (2, 7), (5, 5), (None, None)])
+def test_processes_stop_together(tmp_path, received_after):
     with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
-        mp.spawn(_steps_until_preempted, (tmp_path / "rendezvous", told_after, results), nprocs=2)
+        mp.spawn(_steps_until_preempted, (tmp_path / "rendezvous", received_after, results), nprocs=2)
         results = dict(results)
-    told = [step for step in told_after if step is not None]
-    assert results == ({0: min(told) + 1, 1: min(told) + 1} if told else {})
+    received = [step for step in received_after if step is not None]
+    assert results == ({0: min(received) + 1, 1: min(received) + 1} if received else {})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["main", "sample", "evaluate"])
-def test_an_interrupt_while_a_program_imports_is_one_line(program):
+def test_an_interrupt_during_imports_is_one_line(program):
     args = [sys.executable, "-X", "importtime", "-m", f"jetformer.{program}"]
     process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:

@@ -1,4 +1,4 @@
-"""Random numbers: Threefry's published values, the right distributions, nothing shared between keys."""
+"""Random numbers have Threefry's published values and the right distributions, and are independent between keys."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from jetformer import prng
 
 
 def words(*values):
-    """Unsigned words as int32."""
+    """Returns unsigned words as int32."""
     x = torch.tensor(values)
     return (x - (x >> 31 << 32)).int()
 
@@ -37,7 +37,7 @@ def test_distributions():
 
 
 def test_neighbours_are_independent():
-    """Of one key, of neighbouring keys, and of a key for different purposes."""
+    """Numbers of one key, of neighbouring keys, and of one key for several purposes are uncorrelated."""
     keys = prng.example_keys(0, torch.arange(400, dtype=torch.int32))
     x = prng.normal(keys, (400,))
     other = prng.normal(prng.fold_in(keys, 1), (400,))
@@ -56,7 +56,7 @@ def test_keys_are_all_different():
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (5,)])
-def test_an_example_alone_draws_the_same(shape):
+def test_an_example_draws_the_same_alone(shape):
     keys = prng.example_keys(7, torch.arange(6, dtype=torch.int32))
     together = prng.bits(keys, shape)
     assert together.shape == (6, *shape)

@@ -17,14 +17,14 @@ from jetformer import runtime
 from runs import start
 
 
-def test_auto_is_a_gpu_where_there_is_one():
+def test_auto_is_a_gpu_if_there_is_one():
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert runtime.initialize("auto").device.type == expected
 
 
-def test_a_device_that_is_not_there_is_named(monkeypatch):
+def test_no_cuda_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match="torch sees no CUDA device"):
+    with pytest.raises(ValueError, match="--device=cuda"):
         runtime.initialize("cuda")
 
 
@@ -32,13 +32,13 @@ def test_more_processes_than_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=r"started 4 processes on a host with 2 CUDA device\(s\): use"):
+    with pytest.raises(ValueError, match=r"4 processes.* 2 CUDA device.*--nproc-per-node=2"):
         runtime.initialize("cuda")
 
 
-def test_xla_is_not_started_by_torchrun(monkeypatch):
+def test_xla_refuses_torchrun(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(ValueError, match="use python, not torchrun"):
+    with pytest.raises(ValueError, match=r"--device=xla.*torchrun"):
         runtime.initialize("xla")
 
 
@@ -46,12 +46,12 @@ def test_xla_without_torch_xla(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch_xla" else find_spec(name))
     monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
-    with pytest.raises(ImportError, match=r"needs torch_xla: pip install -e '\.\[xla\]', which brings torch==2\.9\.0"):
+    with pytest.raises(ImportError, match=r"torch_xla.*pip install -e '\.\[xla\]'.*torch==2\.9\.0"):
         runtime.initialize("xla")
 
 
-def test_a_torch_that_torch_xla_does_not_load_against(tmp_path):
-    """A torch_xla whose import fails as it does where the C++ symbols of another torch are missing."""
+def test_torch_xla_of_another_torch(tmp_path):
+    """A torch_xla whose import fails as with the C++ symbols of another torch."""
     (tmp_path / "torch_xla").mkdir()
     (tmp_path / "torch_xla" / "__init__.py").write_text("raise ImportError('_XLAC.so: undefined symbol: _ZN5torch')")
     (tmp_path / "torch_xla-2.8.0.dist-info").mkdir()
@@ -62,12 +62,12 @@ def test_a_torch_that_torch_xla_does_not_load_against(tmp_path):
     assert process.returncode == 1
     lines = [line for line in log.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, log
-    assert f"torch_xla 2.8.0 does not load against torch {torch.__version__}" in lines[0]
-    assert "install torch==2.9.0 and torch_xla==2.9.0" in lines[0]
+    for name in ("torch_xla 2.8.0", f"torch {torch.__version__}", "torch==2.9.0", "torch_xla==2.9.0"):
+        assert name in lines[0]
 
 
 def test_triton_comes_before_tensorflow(tmp_path):
-    """A Triton that ends the process where TensorFlow is there already, as the real one does from 3.7 on."""
+    """A stand-in for Triton 3.7, which ends the process if TensorFlow has been imported before."""
     for name, text in (("triton", "import os, sys\n'tensorflow' in sys.modules and os.abort()"), ("tensorflow", "")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(text)
@@ -102,13 +102,13 @@ def test_mesh(mesh, devices, sizes):
 
 @pytest.mark.parametrize("mesh", [{"data": 3}, {"data": 3, "fsdp": -1}, {"fsdp": 16, "data": -1}, {}])
 def test_a_mesh_that_does_not_fit(mesh):
-    with pytest.raises(ValueError, match=r"does not fit 8 device\(s\)"):
+    with pytest.raises(ValueError, match=r"train\.mesh = .* 8 device"):
         runtime.resolve_mesh(mesh, 8)
 
 
 @pytest.mark.parametrize("mesh", [{"model": 8}, {"data": -1, "fsdp": -1}, {"data": 0}, {"data": -2}])
-def test_a_mesh_that_is_none(mesh):
-    with pytest.raises(ValueError, match="give sizes of 'data' and 'fsdp'"):
+def test_an_invalid_mesh(mesh):
+    with pytest.raises(ValueError, match=r"train\.mesh = .*'data'.*'fsdp'"):
         runtime.resolve_mesh(mesh, 8)
 
 
@@ -145,9 +145,9 @@ def _together(rank, port, results):
             ended.append(machine.together(lambda errors=errors: act(*errors)))
         except Exception as error:
             ended.append((type(error).__name__, str(error)))
-    alive = [held() is not None for held in kept]  # what an action that failed held
+    alive = [held() is not None for held in kept]  # memory that a failed action held
     try:
-        if rank == 1:  # the others do not come
+        if rank == 1:  # the others do not call it
             machine.together(lambda: act(None, (ValueError, "alone"), None))
     except runtime.OutOfStep as error:
         ended.append(str(error))
@@ -157,8 +157,8 @@ def _together(rank, port, results):
 
 
 @pytest.mark.slow
-def test_what_one_process_meets_all_raise():
-    """The same kind, that of the first; they stay in step, and nothing is kept of what failed."""
+def test_an_error_of_one_process_is_raised_by_all():
+    """They raise the first one's, of the same type, stay in step, and keep no memory of the failed action."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -167,7 +167,7 @@ def test_what_one_process_meets_all_raise():
         mp.spawn(_together, (port, results), nprocs=3)
         results = dict(results)
     for rank, (ended, alive) in results.items():
-        kind = "KeyError" if rank == 0 else "RuntimeError"  # told to others, one that has no words of its own
+        kind = "KeyError" if rank == 0 else "RuntimeError"  # its message alone would not tell
         assert ended[:4] == [rank, ("OSError", "disk"), (kind, "'k'"), rank]
         assert alive == [False] * 4
     assert results[1][0][4:] == ["alone (process 1; the others wait for it)"]

@@ -1,7 +1,8 @@
-"""Several processes are one: DDP, FSDP2 and both give the losses of one process, and read each other's checkpoints;
-where one process fails, all end."""
+"""Several processes equal one: DDP, FSDP2 and both have the losses of one process, and read each other's checkpoints;
+if one process fails, all end."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,8 +18,8 @@ from runs import bindings, command, run, scalars, start, torchrun
 
 pytestmark = pytest.mark.slow
 
-# The last batch of evaluation is not full, and the second process has the smaller part of it. A part of the model is
-# frozen: DDP and FSDP2 are not to wait for its gradients.
+# The last batch of evaluation is not full, and process 1 has the smaller part of it. Part of the model is frozen, and
+# DDP and FSDP2 must not wait for its gradients.
 SIZES = {
     "train__total_steps": 8,
     "Likelihood__every_steps": 4,
@@ -51,16 +52,16 @@ def one(tmp_path_factory, data_dir):
 
 
 @pytest.fixture(scope="module")
-def cut_up(tmp_path_factory, data_dir):
+def sharded(tmp_path_factory, data_dir):
     """The same run in two processes, by FSDP2."""
-    workdir = tmp_path_factory.mktemp("cut_up")
+    workdir = tmp_path_factory.mktemp("sharded")
     run_several(workdir, bindings(data_dir, **SIZES, train__mesh=FSDP))
     return workdir
 
 
 def assert_equal_from(first, expected, workdir, rel=1e-5):
     expected, actual = scalars(expected), scalars(workdir)
-    # The noise that the mixture's means start from is the same in every process, and so are the components' uses.
+    # All processes start from the same components, so their use is the same.
     components = [f"{where}/{kind}_components" for where in ("train", "val") for kind in ("effective", "distinct")]
     for name in ("train/loss", "grad_norm", "param_norm", "val/bits_per_dim", "val_ema/bits_per_dim", *components):
         for step in expected[name]:
@@ -83,16 +84,16 @@ def test_losses_are_those_of_one_process(one, tmp_path, data_dir, processes, mes
     assert_equal_from(1, one, tmp_path)
     drawn = [np.asarray(Image.open(w / "eval_samples" / "grid" / "000000008.png")).astype(int) for w in (tmp_path, one)]
     assert np.abs(drawn[0] - drawn[1]).max() <= 1
-    assert log.count("[8] val/bits_per_dim=") == 1, "each process says how it goes"
+    assert len(re.findall("step 8: .*val/bits_per_dim ", log)) == 1, "one process logs"
     assert "FutureWarning" not in log
 
 
-def test_fsdp_is_one_process(one, cut_up):
-    assert_equal_from(1, one, cut_up)
+def test_fsdp_is_one_process(one, sharded):
+    assert_equal_from(1, one, sharded)
 
 
 def test_compiled_blocks_under_fsdp(one, tmp_path, data_dir):
-    """Without sampling, whose graphs take Inductor minutes more."""
+    """Without sampling, whose graphs Inductor compiles for minutes."""
     overrides = {"train__compile": '"blocks"', "train__evaluators": '{"val": @Likelihood()}'}
     run_several(tmp_path, bindings(data_dir, **SIZES, **overrides, train__mesh=FSDP))
     assert_equal_from(1, one, tmp_path)
@@ -107,11 +108,11 @@ def test_bfloat16_under_fsdp(one, tmp_path, data_dir):
 
 
 def test_muon_and_early_stopping_under_fsdp(tmp_path, data_dir):
-    """Muon has to see a whole matrix, of which each process keeps a part; all processes stop at the same step."""
+    """Muon needs whole matrices, of which each process keeps a shard; all processes stop at the same step."""
     sizes = {
         "make_optimizer__muon": True,
         "make_optimizer__frozen": '("flow.couplings.0.*",)',
-        # Bits per dim fall: it stops at step 4, with step 2 as the best.
+        # Bits per dim fall: the run stops at step 4, and step 2 is the best.
         "train__keep_best": '"val/bits_per_dim"',
         "train__keep_best_mode": '"higher"',
         "train__patience": 1,
@@ -133,7 +134,7 @@ def half_of(workdir, to):
     return to
 
 
-@pytest.mark.parametrize(("written_by", "mesh"), [("one", FSDP), ("cut_up", DDP), ("cut_up", None)])
+@pytest.mark.parametrize(("written_by", "mesh"), [("one", FSDP), ("sharded", DDP), ("sharded", None)])
 def test_checkpoints_move(one, tmp_path, data_dir, request, written_by, mesh):
     """From one process to FSDP2, from FSDP2 to DDP and to one process."""
     half_of(request.getfixturevalue(written_by), tmp_path)
@@ -141,7 +142,7 @@ def test_checkpoints_move(one, tmp_path, data_dir, request, written_by, mesh):
         run(tmp_path, data_dir, **SIZES)
     else:
         log = run_several(tmp_path, bindings(data_dir, **SIZES, train__mesh=mesh))
-        assert "from step 4." in log
+        assert "from step 4" in log
     assert min(scalars(tmp_path)["train/loss"]) == 5
     assert_equal_from(5, one, tmp_path)
 
@@ -149,17 +150,17 @@ def test_checkpoints_move(one, tmp_path, data_dir, request, written_by, mesh):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.batch_size = 17", "train.batch_size = 17 does not divide by the 2 devices"),
-        ("train.mesh = {'fspd': -1}", "give sizes of 'data' and 'fsdp'"),
-        ("train.mesh = {'fsdp': 3}", "does not fit 2 device(s)"),
-        ("train.compile = 'triton'", "train.compile = 'triton': give one of None, 'blocks', 'step'"),
+        ("train.batch_size = 17", r"train\.batch_size = 17\b.* 2 devices"),
+        ("train.mesh = {'fspd': -1}", r"train\.mesh = {'fspd': -1}.*'data'.*'fsdp'"),
+        ("train.mesh = {'fsdp': 3}", r"train\.mesh = {'fsdp': 3}.* 2 device"),
+        ("train.compile = 'triton'", r"train\.compile = 'triton'.*'blocks'"),
     ],
 )
 def test_a_mistake_ends_all_in_one_line(tmp_path, data_dir, override, message):
     log = run_several(tmp_path / "run", [*bindings(data_dir), override], returncode=1)
     lines = [line for line in log.splitlines() if "error: " in line]
     assert len(lines) == 1, log
-    assert message in lines[0]
+    assert re.search(message, lines[0])
     assert not (tmp_path / "run").exists()
 
 
@@ -176,7 +177,7 @@ def wait_for_checkpoint(process, workdir):
 
 
 @pytest.mark.parametrize("mesh", [DDP, FSDP])
-def test_one_is_killed_in_mid_run(tmp_path, data_dir, mesh):
+def test_all_end_when_one_is_killed(tmp_path, data_dir, mesh):
     overrides = {"train__total_steps": 100_000, "train__checkpoint_steps": 2, "Likelihood__every_steps": None}
     process = start_several(tmp_path, bindings(data_dir, **overrides, train__mesh=mesh))
     wait_for_checkpoint(process, tmp_path)
@@ -185,12 +186,12 @@ def test_one_is_killed_in_mid_run(tmp_path, data_dir, mesh):
     _, log = process.communicate(timeout=100)
     assert process.returncode != 0
     assert not any(os.path.exists(f"/proc/{pid}") for pid in both)
-    # It is sooner told to stop, or sooner loses the connection.
+    # Either the signal or the lost connection comes first.
     assert "another process of this run has ended" in log or "SIGTERM" in log
 
 
 def test_a_host_that_fails_to_start_stops_the_other(tmp_path, data_dir):
-    """Two hosts with a process each, of which one is given an experiment that is not there."""
+    """Two hosts with one process each; the experiment of one does not exist."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -213,10 +214,10 @@ def test_gpu_sh_saves_on_sigterm(tmp_path, data_dir):
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=100)
     assert process.returncode == 75, log[-5000:]
-    assert f"Stopped on SIGTERM after step {checkpoint.latest(tmp_path)}, which is saved." in log
+    assert f"Stopped on SIGTERM after step {checkpoint.latest(tmp_path)}, which is saved" in log
 
 
-def test_gpu_sh_asks_for_what_it_misses():
+def test_gpu_sh_without_a_rendezvous():
     process = start(["launch/gpu.sh", "--workdir=x"], NNODES="2")
     _, log = process.communicate(timeout=20)
     assert process.returncode == 2
@@ -241,7 +242,7 @@ def test_gpu_slurm(tmp_path, code, requeued):
     assert ("scontrol requeue 123456" in calls) == requeued
 
 
-# Process 0 fails at once, where it fails, and process 1 after it has asked once more whether it is to stop.
+# Process 0 fails at once; process 1 fails after it has checked once more for a signal.
 FAILING = """
 import datetime
 import sys
@@ -258,7 +259,7 @@ per_example, calls = TorchLoop.per_example, []
 def fails_in_a_block(loop, runner, *args, **kwargs):
     calls.append(kwargs)
     hooks = []
-    if failing == "in a block" and len(calls) == 2:  # with the moving average in the parameters' place
+    if failing == "in a block" and len(calls) == 2:  # with the moving average
         hooks = [runner.model.decoder.blocks[0].register_forward_hook(fail)]
     try:
         return per_example(loop, runner, *args, **kwargs)
@@ -271,7 +272,7 @@ call, failing = Likelihood.__call__, sys.argv.pop(1)
 runtime._PATIENCE = datetime.timedelta(seconds=3)
 
 def fails(self, context):
-    rank = context.runtime.process_index
+    rank = context.loop.runtime.process_index
     if context.step == 4 and str(rank) in failing:
         if rank == 1:
             context.each_batch()
@@ -297,16 +298,16 @@ def run_failing(tmp_path, data_dir, failing, **overrides):
 def test_an_evaluator_that_fails_in_all_processes_leaves_the_run(one, tmp_path, data_dir):
     log = run_failing(tmp_path, data_dir, "0 and 1")
     assert log.count("val at step 4: no space left for 0") == 1
-    assert log.count("error: the run is complete, but 1 evaluation(s) failed, as said before: val at step 4") == 1
+    assert log.count("error: the run is complete, but 1 evaluation(s) failed, see the errors above: val at step 4") == 1
     assert sorted(scalars(tmp_path / "run")["val/bits_per_dim"]) == [8]
     assert_equal_from(8, one, tmp_path / "run")
 
 
-def test_an_evaluator_that_fails_under_fsdp_leaves_the_parameters(cut_up, tmp_path, data_dir):
-    """In its forward pass, where some of them are gathered, and those of the moving average in their place."""
+def test_an_evaluator_that_fails_under_fsdp_leaves_the_parameters(sharded, tmp_path, data_dir):
+    """It fails in a forward pass, with some parameters gathered, and the moving average in their place."""
     log = run_failing(tmp_path, data_dir, "in a block", train__mesh=FSDP)
     assert log.count("val at step 4: no space left in a block") == 1
-    assert_equal_from(5, cut_up, tmp_path / "run", rel=1e-9)
+    assert_equal_from(5, sharded, tmp_path / "run", rel=1e-9)
 
 
 def test_an_evaluator_that_fails_in_one_process_ends_the_run(tmp_path, data_dir):

@@ -1,12 +1,13 @@
-"""The XLA loop is the CPU loop, on any number of devices: the same losses, checkpoints for both, one graph for all
+"""The XLA loop equals the CPU loop on any number of devices: the same losses, checkpoints for both, one graph for all
 steps.
 
-Each run is a process of its own, on XLA's CPU backend, which makes as many devices as it is asked for.
+Each run is a process of its own on XLA's CPU backend, with several devices.
 """
 
 import importlib.util
 import json
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch_xla is not installed"),
 ]
 
-# Large enough that some parameters are cut up over fsdp.
+# Large enough that some parameters are sharded over fsdp.
 SIZES = {
     "Decoder__width": 32,
     "Decoder__mlp_dim": 128,
@@ -49,7 +50,7 @@ def run_on_xla(workdir, gin_bindings, devices=1, *more, returncode=0):
 
 
 def run_job(program, workdir, *flags):
-    """Runs a program on two devices of XLA, or on the CPU, on what a workdir holds."""
+    """Runs a program on a workdir, on two XLA devices or on the CPU."""
     args = [sys.executable, "-m", f"jetformer.{program}", f"--workdir={workdir}", *flags]
     process = start(args, PJRT_DEVICE="CPU", CPU_NUM_DEVICES="2")
     _, log = process.communicate(timeout=900)
@@ -58,7 +59,7 @@ def run_job(program, workdir, *flags):
 
 
 def chunks(workdir, step, name):
-    """In how many pieces a tensor lies in a checkpoint."""
+    """Returns the number of shards of a tensor in a checkpoint."""
     metadata = pickle.loads((workdir / "checkpoints" / f"{step:09d}" / ".metadata").read_bytes())
     return len(metadata.state_dict_metadata[name].chunks)
 
@@ -71,7 +72,7 @@ def digits_on_cpu(tmp_path_factory, data_dir):
 
 
 def digits(data_dir, *more):
-    """`digits.gin` as it is, for 20 steps."""
+    """Returns bindings for 20 steps of `digits.gin`, otherwise unchanged."""
     return [
         f'Data.data_dir = "{data_dir}"',
         "train.total_steps = 20",
@@ -155,7 +156,7 @@ def test_muon_and_frozen_parameters(tmp_path, data_dir):
     ids=["glow", "cnn"],
 )
 def test_a_flow_alone(tmp_path, data_dir, how):
-    """What it may be built of has its lowerings, begins with the same weights, and inverts itself."""
+    """Every piece of it has a lowering, starts from the same weights, and inverts itself."""
     flow = {
         "train__model": "@Jet",
         "train__objective": "@JetObjective()",
@@ -178,26 +179,26 @@ def test_a_flow_alone(tmp_path, data_dir, how):
 
 
 def test_nothing_is_compiled_after_the_second_step(tmp_path, data_dir):
-    """200 steps that log, and every tenth of which evaluates, samples and saves."""
-    everything = {f"{name}_steps": 10 for name in ("Likelihood__every", "Samples__every", "train__checkpoint")}
+    """200 steps that log; every fiftieth evaluates, samples and saves."""
+    everything = {f"{name}_steps": 50 for name in ("Likelihood__every", "Samples__every", "train__checkpoint")}
     overrides = {"train__total_steps": 200, "train__log_steps": 1, "train__ema_decay": 0.0, **everything}
     log = run_on_xla(tmp_path, bindings(data_dir, **overrides), devices=2)
     written = scalars(tmp_path)
     compilations = written["xla/compilations"]
     assert sorted(compilations) == list(range(1, 201))
     assert compilations[2] == compilations[10]
-    assert compilations[10] < compilations[11]  # evaluation and sampling, for the first time
-    assert compilations[11] == compilations[200]
+    assert compilations[50] < compilations[51]  # the first evaluation and sampling
+    assert compilations[51] == compilations[200]
     assert set(written["xla/fallbacks"].values()) == {0.0}
-    assert sorted(written["val/bits_per_dim"]) == list(range(10, 201, 10))
-    assert len(list((tmp_path / "eval_samples" / "grid").iterdir())) == 20
-    assert "had to be compiled" not in log
+    assert sorted(written["val/bits_per_dim"]) == [50, 100, 150, 200]
+    assert len(list((tmp_path / "eval_samples" / "grid").iterdir())) == 4
+    assert "compiled a new graph" not in log
     assert written["trace_fraction"][200] > 0
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory, data_dir):
-    """A run of 8 steps on 2 × 2 devices, with a checkpoint half-way, that was not interrupted."""
+    """An uninterrupted run of 8 steps on 2 × 2 devices, with a checkpoint at step 4."""
     workdir = tmp_path_factory.mktemp("sharded")
     run_on_xla(workdir, sharded_bindings(data_dir), devices=4)
     assert chunks(workdir, 4, "model.decoder.blocks.0.mlp.gate_up.weight") == 2
@@ -214,7 +215,7 @@ def half_of(workdir, to):
     return to
 
 
-def test_a_killed_run_continues_bit_by_bit(sharded, tmp_path, data_dir):
+def test_a_killed_run_resumes_bit_by_bit(sharded, tmp_path, data_dir):
     process = start_on_xla(tmp_path, sharded_bindings(data_dir, train__checkpoint_steps=1), devices=4)
     deadline = time.monotonic() + 200
     while not checkpoint.steps(tmp_path):
@@ -226,7 +227,7 @@ def test_a_killed_run_continues_bit_by_bit(sharded, tmp_path, data_dir):
     first = checkpoint.latest(tmp_path)
     assert first < 8, "the run was over before it was killed"
     log = run_on_xla(tmp_path, sharded_bindings(data_dir, train__checkpoint_steps=1), devices=4)
-    assert f"from step {first}." in log
+    assert f"from step {first}" in log
     expected, resumed = scalars(sharded), scalars(tmp_path)
     for name in ("train/loss", "grad_norm", "param_norm", "val/bits_per_dim"):
         for step in range(first + 1, 9):
@@ -259,7 +260,7 @@ def assert_continues(expected, workdir):
     assert actual["val_ema/bits_per_dim"][8] == pytest.approx(expected["val_ema/bits_per_dim"][8], rel=1e-5)
 
 
-def test_a_finished_run_started_again_ends(sharded, tmp_path, data_dir):
+def test_a_finished_run_does_nothing(sharded, tmp_path, data_dir):
     workdir = tmp_path / "run"
     shutil.copytree(sharded, workdir)
     log = run_on_xla(workdir, sharded_bindings(data_dir), devices=4)
@@ -280,11 +281,11 @@ def test_sigterm_saves_and_asks_for_a_restart(sharded, tmp_path, data_dir):
     assert "Traceback" not in log
 
 
-def test_jobs_of_their_own_read_it(sharded, tmp_path, data_dir):
+def test_evaluation_and_sampling_programs_read_it(sharded, tmp_path, data_dir):
     """Evaluation and sampling on two devices and on the CPU, from a checkpoint of four."""
     workdir = tmp_path / "run"
     shutil.copytree(sharded, workdir)
-    # 41 examples in batches of 16, and 9 samples in one batch: neither divides by the devices.
+    # 41 examples in batches of 16, and 9 samples in one batch: no multiples of the number of devices.
     gin = ["Data.eval_split = 'validation[:41]'", "Samples.num_images = 3", "Samples.num_classes = 3",
            'train.evaluators = {"val": @Likelihood(), "samples": @Samples(), "probe": @Probe()}',
            "Probe.shots = (None,)", "Probe.train_split = 'train[:77]'"]  # fmt: skip
@@ -315,7 +316,7 @@ def test_jobs_of_their_own_read_it(sharded, tmp_path, data_dir):
 
 
 def test_checkpoints_wait_for_steps_that_have_not_ended(tmp_path):
-    """A step on the device takes longer than to come to the next line; what it makes is saved, and loaded over."""
+    """A save and a load that start before the step that computes their tensors has ended."""
     code = """
 import sys
 from jetformer import runtime
@@ -336,10 +337,11 @@ def in_the_midst_of_a_step():
 for step in range(1, 11):
     checkpointer.save(step, in_the_midst_of_a_step())
 checkpointer.wait()
-expected = checkpoint.restore(sys.argv[1], 1, {"w": torch.empty(512, 512)})["w"]
+expected = checkpoint.Checkpoint(sys.argv[1], 1).restore({"w": torch.empty(512, 512)})["w"]
 assert expected.abs().max() > 0
 for step in range(1, 11):
-    loaded = checkpoint.restore(sys.argv[1], step, in_the_midst_of_a_step(), loop.load_planner())["w"]
+    saved = checkpoint.Checkpoint(sys.argv[1], step)
+    loaded = saved.restore(in_the_midst_of_a_step(), loop.load_planner())["w"]
     assert torch.equal(loaded.cpu(), expected), step
 """
     args = [sys.executable, "-c", code, str(tmp_path)]
@@ -349,7 +351,7 @@ for step in range(1, 11):
 
 
 def test_decoding_is_one_graph_for_all_tokens(tmp_path):
-    """With guidance and prompts of several lengths, and of text: what the CPU samples, compiled once, no fall-backs."""
+    """Images with guidance and prompts of several lengths, and texts: as on the CPU, compiled once, no fallbacks."""
     code = """
 import sys
 from jetformer import runtime
@@ -404,11 +406,8 @@ torch.save(results, sys.argv[2])
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"train__batch_size": 18}, "train.batch_size = 18 does not divide by the 4 devices"),
-        ({"train__batch_size": 24, "train__grad_accum_steps": 4}, "grad_accum_steps = 6 does not divide"),
-        ({"train__eval_batch_size": 10}, "train.eval_batch_size = 10 does not divide"),
-        ({"train__mesh": "{'data': 3}"}, "does not fit 4 device(s)"),
-        ({"train__mesh": "{'model': 4}"}, "give sizes of 'data' and 'fsdp'"),
+        ({"train__batch_size": 24, "train__grad_accum_steps": 4}, r"grad_accum_steps = 6\b.* 4 devices"),
+        ({"train__mesh": "{'data': 3}"}, r"{'data': 3}.* 4 device"),
     ],
 )
 def test_bad_input_ends_in_one_line(tmp_path, data_dir, overrides, message):
@@ -416,12 +415,12 @@ def test_bad_input_ends_in_one_line(tmp_path, data_dir, overrides, message):
     assert "Traceback" not in log
     lines = [line for line in log.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, log
-    assert message in lines[0]
+    assert re.search(message, lines[0])
     assert not (tmp_path / "run").exists()
 
 
 def test_random_numbers_are_those_of_the_cpu(tmp_path):
-    """All words the same; normal ones to rounding."""
+    """The same random words; normal draws equal to rounding."""
     code = """
 import sys, torch
 from jetformer import prng, runtime
@@ -438,7 +437,7 @@ torch.save([x.cpu() for x in drawn], sys.argv[1])
     torch.testing.assert_close(actual[3], expected[3], rtol=1e-5, atol=1e-6)
 
 
-def test_a_fall_back_is_warned_of_by_name():
+def test_a_fallback_is_named_in_a_warning():
     code = """
 from jetformer import runtime
 machine = runtime.initialize("xla")

@@ -19,7 +19,7 @@ from jetformer import config
 from jetformer.convert.pickles import load_safetensors
 from jetformer.convert.sources import Source, Table
 from jetformer.convert.weights import Weights
-from jetformer.evaluators.base import RESULTS_FILE
+from jetformer.evaluators.results import RESULTS_FILE
 from jetformer.models.jet import Jet
 from jetformer.models.jetformer import JetFormer
 from jetformer.models.language_model import LanguageModel

@@ -1,72 +1,118 @@
-"""What an experiment says of its data.
+"""The data of an experiment: one dataset, or a mixture.
 
-TensorFlow, which reads them, is imported when they are first used: it takes seconds and half a gigabyte, and a
-benchmark or a sampler does without.
+TensorFlow, which reads it, is imported when it is first used: it takes seconds and half a gigabyte, and benchmarks and
+sampling do not need it.
 """
 
 import dataclasses
 import hashlib
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jetformer.data import pp_string
+from jetformer.data.selection import Selection, resolve_classes
 from jetformer.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
-    from jetformer.data.pipeline import Selection
+    from jetformer.data.mixture import MixtureReader
+    from jetformer.data.reader import Reader
+    from jetformer.data.sources import Source
     from jetformer.data.texts import Texts
 
 
-class _Texts:
-    """What is known of texts from the preprocessing string of evaluation."""
+class _Dataset:
+    """What one dataset and a mixture have in common.
+
+    Attributes:
+      train_split, eval_split: splits to train and to evaluate on.
+    """
+
+    train_split: str
+    eval_split: str
 
     def _pp_eval(self) -> str:
         raise NotImplementedError
 
+    def _prepare(self) -> None:
+        raise NotImplementedError
+
+    def train_reader(self) -> "Reader | MixtureReader":
+        """Returns what reads the training split. The data must be prepared."""
+        raise NotImplementedError
+
+    def reader(self, split: str | None = None, pp: str | None = None) -> "Reader | MixtureReader":
+        """Returns what reads a split (None: `eval_split`) for evaluation; `pp` None is its own preprocessing. The data
+        must be prepared."""
+        raise NotImplementedError
+
+    def train_batches(self, *, process_count: int = 1, **kwargs) -> Iterator[dict[str, np.ndarray]]:
+        """See `pipeline.train_batches`. A single process prepares the data if that has not been done."""
+        from jetformer.data import pipeline
+
+        if process_count == 1:
+            self._prepare()
+        return pipeline.train_batches(self.train_reader(), process_count=process_count, **kwargs)
+
+    def eval_batches(
+        self, *, split: str | None = None, pp: str | None = None, process_count: int = 1, **kwargs
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """See `pipeline.eval_batches` and `reader`. A single process prepares the data if that has not been done."""
+        from jetformer.data import pipeline
+
+        if process_count == 1:
+            self._prepare()
+        return pipeline.eval_batches(self.reader(split, pp), process_count=process_count, **kwargs)
+
+    def examples(self, split: str, count: int) -> list[dict[str, Any]]:
+        """Returns the first examples of a split as the dataset has them; see `reader.Reader.examples`."""
+        self._prepare()
+        return self.reader(split).examples(count)
+
     def texts(self, model: str | None = None) -> "Texts":
-        """How the experiment's texts are tokenized; see `texts.Texts`."""
+        """Returns how texts are tokenized; see `texts.Texts`."""
         from jetformer.data.texts import Texts
 
         return Texts(self._pp_eval(), model)
 
     def has_texts(self) -> bool:
-        """Whether the experiment's texts are tokenized; if not, they are class labels."""
+        """Returns whether texts are tokenized; if not, they are class labels."""
         return pp_string.tokenizer_of(self._pp_eval()) is not None
 
     def text_length(self) -> int:
-        """T, how many tokens the experiment's texts have; see `pp_string.text_length_of`."""
+        """Returns T, the tokens of a text; see `pp_string.text_length_of`."""
         return pp_string.text_length_of(self._pp_eval())
 
     def background(self) -> tuple[int, int, int]:
-        """RGB of what is behind transparent pixels of the experiment's images; see `pp_string.background_of`."""
+        """Returns the RGB background of transparent pixels; see `pp_string.background_of`."""
         return pp_string.background_of(self._pp_eval())
 
 
 @dataclasses.dataclass(frozen=True)
-class Data(_Texts):
-    """What an experiment trains and is evaluated on.
+class Data(_Dataset):
+    """The dataset that an experiment is trained and evaluated on. docs/data.md has examples.
 
     Attributes:
-      name: a TFDS data set, as `cifar10` or `imagenet_resized/64x64`; `folder:/path` for a folder of images
+      name: a TFDS dataset, e.g. `cifar10` or `imagenet_resized/64x64`; `folder:/path` for a folder of images
         `train/class/*`, see `data.folder`; or `huggingface:owner/name`, see `data.huggingface`.
       pp: preprocessing string of training, see `jetformer.data.preprocess`.
-      pp_eval: of evaluation; None is `pp`.
+      pp_eval: that of evaluation; None is `pp`.
       train_split: TFDS split to train on.
       eval_split: TFDS split to evaluate on.
       shuffle_buffer_size: how many encoded examples each stream (see `pipeline.num_streams`) shuffles at a time. A
         folder is shuffled as a whole.
-      data_dir: where TFDS keeps prepared data, and indices of folders are kept; None is TFDS's default,
+      data_dir: where TFDS keeps prepared data, and where indices of folders are kept; None is TFDS's default,
         `~/tensorflow_datasets`.
-      classes: which classes to read, as ("cat", 7, "10:20"): names, numbers, and ranges of numbers. Their labels become
-        0, 1, … in this order. None: all, as they are. (All records are read for it, but no other image is decoded.)
-      max_examples: how many examples of a split to read at most, the first of these classes; None: all.
-      skip_broken: leave out examples that cannot be preprocessed, as corrupt images, or that get another shape than
-        most. They are looked for once, which takes as long as an epoch of reading, and what was found is kept. (Grey
-        and CMYK images are none of these: they become RGB.)
+      classes: which classes to read, e.g. ("cat", 7, "10:20"): names, labels, and ranges of labels. Their labels become
+        0, 1, … in this order. None: all, with their own labels. (All records are read for it, but no other image is
+        decoded.)
+      max_examples: at most so many examples of a split, the first of these classes; None: all.
+      skip_broken: skip examples that cannot be preprocessed, such as corrupt images, or whose shape differs from that
+        of most. They are searched for once, which takes as long as reading an epoch, and the result is kept. (Greyscale
+        and CMYK images are not broken: they become RGB.)
     """
 
     name: str
@@ -85,88 +131,74 @@ class Data(_Texts):
             one = isinstance(self.classes, (str, int))
             object.__setattr__(self, "classes", (self.classes,) if one else tuple(self.classes))
 
-    def selection(self, split: str | None = None, pp: str | None = None) -> "Selection":
-        """What is read of a split (None: of `eval_split`), preprocessed for evaluation unless `pp` says how."""
-        from jetformer.data.pipeline import Selection
-
+    def selection(self, split: str | None = None, pp: str | None = None) -> Selection:
+        """Returns which examples of a split (None: `eval_split`) are read; `pp` None is that of evaluation."""
         return Selection(
             name=self.name,
             split=split or self.eval_split,
             pp=self._pp_eval() if pp is None else pp,
             data_dir=self.data_dir,
+            shuffle_buffer_size=self.shuffle_buffer_size,
             classes=self.classes,
             max_examples=self.max_examples,
             skip_broken=self.skip_broken,
         )
 
-    def prepare(self) -> None:
-        """Prepares the data set where that has not been done, and looks that both splits exist; see
-        `pipeline.prepare`."""
-        from jetformer.data import pipeline
+    def train_reader(self) -> "Reader":
+        return self.reader(self.train_split, self.pp)
 
-        pipeline.prepare(self.name, self.data_dir)
+    def reader(self, split: str | None = None, pp: str | None = None) -> "Reader":
+        from jetformer.data.reader import Reader
+
+        return Reader(self.selection(split, pp))
+
+    def _prepare(self) -> None:
+        from jetformer.data import sources
+
+        sources.prepare(self.name, self.data_dir)
+
+    def prepare(self) -> None:
+        """Prepares the dataset if that has not been done, see `sources.prepare`, and checks that both splits exist."""
+        self._prepare()
         self.num_train_examples()
         self.num_examples()
 
     def num_train_examples(self) -> int:
-        """How many examples an epoch of training has."""
-        return self.num_examples(self.train_split, self.pp)
+        """Returns the number of examples of an epoch of training."""
+        return self.train_reader().num_examples
 
-    def num_examples(self, split: str | None = None, pp: str | None = None) -> int:
-        """How many examples a split has; see `selection`."""
-        from jetformer.data import pipeline
-
-        return pipeline.num_selected(self.selection(split, pp))
+    def num_examples(self, split: str | None = None) -> int:
+        """Returns the number of examples of a split; None is `eval_split`."""
+        return self.reader(split).num_examples
 
     def class_names(self) -> tuple[str, ...] | None:
-        """The names of the classes by label; None where there are none."""
-        from jetformer.data import pipeline
-
-        return pipeline.class_names(self.name, self.data_dir, self.classes)
+        """Returns the names of the classes by label; None if the dataset has no label, or its classes no names."""
+        names = self._source().class_names
+        if self.classes is None:
+            return names
+        return tuple(names[label] for label in resolve_classes(self.classes, names, self.name))
 
     def identity(self) -> str:
-        """Names the examples of a split: another string where they may be others."""
-        from jetformer.data import sources
-
-        full_name = sources.open_source(self.name, self.data_dir).full_name
+        """Returns a string that changes if the examples of a split may change."""
+        full_name = self._source().full_name
         chosen = (self.classes, self.max_examples, self.skip_broken)
         return full_name if chosen == (None, None, False) else f"{full_name} {chosen}"
 
     def directory(self) -> str:
-        """Where files that belong to the prepared data set may be kept."""
+        """Returns a directory for files that belong to the dataset."""
+        return str(self._source().directory)
+
+    def _source(self) -> "Source":
         from jetformer.data import sources
 
-        return str(sources.open_source(self.name, self.data_dir).directory)
-
-    def train_batches(self, **kwargs) -> Iterator[dict[str, np.ndarray]]:
-        """See `pipeline.mixture_batches`."""
-        from jetformer.data import pipeline
-
-        selection = self.selection(self.train_split, self.pp)
-        sizes = [self.shuffle_buffer_size]
-        return pipeline.mixture_batches([selection], [1.0], shuffle_buffer_sizes=sizes, **kwargs)
-
-    def eval_batches(
-        self, *, split: str | None = None, pp: str | None = None, **kwargs
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Of `eval_split` and preprocessed for evaluation, unless another split or string is given; see
-        `pipeline.batches_in_order`."""
-        from jetformer.data import pipeline
-
-        return pipeline.batches_in_order([self.selection(split, pp)], **kwargs)
-
-    def examples(self, split: str, count: int) -> list[dict[str, Any]]:
-        """The first examples of a split as the dataset has them; see `pipeline.selected_examples`."""
-        from jetformer.data import pipeline
-
-        return pipeline.selected_examples(self.selection(split), count)
+        return sources.open_source(self.name, self.data_dir)
 
     def _pp_eval(self) -> str:
         return self.pp if self.pp_eval is None else self.pp_eval
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureData(_Texts):
+class MixtureData(_Dataset):
     """Several datasets, mixed. In gin, each is bound in a scope of its own:
 
         train.data = @MixtureData()
@@ -175,22 +207,22 @@ class MixtureData(_Texts):
         photos/Data.name = "cifar10"
         drawings/Data.name = "folder:/data/drawings"
 
-    Each keeps its own splits, preprocessing, classes and texts; they have to give the same keys, in the same shapes.
-    Training draws from them by weights, evaluation reads them one after the other. Batches are a function of (seed,
+    Each keeps its own splits, preprocessing, classes and texts; all must have the same keys, in the same shapes.
+    Training draws from them by weight, evaluation reads them one after the other. Batches are a function of (seed,
     step), as those of one dataset.
 
     Attributes:
-      datasets: what is mixed.
-      weights: how often training takes an example of each, relative to each other; None: as often as it has examples.
-      labels: what a label stands for: "by_name", classes that have the same name are one; "apart", each dataset has its
-        own; or "as_they_are", numbers stay. Labels count from 0, those of the first dataset first.
+      datasets: the datasets to mix.
+      weights: how often training takes an example of each, relative to each other; None: by their numbers of examples.
+      labels: how labels are numbered: "by_name", classes of the same name become one; "apart", each dataset has classes
+        of its own; or "as_they_are", labels are unchanged. Numbers start at 0, with those of the first dataset.
     """
 
     datasets: tuple[Data, ...]
     weights: tuple[PositiveFloat, ...] | None = None
     labels: str = "by_name"
 
-    # Splits of a mixture: those that each dataset names so. Any other is one of all datasets.
+    # As splits of a mixture, these two stand for each dataset's own. Any other split is one of all datasets.
     train_split = "train_split"
     eval_split = "eval_split"
 
@@ -198,12 +230,12 @@ class MixtureData(_Texts):
         datasets = tuple(self.datasets)
         object.__setattr__(self, "datasets", datasets)
         if not datasets:
-            raise ValueError("MixtureData.datasets is empty: give (@a/Data(), @b/Data())")
+            raise ValueError("MixtureData.datasets is empty: set it to (@a/Data(), @b/Data())")
         for data in datasets:
             if inspect.isclass(data) or not isinstance(data, Data):
                 raise ValueError(f"MixtureData.datasets has {data!r}: write @scope/Data(), with parentheses")
         if self.labels not in ("by_name", "apart", "as_they_are"):
-            raise ValueError(f'MixtureData.labels = {self.labels!r}: give "by_name", "apart" or "as_they_are"')
+            raise ValueError(f'MixtureData.labels = {self.labels!r}: use "by_name", "apart" or "as_they_are"')
         if self.weights is not None:
             weights = tuple(self.weights)
             object.__setattr__(self, "weights", weights)
@@ -212,62 +244,61 @@ class MixtureData(_Texts):
             for weight, data in zip(weights, datasets, strict=True):
                 if not (weight > 0 and math.isfinite(weight)):
                     raise ValueError(
-                        f"MixtureData.weights: {data.name!r} has the weight {weight}: give more than 0, or take it out "
-                        "of MixtureData.datasets"
+                        f"MixtureData.weights: {data.name!r} has the weight {weight}: use a positive number, or remove "
+                        "the dataset from MixtureData.datasets"
                     )
         lengths = {data.name: pp_string.text_length_of(data.pp) for data in datasets if _makes_texts(data.pp)}
         if len(set(lengths.values())) > 1:
-            says = ", ".join(f"{name!r} {length}" for name, length in lengths.items())
-            raise ValueError(f"MixtureData: texts have different lengths: {says} tokens. Give all Data.pp the same")
+            listed = ", ".join(f"{name!r} {length}" for name, length in lengths.items())
+            raise ValueError(f"MixtureData: texts have different lengths: {listed} tokens. Use one in all Data.pp")
 
     @property
     def name(self) -> str:
-        """The names of all."""
+        """The names of all datasets."""
         return " + ".join(data.name for data in self.datasets)
 
     @property
     def pp(self) -> str:
-        """The first dataset's: all give the same."""
+        """The first dataset's: all make the same keys."""
         return self.datasets[0].pp
 
-    def selections(self, split: str | None = None, pp: str | None = None) -> list["Selection"]:
-        """What is read of each dataset; see `Data.selection`."""
-        split = split or self.eval_split
-        own = [
-            data.train_split if split == self.train_split else data.eval_split if split == self.eval_split else split
-            for data in self.datasets
-        ]
-        return self._relabelled([data.selection(name, pp) for data, name in zip(self.datasets, own, strict=True)])
+    def train_reader(self) -> "Reader | MixtureReader":
+        return self._reader([data.selection(data.train_split, data.pp) for data in self.datasets])
 
-    def _relabelled(self, selections: Sequence["Selection"]) -> list["Selection"]:
-        tables = self._labels()
-        return [dataclasses.replace(s, labels=table) for s, table in zip(selections, tables, strict=True)]
+    def reader(self, split: str | None = None, pp: str | None = None) -> "Reader | MixtureReader":
+        return self._reader([data.selection(self._own(data, split), pp) for data in self.datasets])
+
+    def _reader(self, selections: list[Selection]) -> "Reader | MixtureReader":
+        from jetformer.data.mixture import MixtureReader
+        from jetformer.data.reader import Reader
+
+        pairs = zip(selections, self._labels(), strict=True)
+        readers = [Reader(dataclasses.replace(selection, labels=labels)) for selection, labels in pairs]
+        return MixtureReader(readers, self.weights) if len(readers) > 1 else readers[0]
+
+    def _prepare(self) -> None:
+        for data in self.datasets:
+            data._prepare()
 
     def prepare(self) -> None:
         """See `Data.prepare`."""
         for data in self.datasets:
             data.prepare()
 
-    def _prepare_alone(self, kwargs: dict[str, Any]) -> None:
-        """Prepares what is to be read where no other process could do it."""
-        from jetformer.data import pipeline
-
-        if kwargs.get("process_count", 1) == 1:
-            for data in self.datasets:
-                pipeline.prepare(data.name, data.data_dir)
-
     def num_train_examples(self) -> int:
-        """How many examples the training splits have together: so many are an epoch."""
+        """Returns the number of examples of an epoch: of all training splits together."""
         return sum(data.num_train_examples() for data in self.datasets)
 
-    def num_examples(self, split: str | None = None, pp: str | None = None) -> int:
-        """How many examples the splits have together."""
-        from jetformer.data import pipeline
+    def num_examples(self, split: str | None = None) -> int:
+        """Returns the number of examples of a split of all datasets together; None is `eval_split`."""
+        return sum(data.num_examples(self._own(data, split)) for data in self.datasets)
 
-        return sum(pipeline.num_selected(selection) for selection in self.selections(split, pp))
+    def _own(self, data: Data, split: str | None) -> str | None:
+        """Returns the split of a dataset that a split of the mixture stands for."""
+        return {self.train_split: data.train_split, self.eval_split: data.eval_split}.get(split, split)
 
     def _labels(self) -> list[tuple[int, ...] | None]:
-        """Of each dataset, what its labels become; None: they stay."""
+        """Returns for each dataset what its labels become; None: unchanged."""
         if self.labels == "as_they_are":
             return [None] * len(self.datasets)
         numbers: dict[tuple[int | None, str], int] = {}
@@ -280,11 +311,11 @@ class MixtureData(_Texts):
         return tables
 
     def class_names(self) -> tuple[str, ...] | None:
-        """The names of the classes by label; None where there are none."""
+        """Returns the names of the classes by label; None if there are none."""
         names: dict[int, str] = {}
         for data, table in zip(self.datasets, self._labels(), strict=True):
-            of_one = data.class_names() or ()
-            for label, name in zip(table or range(len(of_one)), of_one, strict=False):
+            own = data.class_names() or ()
+            for label, name in zip(table or range(len(own)), own, strict=False):
                 names.setdefault(label, name)
         return tuple(names[label] for label in sorted(names)) or None
 
@@ -293,37 +324,9 @@ class MixtureData(_Texts):
         return f"{[data.identity() for data in self.datasets]} {self.labels}"
 
     def directory(self) -> str:
-        """Beside the first dataset."""
+        """Returns a directory for files that belong to the mixture, in that of the first dataset."""
         mixed = hashlib.sha256(self.identity().encode()).hexdigest()[:16]
         return f"{self.datasets[0].directory()}/mixture-{mixed}"
-
-    def train_batches(self, **kwargs) -> Iterator[dict[str, np.ndarray]]:
-        """See `pipeline.mixture_batches`."""
-        from jetformer.data import pipeline
-
-        self._prepare_alone(kwargs)
-        weights = self.weights or [data.num_train_examples() for data in self.datasets]
-        selections = self._relabelled([data.selection(data.train_split, data.pp) for data in self.datasets])
-        sizes = [data.shuffle_buffer_size for data in self.datasets]
-        return pipeline.mixture_batches(selections, weights, shuffle_buffer_sizes=sizes, **kwargs)
-
-    def eval_batches(
-        self, *, split: str | None = None, pp: str | None = None, **kwargs
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """One dataset after the other; see `Data.eval_batches`."""
-        from jetformer.data import pipeline
-
-        self._prepare_alone(kwargs)
-        return pipeline.batches_in_order(self.selections(split, pp), **kwargs)
-
-    def examples(self, split: str, count: int) -> list[dict[str, Any]]:
-        """The first examples, of one dataset after the other; see `Data.examples`."""
-        from jetformer.data import pipeline
-
-        found: list[dict[str, Any]] = []
-        for selection in self.selections(split):
-            found += pipeline.selected_examples(selection, count - len(found))
-        return found
 
     def _pp_eval(self) -> str:
         return self.datasets[0]._pp_eval()

@@ -1,12 +1,12 @@
-"""Folders of images, `root/split/class/image`, with an index that is kept.
+"""Folders of images, `root/split/class/image`, with an index.
 
-What a folder holds is listed once and written down. From then on a start looks only at the modification time of each
-directory, which changes when a file in it is added, removed or renamed, and lists anew those that have changed. (It
-does not change when a file's contents do, and need not: files are read when they are needed.) An object store (gs://…)
-has no such times: there the index holds until it is deleted.
+A folder is listed once, into an index file. Later starts only check the modification time of each directory, which
+changes when a file in it is added, removed or renamed, and list again those that have changed. (It does not change when
+a file's contents do, and need not: files are read when they are needed.) Object stores (gs://…) have no such times:
+there the index is valid until it is deleted.
 
-Examples of a split are in an order of their own, by a hash of their names: a slice as `train[:10%]` has examples of all
-classes, and stays nearly the same where files are added.
+Examples of a split are ordered by a hash of their names: a slice such as `train[:10%]` has examples of all classes, and
+stays nearly the same when files are added.
 """
 
 import collections
@@ -20,31 +20,31 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from jetformer.data.files import read_arrays, write_arrays
+from jetformer.storage import arrays_to_bytes, read_arrays, write_beside_data
 
 # Of `pictures.FORMATS`.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 
 _FORMAT = 2  # of an index, and of which files it lists
-# A directory may change without a new time soon after its last change: clocks of file systems tick this seldom, in ns.
+# Resolution of file systems' clocks, in ns: a directory changed more recently may change again under the same time.
 _TICK = 2_000_000_000
 _UNKNOWN = -1  # a time that no directory has
 
 
 class Folder:
-    """What a folder of images holds.
+    """The index of a folder of images.
 
     Attributes:
       root: the folder.
-      splits: how many images each split has, by name.
-      classes: names of the classes, sorted: the label of a class is its place here. A class of one split is one of all.
+      splits: number of images of each split, by name.
+      classes: names of the classes of all splits, sorted; their positions are the labels.
 
     Args:
-      root: the folder, `~` is expanded; a local path, or a URL that TensorFlow reads.
-      index_dir: where its index is kept.
+      root: the folder: a local path, in which `~` is expanded, or a URL that TensorFlow reads.
+      index_dir: where the index is kept.
 
     Raises:
-      ValueError: there is no such folder, it has no splits, no classes or no images, or the index cannot be written.
+      ValueError: there is no such folder, it has no splits, classes or images, or the index cannot be written.
     """
 
     def __init__(self, root: str, index_dir: str):
@@ -64,13 +64,13 @@ class Folder:
         if known and int(known["format"]) != _FORMAT:
             known = {}
         if known and not local:
-            logging.info("Folder %s is as %s has it: delete that to have it listed again", self.root, self._index)
+            logging.info("Folder %s is read by its index %s: delete that to list it again", self.root, self._index)
             self._arrays = known
         else:
             times = _local_directories(self.root) if local else _remote_directories(self.root)
             if not known or times != _times(known):
                 self._arrays = _listed(self.root, times, known, local)
-                write_arrays(self._index, self._arrays)
+                write_beside_data(self._index, arrays_to_bytes(self._arrays))
             else:
                 self._arrays = known
         self.classes = tuple(self._arrays["classes"].tolist())
@@ -78,14 +78,15 @@ class Folder:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when files or directories are added, removed or renamed."""
+        """A string that changes when files or directories are added, removed or renamed."""
         digest = hashlib.sha256(self._arrays["names"].tobytes())
         for key in ("directories", "starts", "directory_of"):
             digest.update(self._arrays[key].tobytes())
         return digest.hexdigest()[:16]
 
     def state(self) -> str:
-        """Returns what changes when the size or modification time of a file does; "" for a folder that is not local."""
+        """Returns a string that changes with the size or modification time of any file; "" if the folder is not
+        local."""
         if "://" in self.root:
             return ""
         digest = hashlib.sha256()
@@ -97,34 +98,36 @@ class Folder:
         return digest.hexdigest()[:16]
 
     def directories(self) -> list[str]:
-        """`split/class` of all directories."""
+        """Returns `split/class` of all directories."""
         return self._arrays["directories"].tolist()
 
     def labels_of_directories(self) -> np.ndarray:
-        """The labels int64 of `directories`."""
+        """Returns the labels int64 of `directories`."""
         numbers = {name: i for i, name in enumerate(self.classes)}
         return np.array([numbers[directory.split("/", 1)[1]] for directory in self.directories()], np.int64)
 
     def names(self) -> bytes:
-        """The names of all files, one after the other."""
+        """Returns the names of all files, concatenated."""
         return self._arrays["names"].tobytes()
 
     def files(self, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The images of a split, in its order: numbers of their directories int32 [n], and where in `names` their names
-        are: starts int64 [n], lengths int64 [n]."""
+        """Returns the images of a split, in order: numbers of their directories int32 [n], and starts int64 [n] and
+        lengths int64 [n] of their names in `names`."""
         chosen = self._arrays[f"files/{list(self.splits).index(split)}"]
         starts = self._arrays["starts"]
         return self._arrays["directory_of"][chosen], starts[chosen], starts[chosen + 1] - starts[chosen]
 
     def labels(self, split: str) -> np.ndarray:
-        """Labels int64 [n] of a split."""
+        """Returns the labels int64 [n] of a split."""
         return self.labels_of_directories()[self.files(split)[0]]
 
 
 def _local_directories(root: str) -> dict[str, int]:
-    """Modification times in ns of `split/class` directories, and of splits themselves: as `split`."""
+    """Returns modification times in ns of the directories `split` and `split/class`."""
     if not os.path.isdir(root):
-        raise ValueError(f"there is no folder {root}: give Data.name as folder:/path/to/root, with root/train/class/*")
+        raise ValueError(
+            f"there is no folder {root}: set Data.name to folder:/path/to/root, with images in root/train/class/"
+        )
     now = time.time_ns()
 
     def subdirectories(directory: str) -> Iterator[tuple[str, int]]:
@@ -145,7 +148,9 @@ def _local_directories(root: str) -> dict[str, int]:
 def _remote_directories(root: str) -> dict[str, int]:
     path = epath.Path(root)
     if not path.exists():
-        raise ValueError(f"there is no folder {root}: give Data.name as folder:gs://…/root, with root/train/class/*")
+        raise ValueError(
+            f"there is no folder {root}: set Data.name to folder:gs://…/root, with images in root/train/class/"
+        )
     times = {}
     for split in sorted(p.name for p in path.iterdir() if p.is_dir()):
         times[split] = _UNKNOWN
@@ -154,21 +159,21 @@ def _remote_directories(root: str) -> dict[str, int]:
 
 
 def _times(arrays: dict[str, np.ndarray]) -> dict[str, int] | None:
-    """Of the directories of an index; None where some are not known."""
+    """Returns the times of an index's directories; None if some are unknown."""
     times = arrays["times"].tolist()
     return None if _UNKNOWN in times else dict(zip(arrays["looked_at"].tolist(), times, strict=True))
 
 
 def _listed(root: str, times: dict[str, int], known: dict[str, np.ndarray], local: bool) -> dict[str, np.ndarray]:
-    """An index of a folder; directories that have not changed are taken from the index that is known."""
+    """Returns an index of a folder; directories that have not changed are taken from the `known` index."""
     start = time.perf_counter()
     directories = [name for name in times if "/" in name]
     if not times:
         raise ValueError(f"folder {root} has no splits: put images into {root}/train/<class>/ and {root}/val/<class>/")
     if not directories:
         raise ValueError(
-            f"folder {root} has no classes: its images have to be in {root}/<split>/<class>/, and there is nothing in "
-            f"{', '.join(times)} but files. Where there are no classes, make one: {root}/{next(iter(times))}/all/"
+            f"folder {root} has no classes: its images must be in {root}/<split>/<class>/, but {', '.join(times)} has "
+            f"only files. If there are no classes, create one: {root}/{next(iter(times))}/all/"
         )
     classes = sorted({name.split("/", 1)[1] for name in directories})
     before = _names_of_directories(known) if known else {}
@@ -181,21 +186,21 @@ def _listed(root: str, times: dict[str, int], known: dict[str, np.ndarray], loca
         else:
             names.append(_images(os.path.join(root, directory), others, local))
     if not any(names):
-        raise ValueError(f"folder {root} has {len(classes)} classes, and no image ({', '.join(EXTENSIONS)}) in them")
+        raise ValueError(f"folder {root} has {len(classes)} classes, but no image ({', '.join(EXTENSIONS)}) in them")
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
-        logging.warning("Folder %s: left out what is no %s: %s", root, ", ".join(EXTENSIONS), kinds)
+        logging.warning("Folder %s: ignored files other than %s: %s", root, ", ".join(EXTENSIONS), kinds)
     empty = [directory for directory, found in zip(directories, names, strict=True) if not found]
     if empty:
         shown = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
-        logging.warning("Folder %s: %d classes have a label and no images: %s", root, len(empty), shown)
+        logging.warning("Folder %s: %d classes have no images: %s", root, len(empty), shown)
 
     splits = list(dict.fromkeys(name.split("/", 1)[0] for name in directories))
     counts = np.array([len(found) for found in names], np.int64)
     flat = [name for found in names for name in found]
     lengths = np.fromiter(map(len, flat), np.int64, len(flat))
     directory_of = np.repeat(np.arange(len(directories), dtype=np.int32), counts)
-    # The same on all machines: a hash of split/class/name.
+    # A hash of split/class/name: the order is the same on all machines.
     keys = np.empty(len(flat), np.uint64)
     for i, (number, name) in enumerate(zip(directory_of.tolist(), flat, strict=True)):
         path = os.fsencode(directories[number]) + b"/" + name
@@ -230,7 +235,7 @@ def _names_of_directories(arrays: dict[str, np.ndarray]) -> dict[str, list[bytes
 
 
 def _images(directory: str, others: collections.Counter[str], local: bool) -> list[bytes]:
-    """The names of the images in a directory, sorted; counts what else is there by kind."""
+    """Returns the names of the images in a directory, sorted; counts other files in `others`, by kind."""
     if local:
         with os.scandir(directory) as entries:
             found = [(entry.name, entry.is_file()) for entry in entries if not entry.name.startswith(".")]
@@ -242,5 +247,5 @@ def _images(directory: str, others: collections.Counter[str], local: bool) -> li
         if is_file and extension in EXTENSIONS:
             images.append(os.fsencode(name))
         else:
-            others[(extension or "without a name's end") if is_file else "directories"] += 1
+            others[(extension or "without an extension") if is_file else "directories"] += 1
     return sorted(images)

@@ -1,9 +1,9 @@
-"""Data sets of the Hugging Face Hub: `huggingface:owner/name`, `huggingface:owner/name/config`, or `huggingface:/path`
-for a directory that holds what a repository of the Hub does.
+"""Datasets of the Hugging Face Hub: `huggingface:owner/name`, `huggingface:owner/name/config`, or `huggingface:/path`
+for a local directory with the same content.
 
-They are prepared by TFDS's builder for them, which by itself asks the Hub each time that it is made, lists the whole
-Hub to find a name, and encodes all images anew, as PNG. Here a prepared data set is read without asking anyone, names
-are those of the Hub, and images stay the bytes that they are.
+They are prepared by TFDS's builder for them, with three changes: a prepared dataset is read without asking the Hub;
+names are those of the Hub, which TFDS would otherwise search for in a list of the whole Hub; and images keep their
+bytes instead of being encoded again as PNG.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ PREFIX = "huggingface:"
 
 
 def builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """The builder of a data set: of what is prepared or, where nothing is, one that downloads.
+    """Returns the builder of a prepared dataset or, if it is not prepared, one that downloads it.
 
-    The latter needs the package `datasets`. It honours the environment variables HF_TOKEN, HF_HOME and HF_ENDPOINT.
+    Downloading needs the package `datasets`, and honours the environment variables HF_TOKEN, HF_HOME and HF_ENDPOINT.
 
     Raises:
-      ValueError: there is no such data set, it cannot be had, or `datasets` is not installed.
+      ValueError: there is no such dataset, the Hub cannot be reached, or `datasets` is not installed.
     """
     repo, config = split_name(name)
     found = {"config": conversion_utils.to_tfds_name(config)} if config else {}
@@ -39,12 +39,12 @@ def builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         import datasets  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"data set {name!r} is not prepared, and to prepare it takes the package datasets ({error}): "
+            f"dataset {name!r} is not prepared, and preparing it needs the package datasets ({error}): "
             "pip install -e '.[hf]'"
         ) from error
     try:
         return HuggingFace(hf_repo_id=repo, hf_config=config, data_dir=data_dir)
-    # The Hub may not be there, the repository not be known, gated, without data, or of several configurations.
+    # The Hub may be unreachable; the repository unknown, gated, without data, or with several configurations.
     except Exception as error:
         causes = []
         cause: BaseException | None = error.__cause__ or error
@@ -53,24 +53,24 @@ def builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
             cause = cause.__cause__
         reason = " ".join(f"{type(causes[0]).__name__}: {causes[0]}".split())[:300]
         raise ValueError(
-            f"data set {name!r} cannot be had: {reason}. Names are huggingface:owner/name or "
-            "huggingface:owner/name/config; where one is gated, accept its conditions on its page, and set HF_TOKEN"
+            f"cannot load dataset {name!r}: {reason}. Names are huggingface:owner/name or "
+            "huggingface:owner/name/config; for a gated dataset, accept its conditions on its page and set HF_TOKEN"
         ) from error
 
 
 def split_name(name: str) -> tuple[str, str | None]:
-    """The repository (or directory) and the configuration, None for the only one, of `huggingface:…`.
+    """Returns the repository (or directory) of `huggingface:…`, and the configuration, None for the only one.
 
     Raises:
-      ValueError: it is neither.
+      ValueError: the name has another form.
     """
     rest = name.removeprefix(PREFIX)
     if rest.startswith(("/", "~", ".")):
         return os.path.abspath(os.path.expanduser(rest)), None
     if "/" not in rest:
-        rest = rest.replace("__", "/", 1)  # as TFDS writes it
+        rest = rest.replace("__", "/", 1)  # TFDS's notation
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+){0,2}", rest):
-        raise ValueError(f"data set {name!r}: names are huggingface:owner/name, or huggingface:owner/name/config")
+        raise ValueError(f"dataset {name!r}: use huggingface:owner/name or huggingface:owner/name/config")
     repo, config = rest, None
     if rest.count("/") == 2:
         repo, config = rest.rsplit("/", 1)
@@ -78,14 +78,14 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 
 def tfds_name(repo: str) -> str:
-    """What TFDS calls a repository."""
+    """Returns TFDS's name of a repository."""
     return conversion_utils.to_tfds_name(repo).strip("_")
 
 
 class HuggingFace(huggingface_dataset_builder.HuggingfaceDatasetBuilder, skip_registration=True):
-    """TFDS's builder for a data set of the Hub, or for a directory like one."""
+    """TFDS's builder for a dataset of the Hub, or for a local directory."""
 
-    # TFDS's would set a name that begins with underscores for a path.
+    # TFDS's setter would set a name that begins with underscores for a path.
     @property
     def name(self) -> str:
         return tfds_name(self._hf_repo_id)
@@ -146,7 +146,7 @@ class HuggingFace(huggingface_dataset_builder.HuggingfaceDatasetBuilder, skip_re
 
 
 def _with_lists(feature: Any) -> Any:
-    """Features of `datasets` with lists as TFDS's builder knows them: it knows none of the class List."""
+    """Replaces the class List in features of `datasets` by lists, which TFDS's builder needs."""
     if isinstance(feature, dict):
         return type(feature)({key: _with_lists(value) for key, value in feature.items()})
     if type(feature).__name__ == "List":
@@ -155,7 +155,7 @@ def _with_lists(feature: Any) -> Any:
 
 
 def _encoded_image(value: dict[str, Any] | None) -> io.BytesIO | str:
-    """An image of `datasets` that is not decoded, for TFDS, which takes files as they are. None is no bytes."""
+    """Returns an undecoded image of `datasets` as TFDS takes files; None becomes an empty file."""
     if value is None or value["bytes"] is not None or not value["path"]:
         return io.BytesIO((value or {}).get("bytes") or b"")
     return value["path"]

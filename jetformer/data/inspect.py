@@ -1,4 +1,4 @@
-"""Look at the data of an experiment: what there is, what the model will see of it, and how fast it comes.
+"""Inspects the data of an experiment.
 
     python -m jetformer.data.inspect --gin_file=experiments/….gin --out=/tmp/data.png
 
@@ -15,13 +15,15 @@ from absl import app, flags, logging
 from upath import UPath
 
 from jetformer import config, program
-from jetformer.data import pipeline
 from jetformer.data.dataset import Data, MixtureData
+from jetformer.data.mixture import MixtureReader
+from jetformer.data.pipeline import Batch, peek
+from jetformer.data.reader import Reader
 from jetformer.experiment import Experiment
 from jetformer.sampling.grid import enlarged, labelled, save_png, tile
 
 flags.adopt_module_key_flags(program)
-flags.DEFINE_integer("examples", 1000, "How many examples of training to look at.", lower_bound=1)
+flags.DEFINE_integer("examples", 1000, "Number of training examples to read.", lower_bound=1)
 flags.DEFINE_string("out", "data.png", "The picture to write.")
 FLAGS = flags.FLAGS
 
@@ -29,43 +31,34 @@ _SHOWN = 12  # classes, sizes
 _COLUMNS = 8
 _ROWS = 8
 _TEXTS = 4
-# Labels of smaller splits are all counted; of larger ones, those of the examples looked at.
-_COUNTED = 200_000
+# In larger splits, only the labels of the examples read are counted.
+_MAX_COUNTED = 200_000
 
 
 def report(data: Data | MixtureData, batch_size: int, seed: int, count: int) -> tuple[list[str], np.ndarray | None]:
-    """What is to be said of the data, in lines, and a picture uint8 `[H, W, C]` of them, where they are images.
+    """Describes data.
 
     Args:
       data: prepared.
       batch_size, seed: of training.
-      count: how many examples of training to look at.
+      count: number of training examples to read.
+
+    Returns:
+      Lines of text, and a picture uint8 `[H, W, C]` of training images; None if there are none.
 
     Raises:
-      ValueError: if they cannot be read or preprocessed.
+      ValueError: the data cannot be read or preprocessed.
     """
     names = data.class_names()
     lines = [f"data: {data.name}"]
     if names is not None:
         lines.append(f"classes: {len(names)} ({_several(names)})")
-    for title, split, pp in (("train", data.train_split, data.pp), ("eval", data.eval_split, None)):
-        for part in _selections(data, split, pp):
-            skipped = pipeline.num_skipped(part)
-            left_out = f", {skipped} more skipped" if part.skip_broken else ""
-            lines.append(f"{title}: {pipeline.num_selected(part):,} examples of {part.name}, {part.split}{left_out}")
-            sizes = collections.Counter(pipeline.image_sizes(part, count))
-            if sizes:
-                shown = ", ".join(f"{h}×{w} ({n})" for (h, w), n in sizes.most_common(_SHOWN))
-                if len(sizes) > _SHOWN:
-                    heights, widths = zip(*sizes, strict=True)
-                    shown = f"{min(heights)} to {max(heights)} × {min(widths)} to {max(widths)}"
-                lines.append(f"  images as they are, height × width, of {sizes.total():,}: {shown}")
-            labels = pipeline.labels(part) if pipeline.num_selected(part) <= _COUNTED else None
-            if labels is not None:
-                lines += _counts(labels, names, "  labels")
+    for title, reader in (("train", data.train_reader()), ("eval", data.reader())):
+        for part in reader.readers if isinstance(reader, MixtureReader) else [reader]:
+            lines += _about_split(title, part, names, count)
     batches, rate = _timed(data.train_batches(batch_size=batch_size, seed=seed), batch_size, count)
     first = batches[0]
-    lines.append("the model sees, in each batch of training:")
+    lines.append("a batch of training:")
     lines += [f"  {name} {array.dtype} {list(array.shape)}" for name, array in first.items()]
     picture = None
     if "image" in first:
@@ -80,25 +73,32 @@ def report(data: Data | MixtureData, batch_size: int, seed: int, count: int) -> 
     return lines, picture
 
 
-def _selections(data: Data | MixtureData, split: str, pp: str | None) -> list[pipeline.Selection]:
-    if isinstance(data, Data):
-        return [data.selection(split, pp)]
-    own = [part.pp for part in data.datasets] if pp else [None] * len(data.datasets)
-    splits = [part.train_split if pp else part.eval_split for part in data.datasets]
-    return [part.selection(*of) for part, of in zip(data.datasets, zip(splits, own, strict=True), strict=True)]
+def _about_split(title: str, reader: Reader, names: Sequence[str] | None, count: int) -> list[str]:
+    selection = reader.selection
+    skipped = f", {reader.num_skipped} more skipped" if selection.skip_broken else ""
+    lines = [f"{title}: {reader.num_examples:,} examples of {selection.name}, {selection.split}{skipped}"]
+    sizes = collections.Counter(reader.image_sizes(count))
+    if sizes:
+        shown = ", ".join(f"{h}×{w} ({n})" for (h, w), n in sizes.most_common(_SHOWN))
+        if len(sizes) > _SHOWN:
+            heights, widths = zip(*sizes, strict=True)
+            shown = f"{min(heights)} to {max(heights)} × {min(widths)} to {max(widths)}"
+        lines.append(f"  image sizes in the dataset, height × width, of {sizes.total():,}: {shown}")
+    labels = reader.labels() if reader.num_examples <= _MAX_COUNTED else None
+    return lines if labels is None else lines + _counts(labels, names, "  labels")
 
 
-def _timed(batches: Iterator[pipeline.Batch], batch_size: int, count: int) -> tuple[list[pipeline.Batch], float]:
-    """Batches of `count` examples, and examples a second."""
-    _, batches = pipeline.peek(batches, "the training split")
+def _timed(batches: Iterator[Batch], batch_size: int, count: int) -> tuple[list[Batch], float]:
+    """Returns batches of `count` examples, and the rate in examples per second."""
+    _, batches = peek(batches, "the training split")
     next(batches)
     start = time.perf_counter()
     found = list(itertools.islice(batches, -(-count // batch_size)))
     return found, len(found) * batch_size / (time.perf_counter() - start)
 
 
-def _labels(batches: Sequence[pipeline.Batch]) -> np.ndarray | None:
-    """The labels of batches, or their texts of one token."""
+def _labels(batches: Sequence[Batch]) -> np.ndarray | None:
+    """Returns the labels of batches, or their texts of one token."""
     first = batches[0]
     if "label" in first:
         return np.concatenate([batch["label"] for batch in batches])
@@ -123,11 +123,11 @@ def _counts(labels: np.ndarray, names: Sequence[str] | None, what: str) -> list[
         lines[0] += f" (from {min(counts.values()):,} to {max(counts.values()):,} each)"
     missing = [name for i, name in enumerate(names or ()) if i not in counts]
     if missing:
-        lines.append(f"  of {len(missing)} classes there is none: {_several(missing)}")
+        lines.append(f"  {len(missing)} classes without examples: {_several(missing)}")
     return lines
 
 
-def _about_texts(data: Data | MixtureData, batches: Sequence[pipeline.Batch]) -> list[str]:
+def _about_texts(data: Data | MixtureData, batches: Sequence[Batch]) -> list[str]:
     texts = data.texts()
     tokens = np.concatenate([batch["text"] for batch in batches])
     ended = (tokens == texts.tokenizer.eos_id).any(1)
@@ -135,13 +135,13 @@ def _about_texts(data: Data | MixtureData, batches: Sequence[pipeline.Batch]) ->
     low, middle, high = np.percentile(lengths, (0, 50, 100))
     lines = [
         f"  tokens of a text without its end: {low:.0f} to {high:.0f}, median {middle:.0f}, mean {lengths.mean():.1f}; "
-        f"{(~ended).mean():.1%} are cut off at {tokens.shape[1]}"
+        f"{(~ended).mean():.1%} are truncated at {tokens.shape[1]}"
     ]
     return lines + [f"  text: {text!r}" for text in texts.decode(tokens[:_TEXTS])]
 
 
 def _picture(images: np.ndarray, labels: np.ndarray | None, names: Sequence[str] | None) -> np.ndarray:
-    """Images in rows: of one class each, where there are labels."""
+    """Returns a picture of images, with labels a row for each class."""
     if images.dtype != np.uint8:
         low, high = images.min(), images.max()
         images = np.round((images - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
@@ -168,7 +168,7 @@ def main(argv: list[str]) -> None:
         if picture is not None:
             save_png(picture, UPath(FLAGS.out))
             logging.set_verbosity(logging.INFO)
-            logging.info("Images of training are in %s", FLAGS.out)
+            logging.info("Training images: %s", FLAGS.out)
 
 
 if __name__ == "__main__":

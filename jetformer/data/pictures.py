@@ -1,6 +1,7 @@
-"""What the pixels of an image file are: the one definition, for training, evaluation and the sampling program.
+"""Decodes image files: the reference for training, evaluation and sampling.
 
-No TensorFlow here, so that sampling does without. `preprocess.decode` reads common files faster, to the same pixels.
+No TensorFlow here, so that sampling does not need it. `preprocess.decode` decodes common files faster, to the same
+pixels.
 """
 
 import io
@@ -11,12 +12,12 @@ import numpy as np
 from absl import logging
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-# By content, whatever a file's name says. PIL reads many more, some by starting other programs.
+# Recognised by content, not by file name. PIL reads many more, some by starting other programs.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
-# As many as PIL reads without a warning: 256 MiB in RGB.
+# PIL's limit for reading without a warning: 256 MiB in RGB.
 MAX_PIXELS = 89_478_485
 
-# What undoes each EXIF orientation.
+# The inverse of each EXIF orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -29,18 +30,18 @@ _UPRIGHT = {
 
 
 def decode_picture(encoded: bytes, channels: int = 3, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
-    """Decodes an image file: the first frame, upright as its EXIF says, without transparency.
+    """Decodes an image file: its first frame, in its EXIF orientation, on a background.
 
     Args:
-      encoded: the bytes of a JPEG, PNG, GIF, BMP or WebP file.
-      channels: 3 is RGB; 1 is grey, 0.299 R + 0.587 G + 0.114 B.
-      background: RGB from 0 to 255, what is behind transparent pixels.
+      encoded: the content of a JPEG, PNG, GIF, BMP or WebP file.
+      channels: 3 is RGB; 1 is greyscale, 0.299 R + 0.587 G + 0.114 B.
+      background: RGB from 0 to 255 behind transparent pixels.
 
     Returns:
-      uint8 [H, W, channels]. Of 16 bits the upper 8; CMYK, palettes and grey become RGB; colour profiles do not count.
+      uint8 [H, W, channels]: the upper 8 of 16 bits; CMYK, palettes and greyscale as RGB; colour profiles are ignored.
 
     Raises:
-      ValueError: it is no such file, is damaged, or has more than `MAX_PIXELS` pixels.
+      ValueError: the file has another format, is damaged, or has more than `MAX_PIXELS` pixels.
     """
     # PIL raises errors of a dozen kinds for damaged files.
     try:
@@ -50,18 +51,18 @@ def decode_picture(encoded: bytes, channels: int = 3, background: tuple[int, int
             size = f"{image.width} × {image.height}"
     except UnidentifiedImageError:
         found = "is empty" if not encoded else f"begins with {encoded[:8]!r}"
-        raise ValueError(f"the file {found}: give a JPEG, PNG, GIF, BMP or WebP file") from None
+        raise ValueError(f"the file {found}: use a JPEG, PNG, GIF, BMP or WebP file") from None
     except Image.DecompressionBombError:
         size = "too many"
     except Exception as error:
         raise ValueError(f"the file is damaged ({type(error).__name__}: {error}): replace it") from error
-    raise ValueError(f"the image has {size} pixels, {MAX_PIXELS:,} is the limit: make it smaller")
+    raise ValueError(f"the image has {size} pixels, the limit is {MAX_PIXELS:,}: make it smaller")
 
 
 def _pixels(image: Image.Image, channels: int, background: tuple[int, int, int]) -> np.ndarray:
     image.load()
     orientation = _orientation(image.info.get("exif", b""))
-    if image.mode.startswith("I"):  # grey of 16 bits, which PIL would cut off at 255
+    if image.mode.startswith("I"):  # greyscale of 16 bits, which PIL would clip at 255
         grey = np.asarray(image)
         eight = Image.fromarray((grey >> 8).astype(np.uint8))
         if (transparent := image.info.get("transparency")) is not None:
@@ -78,7 +79,7 @@ def _pixels(image: Image.Image, channels: int, background: tuple[int, int, int])
 
 
 def _orientation(exif: bytes) -> int | None:
-    """The orientation that EXIF says; None where it says none or cannot be read."""
+    """Returns the EXIF orientation; None if there is none or it cannot be read."""
     tags = Image.Exif()
     try:
         tags.load(exif)
@@ -93,12 +94,12 @@ def read_pictures(
     """Reads image files for a model. Images of another size are resized and cropped, with a warning.
 
     Args:
-      pattern: a path or a pattern of paths, of any place that fsspec knows.
-      shape: (H, W, C), the model's.
-      background: as `decode_picture`'s.
+      pattern: a path, or a pattern of paths, that fsspec opens.
+      shape: (H, W, C) of the model.
+      background: RGB from 0 to 255 behind transparent pixels.
 
     Returns:
-      Images by path, uint8 [H, W, C], and the paths of the files that could not be read, of which warnings say why.
+      Images uint8 [H, W, C] by path; and the paths of files that cannot be read, for which warnings give the reasons.
 
     Raises:
       ValueError: there is no such file.
@@ -113,7 +114,7 @@ def read_pictures(
         try:
             pixels = decode_picture(fs.cat_file(path), channels, background)
         except (OSError, ValueError) as error:
-            logging.warning("%s cannot be read and is left out: %s", path, error)
+            logging.warning("%s cannot be read and is skipped: %s", path, error)
             unreadable.append(path)
             continue
         if pixels.shape[:2] != (height, width):

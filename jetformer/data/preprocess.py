@@ -1,18 +1,17 @@
-"""Preprocessing: small ops, and a string that composes them.
+"""Preprocessing ops, and the string that composes them.
 
     decode|resize_small(64)|central_crop(64)|flip_lr|label_as_text|keep("image", "text")
 
-An example is a dict of tensors; every op takes one and returns one, from left to right. The string
-is big_vision's `pp` (https://github.com/google-research/big_vision, `pp/`), and an op with a name
-from there computes the same numbers. Arguments are Python literals, they are never evaluated.
+An example is a dict of tensors; every op takes one and returns one, from left to right. The string is big_vision's `pp`
+(https://github.com/google-research/big_vision, `pp/`), and ops of the same name compute the same values. Arguments are
+Python literals; nothing is evaluated.
 
-Adding an op is adding a function here: `@register` for one from dict to dict, `@register_keyed` or
-`@register_text` for one from tensor to tensor, which gets the arguments `key`, `inkey` and `outkey`
-on top of its own.
+To add an op, register a function: with `@register` one from dict to dict, with `@register_keyed` or `@register_text`
+one from tensor to tensor, which also gets the arguments `key`, `inkey` and `outkey`.
 
-Random ops are functions of the example's `_seed`, which the pipeline attaches: the same example at
-the same place of the same run is always augmented the same way. Two random ops of one string draw
-independently, since each folds in its position. `_seed` is gone when the string has run.
+Random ops are functions of the example's `_seed`, which the pipeline adds: the same example at the same place of the
+same run is always augmented in the same way. Each op of a string derives its own seed by its position. The result has
+no `_seed`.
 """
 
 import ast
@@ -26,6 +25,9 @@ import tensorflow as tf
 from jetformer.data import pp_string, tokenizer
 from jetformer.data.pictures import MAX_PIXELS, decode_picture
 
+# This module is imported before any other of the package runs TensorFlow, which must not take a GPU.
+tf.config.set_visible_devices([], "GPU")
+
 Example = dict[str, tf.Tensor]
 Op = Callable[[Example], Example]
 
@@ -33,16 +35,16 @@ OPS: dict[str, Callable[..., Op]] = {}
 
 
 def register(builder: Callable[..., Op]) -> Callable[..., Op]:
-    """Makes `builder(*literals) -> (example -> example)` an op under its own name."""
+    """Registers `builder(*literals) -> (example -> example)` as an op under its own name."""
     OPS[builder.__name__] = builder
     return builder
 
 
 def register_keyed(builder: Callable[..., Callable], *, key: str = "image") -> Callable[..., Op]:
-    """Makes `builder(*literals) -> (tensor -> tensor)` an op that reads and writes keys.
+    """Registers `builder(*literals) -> (tensor -> tensor)` as an op that reads `inkey` and writes `outkey`.
 
-    The op reads `inkey` and writes `outkey`; `key` (whose default is set here) stands for both.
-    A function that has a second argument, `seed`, is random: it gets this op's own int seed [2].
+    `key`, whose default is set here, stands for both. If the inner function has a second argument, `seed`, the op is
+    random: it gets this op's own integer seed [2].
     """
 
     @functools.wraps(builder)
@@ -54,15 +56,15 @@ def register_keyed(builder: Callable[..., Callable], *, key: str = "image") -> C
             value = _get(example, inkey or key, builder.__name__)
             if random and "_seed" not in example:
                 raise ValueError(
-                    f"preprocessing op {builder.__name__!r} is random and only works in training: "
-                    "take it out of this preprocessing string"
+                    f"preprocessing op {builder.__name__!r} is random and only works in training: remove it from this "
+                    "preprocessing string"
                 )
             value = function(value, seed=example["_seed"]) if random else function(value)
             return example | {outkey or key: value}
 
         return apply
 
-    # What an error message shows, and what arguments are checked against.
+    # For checking arguments, and for error messages.
     own = inspect.signature(builder).parameters.values()
     added = inspect.signature(build, follow_wrapped=False).parameters.values()
     added = [p for p in added if p.kind is p.KEYWORD_ONLY]
@@ -74,29 +76,26 @@ register_text = functools.partial(register_keyed, key="text")
 
 
 def parse(pp: str) -> Op:
-    """Turns a preprocessing string into a function for `tf.data.Dataset.map`.
+    """Returns the function of a preprocessing string, for `map_examples`.
 
     Args:
       pp: ops separated by `|`, e.g. `decode|resize(32)|flip_lr`. "" does nothing.
 
     Returns:
-      Function from a dict of tensors to a dict of tensors. If the dict has a `_seed` (integer [2]),
-      random ops use it; it is not in the result.
+      Function from a dict of tensors to a dict of tensors. Random ops use its `_seed` (integer [2]), which is not in
+      the result.
 
     Raises:
-      ValueError: the string cannot be read, an op does not exist, or its arguments do not fit. The
-        function itself raises it, while the graph is built, where an op misses a key or a seed.
+      ValueError: the string cannot be parsed, an op does not exist, or its arguments do not fit. The function raises
+        it, while the graph is built, if an op misses a key or a seed.
     """
     ops = [_build(call, pp) for call in pp_string.calls(pp)]
 
-    # What an op raises reaches the user as it is, without AutoGraph's traceback in its message.
-    @tf.autograph.experimental.do_not_convert
     def preprocess(example: Example) -> Example:
         seed = example.get("_seed")
         for position, op in enumerate(ops):
             if seed is not None:
-                # Set anew before each op, so `keep` need not know of it. TensorFlow prunes those
-                # that no op uses.
+                # Added before each op, so that `keep` need not know it. TensorFlow prunes unused ones.
                 own = tf.random.experimental.stateless_fold_in(seed, position)
                 example = example | {"_seed": own}
             example = op(example)
@@ -105,8 +104,15 @@ def parse(pp: str) -> Op:
     return preprocess
 
 
+def map_examples(ds: tf.data.Dataset, function: Callable, num_parallel_calls: int) -> tf.data.Dataset:
+    """Maps a dataset in order; an error raised while the graph is built stays one line, without AutoGraph's
+    traceback."""
+    function = tf.autograph.experimental.do_not_convert(function)
+    return ds.map(function, num_parallel_calls=num_parallel_calls, deterministic=True)
+
+
 def _build(call: ast.expr, pp: str) -> Op:
-    """Builds one op of the string from `name` or `name(literals)`."""
+    """Builds an op of the string from `name` or `name(literals)`."""
     where = f"preprocessing op {ast.unparse(call)!r} of {pp!r}"
     known = f"known ops: {', '.join(sorted(OPS))}"
     has_arguments = isinstance(call, ast.Call)
@@ -142,35 +148,35 @@ def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _positive(size: int) -> int:
     if not isinstance(size, int) or size < 1:
-        raise ValueError(f"a size is a positive int (height = width) or a pair, not {size!r}")
+        raise ValueError(f"a size is a positive int (height = width) or a pair of them, not {size!r}")
     return size
 
 
 # ---- Images. -------------------------------------------------------------------------------------
 
 
-# A PNG of 8 bits, grey or RGB, of at most 9,215 × 9,215 pixels, without a chunk between header and pixels, as one that
-# makes a colour transparent. (In RE2 `\C` is a byte.)
+# A PNG of 8 bits, greyscale or RGB, of at most 9,215 × 9,215 pixels, without a chunk between header and pixels (such as
+# one that makes a colour transparent). In RE2 `\C` is a byte.
 _PLAIN_PNG = (
     r"\CPNG\r\n\x1a\n\C{4}IHDR\x00\x00[\x00-\x23]\C\x00\x00[\x00-\x23]\C\x08[\x00\x02]\x00\x00[\x00\x01]\C{8}IDAT\C*"
 )
 _PNG_WITH_EXIF = r"\C*eXIf\C*"
-# An orientation of 2 to 8, in either byte order.
+# An EXIF orientation of 2 to 8, in either byte order.
 _TURNED = (
     r"Exif\x00\x00\C*(\x12\x01\C\x00\x01\x00\x00\x00[\x02-\x08]|\x01\x12\x00\C\x00\x00\x00\x01\x00{0,3}[\x02-\x08])"
 )
-_GREY = (19595, 38470, 7471)  # 0.299, 0.587, 0.114 of 2¹⁶, as PIL has them
+_GREY = (19595, 38470, 7471)  # 0.299, 0.587, 0.114 in units of 2⁻¹⁶, as in PIL
 
 
 @register_keyed
 def decode(channels=3, background=(255, 255, 255), precise=True):
-    """Encoded JPEG, PNG, GIF, BMP or WebP, scalar string -> uint8 [H, W, channels], see docs/data.md.
+    """Decodes a JPEG, PNG, GIF, BMP or WebP file: scalar string -> uint8 [H, W, channels], see docs/data.md.
 
     Args:
-      channels: 3 is RGB, 1 is grey.
-      background: RGB from 0 to 255, what is behind transparent pixels.
-      precise: False gives big_vision's pixels, those of `tf.io.decode_image`: JPEGs by the fast DCT, no EXIF, no
-        background.
+      channels: 3 is RGB, 1 is greyscale.
+      background: RGB from 0 to 255 behind transparent pixels.
+      precise: False returns big_vision's pixels, those of `tf.io.decode_image`: JPEGs by the fast DCT, no EXIF
+        orientation, no background.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels is 1 or 3, not {channels!r}")
@@ -178,16 +184,16 @@ def decode(channels=3, background=(255, 255, 255), precise=True):
     if len(background) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in background):
         raise ValueError(f"a background is three ints from 0 to 255, not {background!r}")
     if not precise and background != (255, 255, 255):
-        raise ValueError("precise=False puts nothing behind transparent pixels: leave out background")
+        raise ValueError("precise=False ignores transparency: remove background")
 
     def any_picture(encoded):
-        # In a graph it gets bytes, otherwise an array of them.
+        # In a graph `x` is bytes, otherwise an array of them.
         to_pixels = lambda x: decode_picture(np.asarray(x, object).item(), channels, background)
         return tf.numpy_function(to_pixels, [encoded], tf.uint8, stateful=False)
 
     def plain(encoded):
-        """What needs no more than libjpeg or libpng, which have the pixels of `decode_picture` and need no Python."""
-        rgb = tf.io.decode_jpeg(encoded, 3, dct_method="INTEGER_ACCURATE")  # reads a PNG, too
+        """Decodes by libjpeg or libpng, without Python, to the pixels of `decode_picture`."""
+        rgb = tf.io.decode_jpeg(encoded, 3, dct_method="INTEGER_ACCURATE")  # also reads PNG
         if channels == 3:
             return rgb
         grey = tf.reduce_sum(tf.cast(rgb, tf.int32) * _GREY, -1, keepdims=True)
@@ -199,7 +205,7 @@ def decode(channels=3, background=(255, 255, 255), precise=True):
 
     def jpeg(encoded):
         height, width, components = tf.unstack(tf.cast(tf.io.extract_jpeg_shape(encoded), tf.int64))
-        # Where RE2 may replace what it finds, it is faster than where it may not.
+        # In RE2, replacing a match is faster than searching for one.
         is_turned = tf.strings.length(encoded) > tf.strings.length(
             tf.strings.regex_replace(encoded, _TURNED, "", replace_global=False)
         )
@@ -236,7 +242,7 @@ def _resizer(method: str, antialias: bool):
     if method not in _METHODS:
         raise ValueError(f"no resize method {method!r}, there are: {', '.join(_METHODS)}")
 
-    # These are means of pixels, which do not overshoot; clipping them would take as long as resizing.
+    # Means of pixels never overshoot, and clipping would take as long as resizing.
     within = method in (
         tf.image.ResizeMethod.BILINEAR,
         tf.image.ResizeMethod.NEAREST_NEIGHBOR,
@@ -255,7 +261,7 @@ def _resizer(method: str, antialias: bool):
 
 @register_keyed
 def resize(size, method="bilinear", antialias=False):
-    """[H, W, C] -> [h, w, C], whatever that does to the aspect ratio. `size` is h = w or (h, w)."""
+    """Resizes [H, W, C] to [h, w, C], without keeping the aspect ratio. `size` is h = w or (h, w)."""
     size = _height_width(size)
     to_size = _resizer(method, antialias)
     return lambda image: to_size(image, size)
@@ -263,7 +269,7 @@ def resize(size, method="bilinear", antialias=False):
 
 @register_keyed
 def resize_small(smaller_size, method="area", antialias=False):
-    """[H, W, C] -> the smaller of height and width is `smaller_size`, the aspect ratio is kept."""
+    """Resizes [H, W, C] so that the smaller side is `smaller_size`; keeps the aspect ratio."""
     smaller_size = _positive(smaller_size)
     to_size = _resizer(method, antialias)
 
@@ -277,7 +283,7 @@ def resize_small(smaller_size, method="area", antialias=False):
 
 @register_keyed
 def central_crop(crop_size=None):
-    """[H, W, C] -> the [h, w, C] in the middle (up and left of it where there are two); None: the largest square."""
+    """Crops the central [h, w, C] of [H, W, C], rounded to the upper left; None: the largest square."""
 
     def apply(image):
         side = tf.reduce_min(tf.shape(image)[:2])
@@ -297,7 +303,7 @@ def _check_crop(op: str, image: tf.Tensor, h: int, w: int) -> None:
 
 @register_keyed
 def random_crop(crop_size):
-    """[H, W, C] -> [h, w, C] at a uniformly drawn place. Random."""
+    """Crops [h, w, C] of [H, W, C] at a uniformly random place. Random."""
     h, w = _height_width(crop_size)
 
     def apply(image, seed):
@@ -311,13 +317,13 @@ def random_crop(crop_size):
 
 @register_keyed
 def flip_lr():
-    """[H, W, C] -> the same, mirrored left to right with probability 1/2. Random."""
+    """Mirrors [H, W, C] left to right with probability 1/2. Random."""
     return lambda image, seed: tf.image.stateless_random_flip_left_right(image, seed)
 
 
 @register_keyed
 def value_range(vmin=-1, vmax=1, in_min=0, in_max=255.0, clip_values=False):
-    """Maps [in_min, in_max] linearly to [vmin, vmax], any dtype to float32; may clip to it."""
+    """Maps [in_min, in_max] linearly to [vmin, vmax], as float32; clips to it on request."""
 
     def apply(image):
         image = (tf.cast(image, tf.float32) - in_min) / (in_max - in_min)
@@ -329,7 +335,7 @@ def value_range(vmin=-1, vmax=1, in_min=0, in_max=255.0, clip_values=False):
 
 @register_keyed
 def reshape(shape):
-    """Gives a tensor a shape; -1 is worked out. Names `key` for what is not the image."""
+    """Reshapes a tensor; one -1 is inferred. Set `key` for tensors other than the image."""
     return lambda value: tf.reshape(value, shape)
 
 
@@ -338,7 +344,7 @@ def reshape(shape):
 
 @register
 def keep(*keys) -> Op:
-    """Keeps these keys and no others."""
+    """Keeps only these keys."""
     return lambda example: {key: _get(example, key, "keep") for key in keys}
 
 
@@ -356,13 +362,13 @@ def drop(*keys) -> Op:
 
 @register
 def copy(inkey, outkey) -> Op:
-    """Sets `outkey` to what `inkey` holds."""
+    """Copies the value of `inkey` to `outkey`."""
     return lambda example: example | {outkey: _get(example, inkey, "copy")}
 
 
 @register
 def setdefault(key, value) -> Op:
-    """Sets `key` to a constant where the example does not have it, or has nothing in it, as no captions."""
+    """Sets `key` to a constant if the example does not have it, or it is empty (no captions)."""
 
     def apply(example):
         if key not in example:
@@ -371,7 +377,7 @@ def setdefault(key, value) -> Op:
         if given.shape.num_elements():
             return example
         if (given.dtype == tf.string) != (tf.constant(value).dtype == tf.string):
-            raise ValueError(f"preprocessing op 'setdefault': {key!r} is {given.dtype.name}, and {value!r} is not")
+            raise ValueError(f"preprocessing op 'setdefault': {key!r} is {given.dtype.name}, but {value!r} is not")
         default = tf.broadcast_to(tf.constant(value, given.dtype), [n or 1 for n in given.shape])
         return example | {key: tf.cond(tf.size(given) > 0, lambda: given, lambda: default)}
 
@@ -380,7 +386,7 @@ def setdefault(key, value) -> Op:
 
 @register
 def flatten() -> Op:
-    """Dicts in the example become keys of it: `captions`, a dict with `text`, becomes `captions/text`."""
+    """Flattens nested dicts: `text` in the dict `captions` becomes `captions/text`."""
 
     def apply(example, prefix=""):
         flat = {}
@@ -393,7 +399,7 @@ def flatten() -> Op:
 
 @register_text
 def choice():
-    """[n, ...] -> one of the n, as one of several captions. Random."""
+    """Takes one of n, [n, ...] -> [...], e.g. of several captions. Random."""
 
     def apply(several, seed):
         n = _size_of_some(several, "choice")
@@ -404,7 +410,7 @@ def choice():
 
 @register_text
 def first():
-    """[n, ...] -> the first of the n: what evaluation has in the place of `choice`."""
+    """Takes the first of n, [n, ...] -> [...]: in evaluation, instead of `choice`."""
 
     def apply(several):
         with tf.control_dependencies([_size_of_some(several, "first")]):
@@ -414,11 +420,11 @@ def first():
 
 
 def _size_of_some(several: tf.Tensor, op: str) -> tf.Tensor:
-    """The n of a [n, ...], which is not 0."""
+    """Returns the n of [n, ...]; an error if it is 0."""
     if several.shape.rank == 0:
-        raise ValueError(f"preprocessing op {op!r} takes one of several, and there is a scalar: leave it out")
+        raise ValueError(f"preprocessing op {op!r} takes one of several, but the value is a scalar: remove the op")
     n = tf.shape(several)[0]
-    message = f"preprocessing op {op}: an example has none to take: put a setdefault(…) before it"
+    message = f"preprocessing op {op}: an example has none to take: put setdefault(…) before it"
     with tf.control_dependencies([tf.debugging.assert_positive(n, message)]):
         return tf.identity(n)
 
@@ -428,10 +434,10 @@ def _size_of_some(several: tf.Tensor, op: str) -> tf.Tensor:
 
 @register
 def label_as_text(key="label") -> Op:
-    """A class label (integer scalar) becomes a text of one token, the class-conditional prefix.
+    """Turns a class label (integer scalar) into a text of one token, the class-conditional prefix.
 
-    Sets `text` int32 [1] (the label), `text_mask` bool [1] (a token is here) and `text_loss`
-    bool [1] (the token is scored), both True.
+    Sets `text` int32 [1] (the label), `text_mask` bool [1] (others attend to the token) and `text_loss` bool [1] (the
+    token is scored), both True.
     """
 
     def apply(example):
@@ -443,7 +449,7 @@ def label_as_text(key="label") -> Op:
 
 @register_text
 def lower():
-    """A text, or several, in lower case. UTF-8; big_vision's changes A to Z only."""
+    """Lower-cases texts, in UTF-8 (big_vision's op changes A to Z only)."""
 
     def apply(text):
         if text.dtype != tf.string:
@@ -455,10 +461,10 @@ def lower():
 
 @register_text
 def tok(model, length=None, *, eos="no"):
-    """A text (scalar string) -> its tokens, int32 [n].
+    """Tokenizes a text: scalar string -> int32 [n] or, with a `length`, [length], truncated or padded.
 
-    `model` is what `tokenizer.load` takes: a path, a URL, or the name of a public one. `eos="yes"`
-    appends its end of text. With a `length` that is [length], cut, or filled up with its padding.
+    `model` is a path, a URL, or the name of a public tokenizer, see `tokenizer.load`. `eos="yes"` appends its
+    end-of-text token.
     """
     if eos not in ("no", "yes"):
         raise ValueError(f'eos is "no" or "yes", not {eos!r}')
@@ -468,26 +474,26 @@ def tok(model, length=None, *, eos="no"):
         return lambda text: tf.concat([tokens_of(text), tf.constant(end, tf.int32)], 0)
     length, pad_id = _length(length), tokenizer.load(model).pad_id
     if pad_id is None:
-        raise ValueError(f"tokenizer {model!r} has no padding: use tolen with a pad_value instead of a length")
+        raise ValueError(f"tokenizer {model!r} has no padding token: instead of a length, use tolen with a pad_value")
     return lambda text: _to_length(tf.concat([tokens_of(text), tf.constant(end, tf.int32)], 0), length, pad_id)
 
 
 @register
 def masked_concat(keys, outkey="text", **masks) -> Op:
-    """Concatenates vectors, and says in masks which of them a position comes from.
+    """Concatenates vectors, and marks in masks from which of them each position comes.
 
-    `masked_concat(["text", "eos"], text_mask=[1, 0])` sets `text` to both vectors and `text_mask`,
-    bool, to True where it is from the first.
+    `masked_concat(["text", "eos"], text_mask=[1, 0])` sets `text` to both vectors, and `text_mask`, bool, to True at
+    positions of the first.
     """
     for mask, values in masks.items():
         if not isinstance(values, (list, tuple)) or len(values) != len(keys) or not set(values) <= {0, 1}:
-            raise ValueError(f"mask {mask} is a list of 0 and 1, one for each of {keys}, not {values!r}")
+            raise ValueError(f"mask {mask} must be a list of 0 or 1 for each of {keys}, not {values!r}")
 
     def apply(example):
         parts = [_get(example, key, "masked_concat") for key in keys]
         for key, part in zip(keys, parts, strict=True):
             if part.shape.rank != 1:
-                raise ValueError(f"preprocessing op 'masked_concat' takes vectors, and {key!r} has shape {part.shape}")
+                raise ValueError(f"preprocessing op 'masked_concat' takes vectors, but {key!r} has shape {part.shape}")
         filled = {
             mask: tf.concat([tf.fill(tf.shape(p), bool(v)) for p, v in zip(parts, values, strict=True)], 0)
             for mask, values in masks.items()
@@ -499,7 +505,7 @@ def masked_concat(keys, outkey="text", **masks) -> Op:
 
 @register_text
 def tolen(length, pad_value):
-    """[n] -> [length]: cut at the end, or filled up with `pad_value` there."""
+    """Truncates or pads a vector at its end: [n] -> [length]."""
     length = _length(length)
     if not isinstance(pad_value, (int, float)):
         raise ValueError(f"pad_value is a number, not {pad_value!r}")
@@ -515,21 +521,21 @@ def tolen(length, pad_value):
 
 @register
 def caption(model, length, pad="modelled", key="text") -> Op:
-    """A text (scalar string) becomes the tokens of a caption, its end and padding, [length].
+    """Tokenizes a caption: scalar string -> its tokens, end-of-text and padding, [length].
 
-    Sets `text` int32, `text_mask` bool (others see this token) and `text_loss` bool (the token is
-    scored). What comes after the text `A B` (`/` is the end of text) depends on `pad`:
+    Sets `text` int32, `text_mask` bool (others attend to the token) and `text_loss` bool (the token is scored). What
+    follows a text `A B` (`/` is end-of-text) depends on `pad`:
 
-    - "modelled": ends are padding, and tokens as any other. `A B / / /`, both masks all True.
-    - "ignored": the sequence goes on where the text ends. `A B / 0 0`; text_mask `1 1 0 0 0`:
-      in the place of the end, the token that begins the image, which has the same id, is seen;
-      text_loss `1 1 1 0 0`: the end is scored.
+    - "modelled": padding is end-of-text tokens, modelled as any other. `A B / / /`, both masks all True.
+    - "ignored": the sequence continues directly after the text. `A B / 0 0`; text_mask `1 1 0 0 0`, because the token
+      that begins the image, which has the same id, is attended to instead of the end; text_loss `1 1 1 0 0`, because
+      the end is scored.
 
-    A longer text is cut, and has no end then.
+    A longer text is truncated, without an end.
 
     Args:
-      model: what `tokenizer.load` takes: a path, a URL, or the name of a public one.
-      length: how many tokens, with the end.
+      model: a path, a URL, or the name of a public tokenizer, see `tokenizer.load`.
+      length: number of tokens, with the end.
       pad: "modelled" or "ignored".
       key: of the text.
     """
@@ -553,14 +559,14 @@ def caption(model, length, pad="modelled", key="text") -> Op:
 
 
 def _tokenize(model: str, op: str) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Returns encode(scalar string) -> int32 [n], without an end."""
+    """Returns encode(scalar string) -> int32 [n], without end-of-text."""
     encode = tokenizer.load(model).encode
 
     def apply(text):
         if text.dtype != tf.string or text.shape.rank not in (0, None):
             kind = f"{text.dtype.name} of shape {text.shape}"
             raise ValueError(f"preprocessing op {op!r} takes one text, not {kind}: choose one with choice or first")
-        # In a graph it gets bytes, otherwise an array of them.
+        # In a graph `t` is bytes, otherwise an array of them.
         to_array = lambda t: np.array(encode(np.asarray(t, object).item()), np.int32)
         return tf.ensure_shape(tf.numpy_function(to_array, [text], tf.int32, stateful=False), [None])
 

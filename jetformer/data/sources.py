@@ -1,7 +1,8 @@
-"""Where examples are read from: a prepared TFDS data set, or a folder of images.
+"""Datasets as they are stored: a prepared TFDS dataset, or a folder of images.
 
-A source has splits, each an order of examples that never changes, which are read as records: scalar strings that are
-small (what TFRecord files hold, images still encoded) or say where to read. `deserialize` makes an example of one.
+A source has splits, each with a fixed order of examples. They are read as records: scalar strings that either hold an
+example (of a TFRecord file, images still encoded) or say where to read it. `deserialize` turns a record into an
+example.
 """
 
 import contextlib
@@ -20,29 +21,32 @@ from etils import epath
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.utils import tqdm_utils
 
-import jetformer.data.builders  # noqa: F401 (makes the package's own data sets known to TFDS)
-from jetformer.data import files, huggingface, preprocess
+import jetformer.data.builders  # noqa: F401 (registers the package's own datasets with TFDS)
+from jetformer.data import huggingface, preprocess
 from jetformer.data.folder import Folder
+from jetformer.errors import one_line
+from jetformer.storage import arrays_to_bytes, read_arrays, write_beside_data
 
 FOLDER = "folder:"
 CACHE_DIR = "~/.cache/jetformer/datasets"
 
-_GCS = "https://storage.googleapis.com"  # where TFDS looks for what it cannot get elsewhere
+_GCS = "https://storage.googleapis.com"  # TFDS's mirror of prepared datasets
 _SECONDS_TO_ANSWER = 10.0
+_REASON_LENGTH = 300  # characters of another library's message in ours
 
-# How many files a stream reads at the same time. Part of what the order of examples depends on.
+# Files that a stream reads concurrently. The order of examples depends on it.
 _CYCLE_LENGTH = 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shard:
-    """Examples that are read one after the other.
+    """Consecutive examples of a file, or some of them.
 
     Attributes:
-      filename: of a TFRecord file; the split of a folder.
-      skip: how many come before them there.
-      take: how many to read.
-      keep: bool [take], which of these are meant; None: all.
+      filename: of a TFRecord file; for a folder, its split.
+      skip: number of examples before them in the file.
+      take: number of examples to read.
+      keep: bool [take], which of these to keep; None: all.
     """
 
     filename: str
@@ -54,7 +58,7 @@ class Shard:
         return self.take if self.keep is None else int(np.count_nonzero(self.keep))
 
     def part(self, start: int, stop: int) -> "Shard":
-        """What holds its examples from number `start` to before `stop`, of which there are some."""
+        """Returns a shard of the examples from number `start` to before `stop`; there is at least one."""
         if self.keep is None:
             return Shard(self.filename, self.skip + start, stop - start)
         kept = np.flatnonzero(self.keep)[start:stop]
@@ -62,27 +66,28 @@ class Shard:
         return Shard(self.filename, self.skip + first, end - first, self.keep[first:end])
 
     def without(self, numbers: np.ndarray) -> "Shard":
-        """Without some of its examples."""
+        """Returns the shard without the examples of these numbers."""
         keep = np.ones(self.take, bool) if self.keep is None else self.keep.copy()
         keep[np.flatnonzero(keep)[numbers]] = False
         return Shard(self.filename, self.skip, self.take, keep)
 
     def with_only(self, chosen: np.ndarray) -> "Shard":
-        """With those of its examples that bool [take] says."""
+        """Returns the shard with only those examples that `chosen`, bool [take], marks."""
         keep = chosen if self.keep is None else self.keep & chosen
         return self if keep.all() else Shard(self.filename, self.skip, self.take, keep)
 
     def places(self) -> np.ndarray:
-        """Where its examples are in `filename`: int64 [n]."""
+        """Returns the positions of the examples in `filename`: int64 [n]."""
         return self.skip + (np.arange(self.take) if self.keep is None else np.flatnonzero(self.keep))
 
 
 def num_examples(shards: list[Shard]) -> int:
+    """Returns the number of examples of all shards."""
     return sum(map(len, shards))
 
 
 def cut(shards: list[Shard], start: int, stop: int) -> list[Shard]:
-    """What of the shards holds their examples from number `start` to before `stop`."""
+    """Returns shards of the examples from number `start` to before `stop`, which count over all shards."""
     found = []
     for shard in shards:
         first, last = max(start, 0), min(stop, len(shard))
@@ -93,7 +98,7 @@ def cut(shards: list[Shard], start: int, stop: int) -> list[Shard]:
 
 
 def without(shards: list[Shard], numbers: np.ndarray) -> list[Shard]:
-    """The shards without the examples of these numbers, which are sorted."""
+    """Returns the shards without the examples of these numbers int64 [n], which are sorted."""
     found, start = [], 0
     for shard in shards:
         first, last = np.searchsorted(numbers, (start, start + len(shard)))
@@ -102,16 +107,22 @@ def without(shards: list[Shard], numbers: np.ndarray) -> list[Shard]:
     return [shard for shard in found if len(shard)]
 
 
+def even_ends(total: int, count: int) -> list[int]:
+    """Returns where each of `count` parts of `total` examples starts, and where the last ends; sizes differ by one."""
+    size, rest = divmod(total, count)
+    return [i * size + min(i, rest) for i in range(count + 1)]
+
+
 class Source:
-    """What both kinds of source have in common.
+    """A dataset as it is stored.
 
     Attributes:
-      name: as a user gives it.
-      full_name: with its version, or what changes when it does.
-      splits: of TFDS, whose slicing they have.
-      directory: where what is found out about it is kept.
-      label_key: the feature that is a class; None where there is none, or several.
-      class_names: by label; None without `label_key`.
+      name: as the user gives it.
+      full_name: with its version, or another string that changes when the examples do.
+      splits: TFDS's splits, which can be sliced.
+      directory: where files about the dataset are kept.
+      label_key: the feature that is the class; None if there is none, or several.
+      class_names: names of the classes by label; None without `label_key`.
     """
 
     name: str
@@ -122,11 +133,11 @@ class Source:
     class_names: tuple[str, ...] | None
 
     def state(self) -> str:
-        """Returns what changes when an example's bytes do, where `full_name` does not tell."""
+        """Returns a string that changes when an example's bytes change but `full_name` does not."""
         return ""
 
     def shards(self, split: str) -> list[Shard]:
-        """The shards that make up a split.
+        """Returns the shards of a split.
 
         Raises:
           ValueError: there is no such split.
@@ -135,46 +146,42 @@ class Source:
             found = self.splits[split].file_instructions
         except ValueError as e:
             raise ValueError(
-                f"data set {self.full_name} has no split {split!r}, it has: {', '.join(self.splits)}, "
-                f"and slices and sums of them, as train[:90%] or train+test ({one_line(e)})"
+                f"dataset {self.full_name} has no split {split!r}; it has {', '.join(self.splits)}, and slices and "
+                f"sums of these such as train[:90%] or train+test ({one_line(e)[:_REASON_LENGTH]})"
             ) from e
         return [Shard(str(s.filename), s.skip, s.take) for s in found if s.take > 0]
 
-    def even_shards(self, split: str, count: int) -> list[list[Shard]]:
-        """A split as `count` parts of the same size, but for one example."""
-        return [self.shards(part) for part in tfds.even_splits(split, count)]
+    def even_part(self, split: str, index: int, count: int) -> list[Shard]:
+        """Returns the shards of one of `count` parts of a split, whose sizes differ by one example at most."""
+        return self.shards(tfds.even_splits(split, count)[index])
 
     def read(self, shards: list[Shard]) -> tf.data.Dataset:
-        """Records (scalar strings) in the order of the shards."""
+        """Returns records (scalar strings) in the order of the shards."""
         raise NotImplementedError
 
     def read_shuffled(self, shards: list[Shard], seed: tf.Tensor, buffer_size: int) -> tf.data.Dataset:
-        """The same in a random order."""
+        """Returns the records in a random order, drawn by the integer [2] `seed`."""
         raise NotImplementedError
 
     def deserialize(self, record: tf.Tensor) -> dict[str, tf.Tensor]:
-        """The example of a record, images still encoded."""
+        """Returns the example of a record, images still encoded."""
         raise NotImplementedError
 
     def decode(self, record: tf.Tensor) -> dict[str, tf.Tensor]:
-        """The example of a record, images decoded."""
+        """Returns the example of a record, images decoded."""
         raise NotImplementedError
 
     def labels(self, shard: Shard) -> np.ndarray:
-        """The labels int64 [take] of all that a shard reads, also of what it does not keep. They are looked for in the
-        whole data set the first time.
-
-        Raises:
-          ValueError: if there are none.
-        """
+        """Returns the labels int64 [take] of all examples in the range of a shard, whether kept or not. The first call
+        may read the whole split."""
         raise NotImplementedError
 
     def places(self, shard: Shard, numbers: list[int]) -> list[str]:
-        """Where the examples of these numbers of a shard are, for messages."""
+        """Returns where in the dataset the examples of these numbers of a shard are, for messages."""
         raise NotImplementedError
 
     def describe(self, record: tf.Tensor) -> str:
-        """Which example a record is, as far as it says, for messages."""
+        """Names the example of a record by its file name or its integer features, for messages."""
         example = self.deserialize(record)
         for key in ("filename", "file_name", "image/filename", "image/file_name"):
             if key in example:
@@ -182,29 +189,20 @@ class Source:
         numbers = (f"{key} {value.numpy()}" for key, value in example.items() if _is_integer(value))
         return f"an example ({', '.join(numbers)})"
 
-    def check_labels(self) -> None:
-        """Looks whether there is one label.
-
-        Raises:
-          ValueError: if not.
-        """
-        if self.class_names is None:
-            raise ValueError(f"data set {self.name!r} has no label, of which Data.classes could choose: unset it")
-
     def keep_beside(self, name: str, data: bytes) -> epath.Path:
-        """Writes a file of something found out about the data: into `directory`, or where that cannot be written to,
-        into a cache in the user's home. Returns where."""
+        """Writes a file about the dataset into `directory` or, if that is not writable, into a cache in the user's
+        home. Returns where."""
         first, second = self._beside(name)
         try:
-            files.write(first, data)
+            write_beside_data(first, data)
             return first
         except ValueError as error:
             logging.info("%s", error)
-        files.write(second, data)
+        write_beside_data(second, data)
         return second
 
     def beside(self, name: str) -> epath.Path | None:
-        """Where `keep_beside` has put a file; None where it is not there."""
+        """Returns the path that `keep_beside` has written; None if it does not exist."""
         return next((path for path in self._beside(name) if path.exists()), None)
 
     def _beside(self, name: str) -> tuple[epath.Path, epath.Path]:
@@ -213,10 +211,10 @@ class Source:
 
 
 class TfdsSource(Source):
-    """A prepared TFDS data set, stored as TFRecord.
+    """A prepared TFDS dataset, stored as TFRecord.
 
     Raises:
-      ValueError: it is not prepared, or not TFRecord.
+      ValueError: it is not prepared, or not stored as TFRecord.
     """
 
     def __init__(self, name: str, data_dir: str | None):
@@ -226,13 +224,13 @@ class TfdsSource(Source):
         file_format = self.builder.info.file_format
         if not self.builder.is_prepared():
             raise ValueError(
-                f"data set {self.full_name} is not in {self.builder.data_dir}: set data_dir to where it is, or call "
-                "jetformer.data.pipeline.prepare in one process first"
+                f"dataset {self.full_name} is not in {self.builder.data_dir}: set data_dir to where it is, or prepare "
+                "it in one process first (Data.prepare)"
             )
         if file_format != tfds.core.FileFormat.TFRECORD:
             raise ValueError(
-                f"data set {name!r} is stored as {file_format.value}, and only tfrecord can be read: "
-                "prepare it again with tfds build --file_format=tfrecord"
+                f"dataset {name!r} is stored as {file_format.value}, but only tfrecord can be read: prepare it again "
+                "with tfds build --file_format=tfrecord"
             )
         self.splits = self.builder.info.splits
         self.directory = epath.Path(self.builder.data_dir)
@@ -257,7 +255,7 @@ class TfdsSource(Source):
         return self._read(shards, seed).shuffle(buffer_size, seed=seed[0], reshuffle_each_iteration=False)
 
     def _read(self, shards: list[Shard], shuffle_seed: tf.Tensor | None) -> tf.data.Dataset:
-        """Records in order, or of shuffled, mixed files."""
+        """Returns records in order or, with a seed, interleaved from shuffled files."""
         if not shards:
             return tf.data.Dataset.from_tensor_slices(tf.constant([], tf.string))
         filenames = tf.constant([shard.filename for shard in shards])
@@ -304,7 +302,7 @@ class TfdsSource(Source):
 
     @functools.cached_property
     def _starts(self) -> dict[str, tuple[str, int]]:
-        """Of each file, its split, and how many examples come before it there."""
+        """For each file: its split, and the number of examples of the split before it."""
         found = {}
         for split, info in self.splits.items():
             starts = np.cumsum([0, *info.shard_lengths])
@@ -321,23 +319,23 @@ class TfdsSource(Source):
     def _find_labels(self, split: str) -> np.ndarray:
         key, name = self.label_key, f"labels-{split}.npz"
         if (path := self.beside(name)) is not None:
-            found = files.read_arrays(path)
+            found = read_arrays(path)
             if len(found["label"]) == self.splits[split].num_examples:
                 return found["label"]
-        logging.info("Looking for the labels of %s, split %s; the first time only", self.full_name, split)
+        logging.info("Reading the labels of %s, split %s, once", self.full_name, split)
         features = {key: tf.io.FixedLenFeature([], tf.int64)}
         ds = self.read(self.shards(split)).batch(1024)
         ds = ds.map(lambda records: tf.io.parse_example(records, features)[key], num_parallel_calls=tf.data.AUTOTUNE)
         labels = np.concatenate([np.zeros(0, np.int64), *ds.as_numpy_iterator()])
-        self.keep_beside(name, files.to_bytes({"label": labels}))
+        self.keep_beside(name, arrays_to_bytes({"label": labels}))
         return labels
 
 
 class FolderSource(Source):
     """A folder of images, see `folder.Folder`.
 
-    An example has `image`, `label` and `filename`. The order of an epoch is drawn from all of it at once, for files are
-    read in any order.
+    An example has `image`, `label` and `filename`. Since files can be read in any order, an epoch is shuffled as a
+    whole, without a buffer.
     """
 
     def __init__(self, name: str, data_dir: str | None):
@@ -370,7 +368,7 @@ class FolderSource(Source):
         return [dataclasses.replace(s, filename=os.path.basename(s.filename)) for s in super().shards(split)]
 
     def _numbers(self, shards: list[Shard]) -> tf.Tensor:
-        """Examples as numbers int64 [n]: their place in their split · number of splits + the split's number."""
+        """Returns examples as numbers int64 [n]: position in the split · number of splits + number of the split."""
         order = list(self.splits)
         numbers = [shard.places() * len(order) + order.index(shard.filename) for shard in shards]
         return tf.constant(np.concatenate([np.zeros(0, np.int64), *numbers]))
@@ -384,7 +382,7 @@ class FolderSource(Source):
         return tf.data.Dataset.from_tensor_slices(order).map(tf.strings.as_string)
 
     def _path(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The path of a record's file, and its label."""
+        """Returns the path of a record's file, and its label."""
         number = tf.strings.to_number(record, tf.int64)
         place, split = number // len(self._files), number % len(self._files)
 
@@ -420,12 +418,12 @@ _sources: dict[tuple[str, str | None], Source] = {}
 
 
 def prepare(name: str, data_dir: str | None = None) -> None:
-    """Downloads and prepares a data set where that has not been done yet, and lists a folder if it has changed.
+    """Downloads and prepares a dataset if that has not been done, and lists a folder if it has changed.
 
-    Where several processes share `data_dir`, one of them calls this before the others go on.
+    If several processes share `data_dir`, one of them must call this before the others open the dataset.
 
     Raises:
-      ValueError: no such data set, or this machine cannot get it.
+      ValueError: there is no such dataset, or this machine cannot get it.
     """
     if name.startswith(FOLDER):
         _sources.pop((name, data_dir), None)
@@ -440,15 +438,15 @@ def prepare(name: str, data_dir: str | None = None) -> None:
     # Downloads, checksums, archives, packages, files to be put there by hand: each fails in its own way.
     except Exception as e:
         raise ValueError(
-            f"data set {name!r} is not in {found.data_dir} and cannot be prepared here: prepare "
-            f"it elsewhere and copy it there, or set data_dir to where it is ({one_line(e)})"
+            f"dataset {name!r} is not in {found.data_dir} and cannot be prepared here: prepare it elsewhere and copy "
+            f"it there, or set data_dir to where it is ({one_line(e)[:_REASON_LENGTH]})"
         ) from e
 
 
 @contextlib.contextmanager
 def _at_once_offline(found: tfds.core.DatasetBuilder) -> Iterator[None]:
-    """Where what a data set downloads is out of reach, has TFDS find that out at once, and without progress bars. It
-    would try ten times, which takes minutes. It is still asked: what it needs may have been downloaded before."""
+    """Makes TFDS give up at once, without progress bars, if the dataset's server cannot be reached; it would try ten
+    times, which takes minutes. It still runs: the files may have been downloaded before."""
     urls = list(found.url_infos or getattr(found, "urls_without_checksums", {}).values())
     if not urls or any(map(_answers, (urls[0], _GCS))):
         yield
@@ -464,7 +462,7 @@ def _at_once_offline(found: tfds.core.DatasetBuilder) -> Iterator[None]:
 
 
 def _answers(url: str) -> bool:
-    """Whether anything answers there, be it that it refuses."""
+    """Returns whether a server answers, even with an error."""
     try:
         requests.head(url, timeout=_SECONDS_TO_ANSWER)
     except requests.ConnectionError:
@@ -475,14 +473,14 @@ def _answers(url: str) -> bool:
 
 
 def open_source(name: str, data_dir: str | None = None) -> Source:
-    """The source of a prepared data set; once in a process, until it is prepared again.
+    """Opens a prepared dataset; a process opens it once, until it is prepared again.
 
     Args:
-      name: a TFDS data set, `huggingface:owner/name` or `folder:/path`.
-      data_dir: where TFDS keeps its data; its default where None.
+      name: a TFDS dataset, `huggingface:owner/name` or `folder:/path`.
+      data_dir: where TFDS keeps its data; None is its default.
 
     Raises:
-      ValueError: as `prepare`; it is not prepared; it is not TFRecord.
+      ValueError: as `prepare`; the dataset is not prepared, or not stored as TFRecord.
     """
     key = name, data_dir
     if key not in _sources:
@@ -491,10 +489,10 @@ def open_source(name: str, data_dir: str | None = None) -> Source:
 
 
 def builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
-    """The TFDS builder of a name.
+    """Returns the TFDS builder of a dataset.
 
     Raises:
-      ValueError: no such data set.
+      ValueError: there is no such dataset.
     """
     if name.startswith(huggingface.PREFIX):
         return huggingface.builder(name, data_dir)
@@ -502,19 +500,14 @@ def builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as e:
         raise ValueError(
-            f"there is no data set {name!r}: names are those of TFDS, as digits, mnist, "
-            "imagenet_resized/64x64 or imagenet2012:5.1.0, huggingface:owner/name of the Hugging Face Hub, and "
-            "folder:/path of a folder train/class/*; a data set of your own can also be a TFDS "
-            "builder in jetformer.data.builders, or a prepared one in data_dir"
+            f"there is no dataset {name!r}: use a name of TFDS, such as digits, mnist, imagenet_resized/64x64 or "
+            "imagenet2012:5.1.0; huggingface:owner/name; or folder:/path for images in train/class/*. For a dataset of "
+            "your own, add a TFDS builder to jetformer.data.builders, or put the prepared dataset into data_dir"
         ) from e
     # A name that does not parse, a config or a version that does not exist.
     except (ValueError, AssertionError) as e:
-        raise ValueError(f"data set {name!r}: {one_line(e)}") from e
+        raise ValueError(f"dataset {name!r}: {one_line(e)[:_REASON_LENGTH]}") from e
 
 
 def _is_integer(value: tf.Tensor) -> bool:
     return isinstance(value, tf.Tensor) and value.dtype.is_integer and value.shape.rank == 0
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__  # some have no message

@@ -1,8 +1,6 @@
-"""SentencePiece tokenizers: loading one, and training one on the texts of a data set.
+"""SentencePiece tokenizers, as the preprocessing ops `tok` and `caption` use them.
 
-    python -m jetformer.data.tokenizer --train=coco_captions --key=captions/text --vocab_size=8000 --output=coco.model
-
-The preprocessing ops `tok` and `caption` then use it with `model="coco.model"`.
+`python -m jetformer.data.train_tokenizer` trains one on the texts of a dataset.
 """
 
 import functools
@@ -10,18 +8,18 @@ import hashlib
 import http.client
 import io
 import itertools
-import os
+import sys
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import sentencepiece
-from absl import app, flags, logging
+from absl import logging
 from upath import UPath
 
 from jetformer.storage import find, write_whole
 
-# Public models by name: where they are, and the sha256 of the file where it is known. Of c4_en, which the reference
-# uses, it is not, and what was downloaded first is what counts from then on.
+# URLs of public models by name, and the sha256 of the file if it is known. That of c4_en, which the reference uses, is
+# not; from the first download on, the downloaded file's is checked.
 _HUB = "https://huggingface.co"
 PUBLIC: dict[str, tuple[str, str | None]] = {
     "c4_en": ("https://storage.googleapis.com/t5-data/vocabs/cc_en.32000/sentencepiece.model", None),
@@ -45,18 +43,18 @@ _TIMEOUT_SECONDS = 60
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Converts texts to token ids and back.
 
     Args:
-      model: a serialized SentencePiece model, what a .model file holds.
+      model: a serialized SentencePiece model, the content of a .model file.
 
     Attributes:
-      vocab_size: how many ids there are; they count from 0.
-      eos_id: of the end of a text. `encode` does not append it.
-      pad_id: of padding; None where the model has none.
+      vocab_size: number of ids, which start at 0.
+      eos_id: id of end-of-text. `encode` does not append it.
+      pad_id: id of padding; None if the model has none.
 
     Raises:
-      ValueError: it is no SentencePiece model, or has no end of text.
+      ValueError: it is not a SentencePiece model, or has no end-of-text token.
     """
 
     def __init__(self, model: bytes):
@@ -64,23 +62,23 @@ class Tokenizer:
         try:
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError:
-            raise ValueError("it is no SentencePiece model") from None
+            raise ValueError("not a SentencePiece model") from None
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
         self.pad_id: int | None = self._processor.pad_id() if self._processor.pad_id() >= 0 else None
         if self.eos_id < 0:
-            raise ValueError("the SentencePiece model has no end of text: train it with an eos_id")
+            raise ValueError("the SentencePiece model has no end-of-text token: train it with an eos_id")
 
     def serialized(self) -> bytes:
-        """What a .model file holds."""
+        """Returns the content of a .model file."""
         return self._processor.serialized_model_proto()
 
     def encode(self, text: str | bytes) -> list[int]:
-        """The ids of a text, without an end. Bytes are UTF-8; what is not becomes a replacement character."""
+        """Returns the ids of a text, without end-of-text. Bytes that are not UTF-8 become replacement characters."""
         return self._processor.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text up to the first end. Padding, and ids that are not in the vocabulary, are left out."""
+        """Returns the text up to the first end-of-text, ignoring padding and ids that are not in the vocabulary."""
         tokens = itertools.takewhile(lambda i: i != self.eos_id, map(int, ids))
         return self._processor.decode([i for i in tokens if 0 <= i < self.vocab_size and i != self.pad_id])
 
@@ -90,15 +88,15 @@ def load(model: str, *, sha256: str | None = None, cache_dir: str = CACHE_DIR) -
     """Loads a tokenizer, once in a process.
 
     Args:
-      model: a name in `PUBLIC`, downloaded when it is first asked for; or the path of a .model file, looked for
-        from here and from the project's root; or a URL that fsspec opens (gs://…).
-      sha256: of the file, in hexadecimal; None is what `PUBLIC` says, or for a file kept from an earlier download what
-        that had, or no check.
+      model: a name in `PUBLIC`, downloaded on first use; the path of a .model file, see `storage.find`; or a URL that
+        fsspec opens (gs://…).
+      sha256: expected checksum of the file, in hexadecimal. None: that of `PUBLIC`, or of the first download if it was
+        cached, or no check.
       cache_dir: where downloads are kept.
 
     Raises:
-      ValueError: there is no such file or name, it cannot be downloaded, has another checksum, or is no SentencePiece
-        model with an end of text.
+      ValueError: there is no such file or name, it cannot be downloaded, has another checksum, or is not a
+        SentencePiece model with an end-of-text token.
     """
     url, known = PUBLIC.get(model, (None, None))
     sha256 = sha256 or known
@@ -123,7 +121,7 @@ def load(model: str, *, sha256: str | None = None, cache_dir: str = CACHE_DIR) -
 def _checked(data: bytes, sha256: str | None, where: str) -> Tokenizer:
     actual = hashlib.sha256(data).hexdigest()
     if sha256 is not None and actual != sha256.lower():
-        raise ValueError(f"tokenizer {where} has sha256 {actual}, not {sha256}: it is another file, or damaged")
+        raise ValueError(f"tokenizer {where} has sha256 {actual}, expected {sha256}: it is another file, or damaged")
     try:
         return Tokenizer(data)
     except ValueError as e:
@@ -137,47 +135,44 @@ def _read(model: str) -> bytes:
         return find(model).read_bytes()
     except (FileNotFoundError, IsADirectoryError) as e:
         raise ValueError(
-            f"there is no tokenizer {model!r}: give the path or the URL of a SentencePiece .model file, or one of the "
-            f"names {', '.join(PUBLIC)}"
+            f"there is no tokenizer {model!r}: use the path or URL of a SentencePiece .model file, or one of the names "
+            f"{', '.join(PUBLIC)}"
         ) from e
     except (OSError, ImportError) as e:
-        raise ValueError(f"tokenizer {model!r} cannot be read: {e}") from e
+        raise ValueError(f"cannot read tokenizer {model!r}: {e}") from e
 
 
 def _download(url: str) -> bytes:
-    # Not through fsspec, which needs aiohttp for it.
+    # Not by fsspec, which needs aiohttp for it.
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
             return response.read()
     except (OSError, http.client.HTTPException) as e:
         raise ValueError(
-            f"tokenizer {url} cannot be downloaded here ({e}): download it elsewhere and give its path instead"
+            f"cannot download tokenizer {url} ({e}): download it elsewhere and use its path instead"
         ) from e
 
 
-# ---- Training. -----------------------------------------------------------------------------------
-
-
 def train(texts: Iterable[str | bytes], vocab_size: int, *, character_coverage: float = 0.9999) -> bytes:
-    """Trains a byte-pair encoding with T5's special tokens: 0 is padding, 1 the end of a text, 2 an unknown character.
+    """Trains a byte-pair encoding with T5's special tokens: 0 is padding, 1 end-of-text, 2 an unknown character.
 
-    The same texts give the same bytes.
+    Training is deterministic.
 
     Args:
       texts: in UTF-8. They are held in memory.
-      vocab_size: at most how many ids; few texts do not have as many.
-      character_coverage: of all characters of the texts, how many are known; the rarest are not.
+      vocab_size: maximum number of ids; few texts yield fewer.
+      character_coverage: share of all characters of the texts that are known, in [0, 1]; the rarest are not.
 
     Returns:
       The serialized model, for a .model file and for `Tokenizer`.
 
     Raises:
-      ValueError: there are no texts, or `vocab_size` does not even hold their characters.
+      ValueError: there are no texts, or `vocab_size` is smaller than the number of their characters.
     """
-    # First all of them: the trainer would make what their iterator raises, signals too, an error of its own.
+    # All texts are read first: the trainer would turn what their iterator raises, also signals, into its own error.
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise ValueError("a tokenizer cannot be trained without texts: there are none, or they are all empty")
+        raise ValueError("cannot train a tokenizer: there are no texts, or all are empty")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -192,86 +187,17 @@ def train(texts: Iterable[str | bytes], vocab_size: int, *, character_coverage: 
             bos_id=-1,
             normalization_rule_name="nmt_nfkc",
             character_coverage=character_coverage,
-            # Bytes. What is longer is left out, by default from 4 KB on.
+            # In bytes; longer texts would be ignored.
             max_sentence_length=1 << 20,
-            # Sums are over what each thread has, so it is part of what the model depends on.
+            # The model depends on it, since each thread sums over its own texts.
             num_threads=8,
             minloglevel=2,
         )
     except RuntimeError as e:
         reason = str(e).rpartition("] ")[2]  # without the place in its source
-        raise ValueError(f"a tokenizer with vocab_size {vocab_size} cannot be trained on these texts: {reason}") from e
+        raise ValueError(f"cannot train a tokenizer with vocab_size {vocab_size} on these texts: {reason}") from e
     return model.getvalue()
 
 
-def read_texts(name: str, split: str, key: str, *, lower: bool = False, data_dir: str | None = None) -> Iterator[bytes]:
-    """The texts of a TFDS data set, in the order of its files. Prepares it where that has not been done.
-
-    Args:
-      name: of the data set, see `pipeline.train_batches`.
-      split: TFDS split.
-      key: of a feature of strings of any shape: a text, or several. `a/b` is `b` in the feature `a`.
-      lower: makes them lower-case, as the op `lower` does.
-      data_dir: where TFDS keeps its data; its default where None.
-
-    Raises:
-      ValueError: no such data set or split, or no texts under this key. At once, not when the first is asked for.
-    """
-    # Loading a tokenizer does without TensorFlow.
-    import tensorflow_datasets as tfds
-
-    from jetformer.data import pipeline, preprocess, sources
-
-    pipeline.prepare(name, data_dir)
-    pipeline.num_examples(name, split, data_dir)  # which looks that the split exists
-    builder = sources.builder(name, data_dir)
-    tensors = preprocess.flatten()(builder.info.features.get_tensor_info())
-    with_texts = [k for k, tensor in tensors.items() if tensor.tf_dtype.name == "string"]
-    if key not in with_texts:
-        has = f"it has texts under {', '.join(with_texts)}" if with_texts else "it has no texts"
-        raise ValueError(f"data set {name!r} has no texts under {key!r}: {has}; all its keys: {', '.join(tensors)}")
-
-    # Nothing else of an example is decoded.
-    partial = functools.reduce(lambda inner, part: {part: inner}, reversed(key.split("/")), True)
-    ds = builder.as_dataset(split=split, decoders=tfds.decode.PartialDecoding(partial))
-    pp = f"flatten|reshape([-1], inkey={key!r}, outkey='text')" + ("|lower" if lower else "")
-    ds = ds.map(preprocess.parse(f"{pp}|keep('text')"))
-    return (text for example in ds.as_numpy_iterator() for text in example["text"])
-
-
-def _define_flags() -> None:
-    # Not when this is imported: other programs have flags of these names.
-    flags.DEFINE_string("train", None, "TFDS data set to train a tokenizer on.", required=True)
-    flags.DEFINE_string("split", "train", "Its split.")
-    flags.DEFINE_string("key", None, "Its feature that holds the texts, such as captions/text.", required=True)
-    flags.DEFINE_string("data_dir", None, "Where TFDS keeps prepared data; its default by default.")
-    flags.DEFINE_bool("lower", False, "Make the texts lower-case, for use after the preprocessing op `lower`.")
-    flags.DEFINE_integer("texts", 1_000_000, "How many texts to look at, from the start of the split.", lower_bound=1)
-    flags.DEFINE_integer("vocab_size", None, "At most how many tokens.", required=True, lower_bound=4)
-    flags.DEFINE_float(
-        "character_coverage", 0.9999, "Of all characters, how many are known; 0.9995 is common for Chinese or Japanese."
-    )
-    flags.DEFINE_string("output", None, "The .model to write.", required=True)
-
-
-def main(argv: list[str]) -> None:
-    from jetformer import program
-
-    f = flags.FLAGS
-    program.no_arguments(argv)
-    with program.one_line_errors():
-        output = UPath(f.output)
-        # Training can take long, so it is looked for first. An object store has no directories.
-        if isinstance(output, os.PathLike) and not output.parent.is_dir():
-            raise ValueError(f"--output: there is no directory {output.parent}")
-        texts = read_texts(f.train, f.split, f.key, lower=f.lower, data_dir=f.data_dir)
-        texts = itertools.islice(texts, f.texts)
-        model = train(texts, f.vocab_size, character_coverage=f.character_coverage)
-        write_whole(output, model)
-    logging.set_verbosity(logging.INFO)
-    logging.info("%s: %d tokens, sha256 %s", output, Tokenizer(model).vocab_size, hashlib.sha256(model).hexdigest())
-
-
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main)
+    sys.exit("error: this program is now python -m jetformer.data.train_tokenizer; its flags are the same")

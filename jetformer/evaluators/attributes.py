@@ -1,4 +1,4 @@
-"""What of the attributes that captions name is right: in images made from captions, in captions made from images."""
+"""Checks the attributes that captions name, in images sampled from captions and in captions sampled from images."""
 
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
@@ -6,7 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor, nn
 
-from jetformer.evaluators.base import Context, Evaluator, Results, prepare
+from jetformer.evaluators.base import Evaluator, Results
+from jetformer.evaluators.context import Context, prepare
 from jetformer.evaluators.samples import sample_images
 from jetformer.models.jetformer import JetFormer
 from jetformer.ranges import PositiveFloat, PositiveInt
@@ -15,37 +16,37 @@ from jetformer.sampling.guidance import Guidance
 
 _IMAGES_SEED, _CAPTIONS_SEED = 5, 6
 
-# By attribute: how many are right, of how many that are named.
+# By attribute: the number of correct ones, and the number of named ones.
 Score = dict[str, tuple[int, int]]
 
 
 @runtime_checkable
 class Checker(Protocol):
-    """Reads attributes back, of the examples of a dataset. `ShapesChecker` is one.
+    """Reads attributes of a dataset's images and captions, as `ShapesChecker` does.
 
-    attributes: what there are.
+    Attributes:
+      attributes: their names.
     """
 
     attributes: tuple[str, ...]
 
     def caption(self, example: dict[str, Any]) -> str:
-        """The caption to make an image from."""
+        """Returns the caption to sample an image from."""
 
     def score_image(self, image: np.ndarray, example: dict[str, Any]) -> Score:
-        """What is right in an image uint8 `[H, W, C]` made from the example's caption."""
+        """Scores an image uint8 `[H, W, C]` against the example's caption."""
 
     def score_caption(self, caption: str, example: dict[str, Any]) -> Score:
-        """What is right in a caption made from the example's image."""
+        """Scores a caption against the example's image."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShapesChecker:
-    """Of `shapes`: see `data/builders/shapes/checker.py`."""
+    """Checks the dataset `shapes`, see `data/builders/shapes/checker.py`."""
 
-    # Imported when it is used: it brings TensorFlow.
     @property
     def _checker(self):
-        from jetformer.data.builders.shapes import checker
+        from jetformer.data.builders.shapes import checker  # brings TensorFlow, which sampling does without
 
         return checker
 
@@ -65,23 +66,21 @@ class ShapesChecker:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attributes(Evaluator):
-    """The share of named attributes that is right, over the first examples of a split, by a dataset's checker.
+    """Measures the share of named attributes that are correct, over the first examples of a split.
 
-    Figures in 0..1: images, of images sampled from captions, and captions, of captions written for images, each also by
-    attribute (`images/colour`, …); real_images, what the checker gives the dataset's own. What the model does not learn
-    (images after texts, texts after images) is left out.
+    Metrics in 0..1: images, sampled from captions; captions, sampled from images; real_images, the dataset's own; each
+    also by attribute (`images/colour`, …). A modality that the model does not learn after the other is left out.
 
     Attributes:
-      checker: the dataset's.
-      every_steps: run it in training every so many steps, and at the end; None: in evaluation jobs only.
-      split: TFDS split; None: the run's `eval_split`.
-      num_examples: how many examples.
+      checker: of the dataset.
+      split: TFDS split; None: the dataset's `eval_split`.
+      num_examples: number of examples.
       guidance: of images, see `Guidance`.
-      temperature_scales: of images, multiplies the standard deviations of the tokens' mixtures.
-      temperature: of captions, divides the logits.
-      top_k: of captions, chooses among so many of the most probable tokens.
-      batch_size: how many to sample at a time, over all processes; None: that of evaluation.
-      ema: with the moving average of the parameters, if there is one.
+      temperature_scales: of images; multiplies the standard deviations of the tokens' mixtures.
+      temperature: of captions; divides the logits.
+      top_k: of captions; samples among this many of the most probable tokens; None: among all.
+      batch_size: samples at a time, over all processes; None: as in evaluation.
+      ema: use the moving average of the parameters, if there is one.
     """
 
     checker: Checker
@@ -95,32 +94,33 @@ class Attributes(Evaluator):
     ema: bool = True
 
     def check(self, context: Context) -> None:
-        run, model = context.run, context.state.model
-        if not isinstance(model, JetFormer) or not run.data.has_texts():
+        model = context.model
+        if not isinstance(model, JetFormer) or not context.data.has_texts():
             raise ValueError(
-                f"Attributes are of a JetFormer that reads texts, not of a {type(model).__name__} like this"
+                f"Attributes needs a JetFormer with tokenized texts, not this {type(model).__name__}: unbind it in "
+                "train.evaluators"
             )
         self.guidance.check(model.image_head)
-        run.check_guidance(self.guidance)
+        context.objective.check_guidance(self.guidance.mode)
         example = self._examples(context, 1)[0]
         try:
             self.checker.score_image(example["image"], example)
         except KeyError as error:
             raise ValueError(
-                f"{type(self.checker).__name__} does not know the examples of {run.data.name!r}: they have no {error}"
+                f"{type(self.checker).__name__} cannot check {context.data.name!r}: its examples have no {error}"
             ) from error
 
     def _examples(self, context: Context, count: int) -> list[dict[str, Any]]:
-        data = context.run.data
-        prepare(data, context.runtime)
+        data = context.data
+        prepare(data, context.loop.runtime)
         return data.examples(self.split or data.eval_split, count)
 
     def __call__(self, context: Context) -> Results:
         examples = self._examples(context, self.num_examples)
-        prob = context.run.objective.text_prefix_prob
+        prob = context.objective.text_prefix_prob
         results = Results()
         if prob > 0:
-            rows = context.run.data.texts().encode([self.checker.caption(e) for e in examples])
+            rows = context.data.texts().encode([self.checker.caption(e) for e in examples])
             images = sample_images(
                 context,
                 rows,
@@ -134,14 +134,15 @@ class Attributes(Evaluator):
                 "images", [self.checker.score_image(*pair) for pair in zip(images, examples, strict=True)], results
             )
         if prob < 1:
-            captions = self._captions(context, np.stack([e["image"] for e in examples]))
+            captions = self.captions(context, np.stack([e["image"] for e in examples]))
             pairs = zip(captions, examples, strict=True)
             self._add("captions", [self.checker.score_caption(*pair) for pair in pairs], results)
         self._add("real_images", [self.checker.score_image(e["image"], e) for e in examples], results)
         return results
 
-    def _captions(self, context: Context, images: np.ndarray) -> list[str]:
-        texts = context.run.data.texts()
+    def captions(self, context: Context, images: np.ndarray) -> list[str]:
+        """Samples captions of images uint8 `[N, H, W, C]`."""
+        texts = context.data.texts()
 
         def write(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
             latents = context.loop.compile(lambda: decode.encode_images(model, batch["image"], keys).tokens)()
@@ -165,6 +166,6 @@ class Attributes(Evaluator):
 
     def _add(self, name: str, scores: list[Score], results: Results) -> None:
         totals = {a: np.sum([score[a] for score in scores], axis=0) for a in self.checker.attributes}
-        right, named = np.sum(list(totals.values()), axis=0)
-        results.scalars[name] = float(right / named)
-        results.scalars |= {f"{name}/{a}": float(r / n) for a, (r, n) in totals.items() if n}
+        correct, named = np.sum(list(totals.values()), axis=0)
+        results.scalars[name] = float(correct / named)
+        results.scalars |= {f"{name}/{a}": float(c / n) for a, (c, n) in totals.items() if n}

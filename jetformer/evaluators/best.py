@@ -1,12 +1,12 @@
-"""Which checkpoint is the best one, by a metric of an evaluator (`train.keep_best`).
+"""Ranks checkpoints by a metric of an evaluator (`train.keep_best`).
 
-best.json in the workdir ranks the steps that have been evaluated, the best first:
+best.json in the workdir ranks the evaluated steps, the best first:
 
     {"metric": "val/bits_per_dim", "mode": "lower", "ranking": [{"step": 400, "value": 5.94}, …]}
 
-It is made of the evaluator's results, whoever evaluates: training or an evaluation job. The best checkpoint is that of
-the first of these steps whose checkpoint is complete (`checkpoint.best`), so there is one while a better one is still
-being written. Training does not delete it.
+It is built from the evaluator's results, whether training or an evaluation job evaluates. The best checkpoint is that
+of the first ranked step that has a complete one (`checkpoint.best`), so there is one even while a better one is being
+written. Training does not delete it.
 """
 
 import json
@@ -15,24 +15,24 @@ from collections.abc import Mapping
 from upath import UPath
 
 from jetformer.checkpoint import BEST_FILE, ranked
-from jetformer.evaluators.base import RESULTS_FILE, directory_of
+from jetformer.evaluators.results import RESULTS_FILE, directory_of
 from jetformer.storage import write_whole
 
 
 def evaluator_of(metric: str) -> str:
-    """Returns the name of the evaluator that gives a metric, as "val" of "val_ema/bits_per_dim"."""
+    """Returns the name of the evaluator that a metric belongs to, as "val" for "val_ema/bits_per_dim"."""
     return metric.partition("/")[0].removesuffix("_ema")
 
 
 def values(workdir: UPath, metric: str) -> dict[int, float | None]:
-    """Returns what has been recorded of a metric by step, in ascending order; None for what is not finite."""
+    """Returns the recorded values of a metric by step, in ascending order; None for a value that is not finite."""
     file = directory_of(workdir, evaluator_of(metric)) / RESULTS_FILE
     records = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
     return {record["step"]: record[metric] for record in records if metric in record}
 
 
 def rank(found: Mapping[int, float | None], mode: str) -> list[int]:
-    """Returns the steps whose value is finite, the best first; of equal ones the earlier first.
+    """Returns the steps whose value is finite, the best first; of equal values the earlier step first.
 
     Args:
       found: see `values`.
@@ -43,16 +43,13 @@ def rank(found: Mapping[int, float | None], mode: str) -> list[int]:
 
 
 def evaluations_since_best(found: Mapping[int, float | None], mode: str) -> int:
-    """Returns how many steps come after the best one, all if none has a finite value; arguments as in `rank`."""
+    """Returns the number of steps after the best one; all, if no value is finite. Arguments as in `rank`."""
     best = rank(found, mode)[:1]
     return sum(step > best[0] for step in found) if best else len(found)
 
 
-def record(workdir: UPath, metric: str, mode: str) -> None:
-    """Writes best.json.
-
-    Results that another process adds meanwhile are seen after writing, and then it is written again.
-    """
+def write(workdir: UPath, metric: str, mode: str) -> None:
+    """Writes best.json, and writes it again if another process has added results meanwhile."""
     written = None
     while True:
         found = values(workdir, metric)
@@ -64,12 +61,12 @@ def record(workdir: UPath, metric: str, mode: str) -> None:
         written = text
 
 
-def record_again(workdir: UPath) -> None:
-    """Writes best.json of the results that are left, if it has a step.
+def rewrite(workdir: UPath) -> None:
+    """Writes best.json from the results that are left, by the metric that it names, if it ranks any step.
 
     Raises:
       ValueError: if it is damaged.
     """
     if ranked(workdir):
         known = json.loads((workdir / BEST_FILE).read_text())
-        record(workdir, known["metric"], known["mode"])
+        write(workdir, known["metric"], known["mode"])

@@ -1,4 +1,4 @@
-"""Which of a metric's values are better, by the words of its name. (Of others that is not said.)"""
+"""Tells which values of a metric are better, by the words of its name."""
 
 import re
 
@@ -8,9 +8,9 @@ _HIGHER = {"accuracy", "score", "precision", "recall", "psnr", "ssim", "images",
 
 
 def better(tag: str) -> str | None:
-    """Returns whether a metric's "lower" or "higher" values are better, if its name says so: what follows the slash."""
+    """Returns "lower" or "higher", by the part of the tag after the slash; None if its words imply neither."""
     words = set(re.split("[/_]", tag.partition("/")[2] or tag))
     if words & _NEITHER:
         return None
-    # An Inception distance is one, and no score.
+    # An inception distance is a distance, not a score.
     return "lower" if words & _LOWER else "higher" if words & _HIGHER else None

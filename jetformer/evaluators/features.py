@@ -1,7 +1,6 @@
-"""What images are compared by: features of Inception, or of a small classifier that is trained here.
+"""Features that images are compared by: Inception's, or those of a small classifier that is trained here.
 
-An experiment names an extractor; what `load` makes of it is a function of images. Dimensions: B images, F features,
-K classes.
+Dimensions: B images, F features, K classes.
 """
 
 import dataclasses
@@ -22,28 +21,28 @@ import torch
 from absl import logging
 from upath import UPath
 
-from jetformer.data import files
-from jetformer.evaluators.base import Context, prepare
+from jetformer.evaluators.context import Context, prepare
 from jetformer.ranges import PositiveInt
-from jetformer.storage import write_whole
+from jetformer.storage import arrays_to_bytes, write_whole
 
-# Of images uint8 [B, H, W, C]: "features" float32 [B, F], and "logits" float32 [B, K] of classes.
+# Maps images uint8 [B, H, W, C] to "features" float32 [B, F] and "logits" float32 [B, K].
 Function = Callable[[np.ndarray], dict[str, np.ndarray]]
 
-# How many images Inception is given at a time.
-_BATCH_SIZE = 64
-# What `torch.load` raises for a file that is no checkpoint, and `load_state_dict` for one of something else.
+_BATCH_SIZE = 64  # of Inception
+# Raised by `torch.load` for a file that is no checkpoint, and by `load_state_dict` for another model's.
 _NO_WEIGHTS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, KeyError)
-# What numpy raises for a file that is no .npz, is cut off, lacks an array, or holds pickled objects.
+# Raised by numpy for a file that is no .npz, is truncated, lacks an array, or holds pickled objects.
 _NO_ARRAYS = (ValueError, EOFError, KeyError, zipfile.BadZipFile)
 
 
 @runtime_checkable
 class Extractor(Protocol):
-    """Attributes:
-    num_features: F.
-    distance: what the Fréchet distance between such features is called.
-    knows_labels: whether its classes are the labels of the run's dataset.
+    """Loads a function that computes features of images.
+
+    Attributes:
+      num_features: F.
+      distance: name of the Fréchet distance between such features.
+      knows_labels: whether its classes are the labels of the run's dataset.
     """
 
     num_features: int
@@ -51,24 +50,24 @@ class Extractor(Protocol):
     knows_labels: bool
 
     def name(self, context: Context) -> str:
-        """Which features these are: statistics of others are not compared with them."""
+        """Returns the name of these features: only statistics of the same features are compared."""
 
     def check(self, context: Context) -> None:
-        """Looks, within seconds, whether it can be loaded; raises ValueError or ImportError if not."""
+        """Checks, within seconds, that it can be loaded; raises ValueError or ImportError if not."""
 
     def load(self, context: Context) -> Function:
-        """The function of images; every process calls it."""
+        """Returns the function; every process calls it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InceptionFeatures:
-    """The Inception network that FID is defined with, as torch-fidelity has it: TensorFlow's of 2015, its 2048 features
-    after the last pooling, and its logits without their biases (which the Inception Score is made of). It resizes
-    images itself; grey ones are given to it in three equal channels. On the run's GPU, or else on the CPU.
+    """Loads the Inception network that defines FID, torch-fidelity's port of TensorFlow's of 2015: the 2048 features
+    after the last pooling, and the logits without biases, which define the Inception Score. It resizes images itself;
+    greyscale images get three equal channels. It runs on the run's GPU, or else on the CPU.
 
     Attributes:
-      weights_path: its weights, as torch-fidelity publishes them; None: downloaded when first used, to where torch.hub
-        keeps such files.
+      weights_path: file of its weights, as torch-fidelity publishes them; None: downloaded at first use, to torch.hub's
+        directory.
     """
 
     weights_path: str | None = None
@@ -78,20 +77,20 @@ class InceptionFeatures:
     knows_labels: ClassVar[bool] = False
 
     def name(self, context: Context) -> str:
-        """As in `Extractor`."""
+        """See `Extractor`."""
         del context
         return "inception"
 
     def check(self, context: Context) -> None:
-        """As in `Extractor`."""
+        """See `Extractor`."""
         self.load(context)
 
     def load(self, context: Context) -> Function:
-        """As in `Extractor`."""
+        """See `Extractor`."""
         inception = torch_fidelity().feature_extractor_inceptionv3
         remedy = f"download {inception.URL_INCEPTION_V3} and set InceptionFeatures.weights_path to the file"
         if self.weights_path is None:
-            # From the same place to the same place as torch-fidelity does it, but it would unpickle the file.
+            # As torch-fidelity does, which would unpickle the file.
             fetch = functools.partial(
                 torch.hub.load_state_dict_from_url,
                 inception.URL_INCEPTION_V3,
@@ -110,14 +109,14 @@ class InceptionFeatures:
             try:
                 weights.update(fetch())
             except (OSError, ImportError) as error:
-                raise ValueError(f"{where} cannot be had here ({error}): {remedy}") from error
+                raise ValueError(f"{where} is not available ({error}): {remedy}") from error
             except _NO_WEIGHTS as error:
-                raise ValueError(f"{where} is no file of weights: {remedy}") from error
+                raise ValueError(f"{where} is not a file of weights: {remedy}") from error
 
-        context.runtime.first_does(read)  # where processes share the place, one of them downloads
+        context.loop.runtime.on_first(read)  # one process downloads for all that share the directory
         if not weights:
             read()
-        # torch-fidelity reads weights from a file, and unpickles what is in it: it is given one that is written here.
+        # torch-fidelity unpickles a file of weights: it gets one that is written here.
         copy = io.BytesIO()
         torch.save(weights, copy)
         copy.seek(0)
@@ -126,8 +125,8 @@ class InceptionFeatures:
                 "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=copy
             )
         except _NO_WEIGHTS as error:
-            raise ValueError(f"{where} has weights of something else than Inception: {remedy}") from error
-        device = context.runtime.device if context.runtime.device.type == "cuda" else torch.device("cpu")
+            raise ValueError(f"{where} has weights of another network than Inception: {remedy}") from error
+        device = context.loop.runtime.device if context.loop.runtime.device.type == "cuda" else torch.device("cpu")
         network.to(device)
 
         def extract(images: np.ndarray) -> dict[str, np.ndarray]:
@@ -149,15 +148,15 @@ def _read_weights(path: UPath) -> dict[str, torch.Tensor]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifierFeatures:
-    """A classifier with one hidden layer, whose activations are the features: for small images, of which Inception has
-    seen nothing alike, and for machines without its weights.
+    """Trains or loads a classifier with one hidden layer, whose activations are the features: for small images, which
+    are unlike those that Inception was trained on, and for machines without its weights.
 
-    It learns the labels of the run's training split from pixels, once: it is kept beside the dataset, and a classifier
-    with other settings in another file there. Its figures compare with those of the same file only.
+    It learns the labels of the run's training split from pixels, once, and is kept beside the dataset, in a file for
+    each choice of settings. Metrics are comparable only if they come from the same file.
 
     Attributes:
       hidden_dim: F.
-      max_epochs: how long to train at most; it ends where the loss does not get lower any more.
+      max_epochs: largest number of epochs; training ends before if the loss stops falling.
       pp: preprocessing string that leaves an image of the model's shape and an integer label; None: the dataset's own
         "image" and "label".
       path: file to keep it in; None: beside the dataset.
@@ -176,22 +175,22 @@ class ClassifierFeatures:
         return self.hidden_dim
 
     def _pp(self, context: Context) -> str:
-        return self.pp or f"decode(channels={context.state.model.image_shape[-1]}) | keep('image', 'label')"
+        return self.pp or f"decode(channels={context.model.image_shape[-1]}) | keep('image', 'label')"
 
     def name(self, context: Context) -> str:
-        """As in `Extractor`."""
-        data = context.run.data
+        """See `Extractor`."""
+        data = context.data
         settings = data.identity(), data.train_split, self._pp(context)
-        settings += context.state.model.image_shape, self.hidden_dim, self.max_epochs
+        settings += context.model.image_shape, self.hidden_dim, self.max_epochs
         return f"classifier_{hashlib.sha256(repr(settings).encode()).hexdigest()[:12]}"
 
     def _path(self, context: Context) -> UPath:
-        return UPath(self.path or UPath(context.run.data.directory()) / f"{self.name(context)}.npz")
+        return UPath(self.path or UPath(context.data.directory()) / f"{self.name(context)}.npz")
 
     def check(self, context: Context) -> None:
-        """As in `Extractor`."""
-        data, pp, shape = context.run.data, self._pp(context), tuple(context.state.model.image_shape)
-        remedy = f"give ClassifierFeatures.pp, which leaves an image {list(shape)} and an integer label"
+        """See `Extractor`."""
+        data, pp, shape = context.data, self._pp(context), tuple(context.model.image_shape)
+        remedy = f"bind ClassifierFeatures.pp to leave an image {list(shape)} and an integer label"
         try:
             batch = next(context.batches(split=data.train_split, pp=pp))
         except ValueError as error:
@@ -200,12 +199,12 @@ class ClassifierFeatures:
         if found.get("image") != f"uint8 {list(shape)}" or found.get("label") not in ("int32 []", "int64 []"):
             found = ", ".join(f"{name} {what}" for name, what in found.items())
             raise ValueError(
-                f"ClassifierFeatures cannot learn from {data.name!r}, of which {pp!r} is {found}: {remedy}"
+                f"ClassifierFeatures cannot learn from {data.name!r}, of which {pp!r} leaves {found}: {remedy}"
             )
 
     def load(self, context: Context) -> Function:
-        """As in `Extractor`."""
-        prepare(context.run.data, context.runtime)
+        """See `Extractor`."""
+        prepare(context.data, context.loop.runtime)
         layers = {}
 
         def read() -> None:
@@ -213,17 +212,17 @@ class ClassifierFeatures:
             if not path.exists():
                 write_arrays(path, self._train(context) | {"name": np.array(self.name(context))})
             names = ("name", "hidden_weights", "hidden_biases", "logit_weights", "logit_biases")
-            found = read_arrays(path, names, f"no classifier of {type(self).__name__}: delete it, and one is trained")
+            found = read_arrays(path, names, f"not a classifier of {type(self).__name__}: delete it to train one")
             if str(found.pop("name")) != self.name(context):
-                raise ValueError(f"{path} is a classifier of other data or with other settings: use another file")
+                raise ValueError(f"{path} is a classifier for other data or with other settings: use another file")
             layers.update({name: array.astype(np.float64) for name, array in found.items()})
 
-        # All processes have the classifier of one of them, on hosts that share no files as well.
-        context.runtime.first_does(read)
-        layers = context.runtime.of_first(layers)
+        # Process 0 trains or reads it and broadcasts it: hosts need not share files.
+        context.loop.runtime.on_first(read)
+        layers = context.loop.runtime.broadcast(layers)
 
         def extract(images: np.ndarray) -> dict[str, np.ndarray]:
-            # In float64, so that the size of a batch shows in no digit that is kept.
+            # In float64, so that the float32 results do not depend on the batch size.
             hidden = np.maximum(_pixels(images) @ layers["hidden_weights"] + layers["hidden_biases"], 0)
             logits = hidden @ layers["logit_weights"] + layers["logit_biases"]
             return {"features": hidden.astype(np.float32), "logits": logits.astype(np.float32)}
@@ -231,11 +230,11 @@ class ClassifierFeatures:
         return extract
 
     def _train(self, context: Context) -> dict[str, np.ndarray]:
-        """Trains the classifier: the weights `[I, O]` and biases `[O]` of its layers."""
-        from sklearn.exceptions import ConvergenceWarning  # slow, and needed to train only
+        """Trains the classifier; returns the weights `[I, O]` and biases `[O]` of its layers."""
+        from sklearn.exceptions import ConvergenceWarning  # slow to import, and only training needs it
         from sklearn.neural_network import MLPClassifier
 
-        data = context.run.data
+        data = context.data
         batches = data.eval_batches(batch_size=256, split=data.train_split, pp=self._pp(context))
         parts = [(batch["image"][batch["_mask"]], batch["label"][batch["_mask"]]) for batch in batches]
         images, labels = map(np.concatenate, zip(*parts, strict=True))
@@ -243,15 +242,15 @@ class ClassifierFeatures:
         if len(classes) < 2 or not np.array_equal(classes, np.arange(len(classes))):
             raise ValueError(
                 f"the labels in split {data.train_split!r} of {data.name!r} are {_shortened(classes.tolist())}: "
-                "ClassifierFeatures needs classes from 0 on, each with an example"
+                "ClassifierFeatures needs the classes 0, 1, …, each with an example"
             )
         logging.info("Training %s on %d images of %s", self, len(images), data.name)
         classifier = MLPClassifier((self.hidden_dim,), max_iter=self.max_epochs, random_state=0)
-        with warnings.catch_warnings():  # it may end after max_epochs
+        with warnings.catch_warnings():  # that max_epochs ended the training
             warnings.simplefilter("ignore", ConvergenceWarning)
             classifier.fit(_pixels(images).astype(np.float32), labels)
         (hidden_weights, weights), (hidden_biases, biases) = classifier.coefs_, classifier.intercepts_
-        if len(classes) == 2:  # scikit-learn has one logit then, of the second class against the first
+        if len(classes) == 2:  # then scikit-learn has one logit, of the second class against the first
             weights, biases = (np.concatenate((np.zeros_like(x), x), axis=-1) for x in (weights, biases))
         return {
             "hidden_weights": hidden_weights,
@@ -262,7 +261,7 @@ class ClassifierFeatures:
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
-    """Images uint8 `[B, H, W, C]` as float64 `[B, H · W · C]` in [0, 1]."""
+    """Returns images uint8 `[B, H, W, C]` as float64 `[B, H · W · C]` in [0, 1]."""
     return images.reshape(len(images), math.prod(images.shape[1:])) / 255
 
 
@@ -271,16 +270,16 @@ def _shortened(values: list) -> str:
 
 
 def torch_fidelity() -> ModuleType:
-    """The package torch_fidelity, which is an extra.
+    """Imports the package torch_fidelity, which is an extra.
 
     Raises:
-      ImportError: in one line, if it is not installed, or cannot be imported.
+      ImportError: if it is not installed, or cannot be imported.
     """
     try:
         import torch_fidelity
     except ImportError as error:
-        raise ImportError(f"FID and the like need torch-fidelity: pip install -e '.[fid]' ({error})") from error
-    except RuntimeError as error:  # which it is when torchvision's operators do not load
+        raise ImportError(f"the metrics of Fid need torch-fidelity: pip install -e '.[fid]' ({error})") from error
+    except RuntimeError as error:  # torchvision's operators do not load
         raise ImportError(
             f"torchvision {importlib.metadata.version('torchvision')} does not fit torch {torch.__version__}: install "
             f"both from one index, as pip install torch torchvision --index-url=… does ({error})"
@@ -289,16 +288,16 @@ def torch_fidelity() -> ModuleType:
 
 
 def read_arrays(path: UPath, names: tuple[str, ...], otherwise: str, also: tuple[str, ...] = ()) -> dict:
-    """Arrays of an .npz file by name; nothing in it is unpickled, and others are not read.
+    """Returns arrays of an .npz file by name. Nothing is unpickled, and other arrays are not read.
 
     Args:
-      path: the file.
-      names: of arrays that it has.
-      otherwise: what the file is if it is not that, and what to do about it.
+      path: of the file.
+      names: of arrays that it must have.
+      otherwise: ends the message if it has not: what the file is not, and what to do.
       also: of arrays that it may have.
 
     Raises:
-      ValueError: in one line, if it cannot be read, or has no such arrays.
+      ValueError: if it cannot be read, or lacks one of the arrays.
     """
     try:
         with path.open("rb") as file:
@@ -313,6 +312,6 @@ def read_arrays(path: UPath, names: tuple[str, ...], otherwise: str, also: tuple
 
 
 def write_arrays(path: UPath, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an .npz file that is there whole or not at all."""
+    """Writes an .npz file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, files.to_bytes(arrays))
+    write_whole(path, arrays_to_bytes(arrays))

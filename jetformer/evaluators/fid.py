@@ -1,4 +1,4 @@
-"""How near generated images are to real ones: FID and its like, by torch-fidelity's functions.
+"""Metrics of generated images: FID, Inception Score, KID, precision and recall, by torch-fidelity's functions.
 
 Dimensions: N generated images, M real ones, F features, K classes.
 """
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from upath import UPath
 
 from jetformer.data.dataset import Data
-from jetformer.evaluators.base import Context, Evaluator, Results
+from jetformer.evaluators.base import Evaluator, Results
+from jetformer.evaluators.context import Context
 from jetformer.evaluators.features import (
     Extractor,
     Function,
@@ -33,53 +34,51 @@ from jetformer.sampling.images import check_tokens
 _SEED = 6
 _READ_SEED = 0  # nothing is drawn
 METRICS = ("fid", "inception_score", "kid", "precision", "recall", "class_accuracy")
-# What cannot be said from mean and covariance alone.
+# Need more than mean and covariance.
 _OF_FEATURES = ("kid", "precision", "recall")
 _COMPARING = ("fid", *_OF_FEATURES)
-# The Inception Score is a mean over ten parts; neighbourhoods reach to the third neighbour.
-_LEAST_IMAGES = 10
+_MIN_IMAGES = 10  # the Inception Score is a mean over ten parts
 _KID_SUBSET_SIZE = 1000
 _TEXTS = ("text", "text_mask")
 
-# What `Fid._read_split` has found in this process: real images are the same at every step.
-_found: dict[tuple, tuple[Rows, Rows]] = {}
+# Texts and features of splits that this process has read: real images are the same at every step.
+read_splits: dict[tuple, tuple[Rows, Rows]] = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fid(Evaluator):
-    """Compares generated images with those of a split, or with statistics of real ones.
+    """Compares generated images with the real ones of a split, or with statistics of real ones.
 
-    Images are generated for the texts (or classes) of the split's examples in their order, again and again until there
-    are enough; always with the same seeds. Each process looks at the images that it has made: images stay where they
-    are. Figures:
+    It generates an image for the text (or class) of each example of the split, in order, and repeats the split until
+    there are enough. The seeds are the same at every step. Each process computes features of the images that it has
+    generated; images are not exchanged. Metrics:
       fid: Fréchet distance between Gaussians fitted to the features (arXiv 1706.08500); with other features than
-        Inception's, which FID is defined with, it is called frechet_distance;
-      inception_score: arXiv 1606.03498, a mean over ten parts; it looks at no real image;
-      kid: squared maximum mean discrepancy for a cubic kernel (arXiv 1801.01401), a mean over 100 random subsets of
-        1000 images, or of as many as there are;
-      precision, recall: the share of generated images that are near real ones, and of real ones near generated ones
-        (arXiv 1904.06991): nearer than these are to their third neighbours, by the same features;
-      class_accuracy: the share of generated images that the extractor's classifier takes for the class asked for.
-    All but kid and class_accuracy depend on the number of images: compare figures of equal numbers. FIDs in papers are
-    of 50,000.
+        Inception's, which define FID, it is called frechet_distance;
+      inception_score: a mean over ten parts (arXiv 1606.03498); it needs no real images;
+      kid: squared maximum mean discrepancy with a cubic kernel (arXiv 1801.01401), a mean over 100 random subsets of
+        1000 images, or fewer if there are not as many;
+      precision, recall: the share of generated images within the manifold of real ones, and of real ones within that of
+        generated ones (arXiv 1904.06991), each the union of balls that reach to the third nearest neighbour;
+      class_accuracy: the share of generated images that the extractor's classifier assigns to the given class.
+    All but kid and class_accuracy depend on the number of images: compare only metrics of equal numbers. FIDs in papers
+    use 50,000.
 
     Attributes:
-      every_steps: run it in training every so many steps, and at the end; None: in evaluation jobs only.
       num_images: N.
-      data: the dataset to compare with, and of which texts are; None: the run's.
-      split: TFDS split of it; None: the dataset's `eval_split`.
-      statistics: compare with an .npz file instead, of mu `[F]` and sigma `[F, F]`, as ADM publishes them, or of what
-        `save_statistics` has written; texts still are those of the split.
-      save_statistics: an .npz file to write the split's statistics to: mu, sigma, features `[M, F]`.
-      metrics: names of what to measure; None: the distance and, with Inception, inception_score, or with a classifier
-        that knows the run's classes, class_accuracy.
-      features: what images are compared by; see `evaluators.features`.
-      batch_size: how many images to generate at a time, over all processes; None: that of evaluation.
+      data: the dataset of real images and texts; None: the run's.
+      split: TFDS split; None: the dataset's `eval_split`.
+      statistics: compare instead with an .npz file of mu `[F]` and sigma `[F, F]`, as ADM publishes them, or as
+        `save_statistics` writes them; the texts are still those of the split.
+      save_statistics: .npz file to write the split's statistics to: mu, sigma, features `[M, F]`.
+      metrics: names; None: the distance and, with Inception, inception_score, or, with a classifier that knows the
+        run's classes, class_accuracy.
+      features: of images, see `evaluators.features`.
+      batch_size: images to generate at a time, over all processes; None: as in evaluation.
       guidance: see `Guidance`.
       temperature_scales: multiplies the standard deviations of the tokens' mixtures.
       temperature_probs: multiplies the log-weights of the tokens' mixtures.
-      ema: with the moving average of the parameters, if there is one.
-      keep_images: also write the images, as `<workdir>/eval_<name>/images/<step>/<number>.png`.
+      ema: use the moving average of the parameters, if there is one.
+      keep_images: also write the images, to `<workdir>/eval_<name>/images/<step>/<number>.png`.
     """
 
     num_images: PositiveInt = 50_000
@@ -99,47 +98,45 @@ class Fid(Evaluator):
     def __post_init__(self):
         if inspect.isclass(self.features):
             raise ValueError(f"Fid.features is a class: write @{self.features.__name__}(), with parentheses")
-        if self.num_images < _LEAST_IMAGES:
-            raise ValueError(f"Fid.num_images = {self.num_images}: give {_LEAST_IMAGES} or more")
+        if self.num_images < _MIN_IMAGES:
+            raise ValueError(f"Fid.num_images = {self.num_images}: give {_MIN_IMAGES} or more")
         if self.metrics is not None and (isinstance(self.metrics, str) or not self.metrics):
             raise ValueError(f"Fid.metrics = {self.metrics!r}: give a tuple of names, as ('fid', 'kid')")
         if self.statistics is not None and self.save_statistics is not None:
-            raise ValueError("Fid: give statistics to compare with or save_statistics, not both")
+            raise ValueError("Fid: give statistics or save_statistics, not both")
 
     def check(self, context: Context) -> None:
-        model = context.state.model
+        model = context.model
         if not isinstance(model, JetFormer):
-            raise ValueError(
-                f"Fid is of the images of a JetFormer, not of a {type(model).__name__}: take it off train.evaluators"
-            )
-        for name in self.metrics or ():  # here, so that a job's other evaluators go on
+            raise ValueError(f"Fid needs a JetFormer, not a {type(model).__name__}: unbind it in train.evaluators")
+        for name in self.metrics or ():  # not in __post_init__, so that a job's other evaluators still run
             if name not in METRICS:
-                raise ValueError(f"Fid.metrics: there is no {name!r}; there are {', '.join(METRICS)}")
+                raise ValueError(f"Fid.metrics: there is no {name!r}; choose from {', '.join(METRICS)}")
         self.guidance.check(model.image_head)
-        context.run.check_guidance(self.guidance)
-        context.run.check_order(text_first=True)
-        metrics = self._metrics(context)
+        context.objective.check_guidance(self.guidance.mode)
+        context.objective.check_order(text_first=True)
+        metrics = self.metrics_of(context)
         if metrics != ("class_accuracy",):
             torch_fidelity()
         if "class_accuracy" in metrics:
             if not self.features.knows_labels:
                 raise ValueError(
-                    f"Fid.metrics: class_accuracy needs a classifier of the run's classes, which "
-                    f"{type(self.features).__name__} is not: take it off, or bind Fid.features = @ClassifierFeatures()"
+                    "Fid.metrics: class_accuracy needs a classifier of the run's classes, which "
+                    f"{type(self.features).__name__} is not: remove it, or bind Fid.features = @ClassifierFeatures()"
                 )
-            if not self._of_classes(context):
-                raise ValueError("Fid.metrics: class_accuracy is of classes, and this run has texts: take it off")
+            if not self._has_classes(context):
+                raise ValueError("Fid.metrics: class_accuracy needs classes, and this run has texts: remove it")
         batch = next(context.batches(self.data, self.split))
-        context.run.check_batch(batch)
+        context.check_batch(batch)
         check_tokens(torch.tensor(batch["text"]), model)
         self.features.check(context)
         if self.statistics is not None:
             self._read_statistics(context)
-        elif self._num_examples(context) < _LEAST_IMAGES:
-            raise ValueError(f"Fid: split {self._split(context)!r} has fewer than {_LEAST_IMAGES} images: take another")
+        elif self._num_examples(context) < _MIN_IMAGES:
+            raise ValueError(f"Fid: split {self._split(context)!r} has fewer than {_MIN_IMAGES} images: use another")
 
     def _data(self, context: Context) -> Data:
-        return context.run.data if self.data is None else self.data
+        return context.data if self.data is None else self.data
 
     def _split(self, context: Context) -> str:
         return self.split or self._data(context).eval_split
@@ -147,25 +144,26 @@ class Fid(Evaluator):
     def _num_examples(self, context: Context) -> int:
         return self._data(context).num_examples(self._split(context))
 
-    def _of_classes(self, context: Context) -> bool:
+    def _has_classes(self, context: Context) -> bool:
         data = self._data(context)
         return not data.has_texts() and data.text_length() == 1
 
-    def _metrics(self, context: Context) -> tuple[str, ...]:
+    def metrics_of(self, context: Context) -> tuple[str, ...]:
+        """Returns the names of the metrics."""
         if self.metrics is not None:
             return tuple(self.metrics)
         if not self.features.knows_labels:
             return ("fid", "inception_score")
-        return ("fid", "class_accuracy") if self._of_classes(context) else ("fid",)
+        return ("fid", "class_accuracy") if self._has_classes(context) else ("fid",)
 
     def __call__(self, context: Context) -> Results:
-        metrics = self._metrics(context)
+        metrics = self.metrics_of(context)
         extract = self.features.load(context)
         texts, real = self._read_split(context, extract, metrics)
         numbers = np.arange(self.num_images, dtype=np.int32)
         rows = {name: array[numbers % len(array)] for name, array in texts.items()}
-        made = self._generate(context, extract, rows | {"number": numbers}, metrics)
-        figures = {}
+        generated = self._generate(context, extract, rows | {"number": numbers}, metrics)
+        scalars = {}
 
         def compare() -> None:
             nonlocal real
@@ -176,21 +174,21 @@ class Fid(Evaluator):
             if self.save_statistics is not None:
                 saved = {name: real[name] for name in ("mu", "sigma", "features")}
                 write_arrays(UPath(self.save_statistics), saved | {"extractor": np.array(self.features.name(context))})
-            figures.update(self._figures(metrics, made, real, rows["text"]))
+            scalars.update(self._scalars(metrics, generated, real, rows["text"]))
 
-        context.runtime.first_does(compare)  # eigenvalues of large matrices keep all cores of a host busy
-        return Results(scalars=context.runtime.of_first(figures))
+        context.loop.runtime.on_first(compare)  # eigenvalues of large matrices use all cores of a host
+        return Results(scalars=context.loop.runtime.broadcast(scalars))
 
     def _read_split(self, context: Context, extract: Function, metrics: tuple[str, ...]) -> tuple[Rows, Rows]:
-        """Texts `[M, T]` of the split's examples, and, where they are needed, features `[M, F]`. It reads once."""
+        """Returns texts `[M, T]` of the split's examples and, if needed, features `[M, F]`; reads a split once."""
         names = []
         if self.statistics is None:
             names += ["features"] * (self.save_statistics is not None or bool(set(_COMPARING) & set(metrics)))
-            names += ["logits"] * (self.features.knows_labels and self._of_classes(context))
-        process = context.runtime.process_index, context.runtime.process_count
+            names += ["logits"] * (self.features.knows_labels and self._has_classes(context))
+        process = context.loop.runtime.process_index, context.loop.runtime.process_count
         key = (self._data(context), self._split(context), self.features.name(context), tuple(names), process)
-        if key in _found:
-            return _found[key]
+        if key in read_splits:
+            return read_splits[key]
 
         def copy(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
             return {name: batch[name] for name in ("image", *_TEXTS) if name in batch}
@@ -204,15 +202,16 @@ class Fid(Evaluator):
         if "logits" in names:
             where, accuracy = self._data(context).name, class_accuracy(rows["logits"], rows["text"])
             logging.log_first_n(
-                logging.INFO, "Of %s, split %r, the classifier knows %.4f", 1, where, self._split(context), accuracy
+                *(logging.INFO, "%s, split %r: the classifier's accuracy is %.4f", 1),
+                *(where, self._split(context), accuracy),
             )
             del rows["logits"]
-        _found[key] = {name: rows.pop(name) for name in _TEXTS if name in rows}, rows
-        return _found[key]
+        read_splits[key] = {name: rows.pop(name) for name in _TEXTS if name in rows}, rows
+        return read_splits[key]
 
     def _read_statistics(self, context: Context) -> Rows:
         path, size = UPath(self.statistics), self.features.num_features
-        otherwise = f"no file of statistics: give Fid.statistics an .npz of mu [{size}] and sigma [{size}, {size}]"
+        otherwise = f"not a file of statistics: give Fid.statistics an .npz of mu [{size}] and sigma [{size}, {size}]"
         real = read_arrays(path, ("mu", "sigma"), otherwise, also=("features", "extractor"))
         for name, shape in (("mu", (size,)), ("sigma", (size, size)), ("features", (None, size))):
             if name not in real:
@@ -224,18 +223,18 @@ class Fid(Evaluator):
         ours = self.features.name(context)
         theirs = str(real.pop("extractor", ours))
         if theirs != ours:
-            raise ValueError(f"{path} has statistics of the features {theirs}, not of {ours}: save it anew")
-        if "features" in real and len(real["features"]) < _LEAST_IMAGES:
-            raise ValueError(f"{path} has statistics of fewer than {_LEAST_IMAGES} images: take more")
-        if "features" not in real and (cannot := [name for name in self._metrics(context) if name in _OF_FEATURES]):
+            raise ValueError(f"{path} has statistics of the features {theirs}, not of {ours}: save it again")
+        if "features" in real and len(real["features"]) < _MIN_IMAGES:
+            raise ValueError(f"{path} has statistics of fewer than {_MIN_IMAGES} images: use more")
+        if "features" not in real and (cannot := [name for name in self.metrics_of(context) if name in _OF_FEATURES]):
             raise ValueError(
-                f"{path} has mu and sigma alone, and {', '.join(cannot)} need(s) features: take them off Fid.metrics, "
+                f"{path} has only mu and sigma, and {', '.join(cannot)} need(s) features: remove them, "
                 "or compare with a split"
             )
         return real | {name: real[name].astype(np.float64) for name in ("mu", "sigma")}
 
     def _generate(self, context: Context, extract: Function, rows: Rows, metrics: tuple[str, ...]) -> Rows:
-        """Features `[N, F]` and, where they are needed, logits `[N, K]` of images made for texts."""
+        """Generates images for texts; returns, as far as needed, their features `[N, F]` and logits `[N, K]`."""
         names = ["features"] * bool(set(_COMPARING) & set(metrics))
         names += ["logits"] * bool({"inception_score", "class_accuracy"} & set(metrics))
         options = {name: getattr(self, name) for name in ("guidance", "temperature_scales", "temperature_probs")}
@@ -246,14 +245,14 @@ class Fid(Evaluator):
 
         directory = context.directory / "images" / f"{context.step:09d}"
 
-        def make_room() -> None:
+        def prepare_directory() -> None:
             directory.mkdir(parents=True, exist_ok=True)
-            for path in directory.glob("*.png"):  # there may have been more; the rest may be another job's of now
+            for path in directory.glob("*.png"):  # of an earlier evaluation with more; other files may be another job's
                 if path.stem.isdigit() and int(path.stem) >= self.num_images:
                     path.unlink(missing_ok=True)
 
         if self.keep_images:
-            context.runtime.first_does(make_room)
+            context.loop.runtime.on_first(prepare_directory)
 
         def to_rows(rows: Rows) -> Rows:
             if self.keep_images:
@@ -265,41 +264,41 @@ class Fid(Evaluator):
         batches = context.batches_of(rows, self.batch_size)
         return context.per_example(function, batches, seed=_SEED, averaged=self.ema, staged=True, to_rows=to_rows)
 
-    def _figures(self, metrics: tuple[str, ...], made: Rows, real: Rows, text: np.ndarray) -> dict[str, float]:
-        figures = {}
+    def _scalars(self, metrics: tuple[str, ...], generated: Rows, real: Rows, text: np.ndarray) -> dict[str, float]:
+        scalars = {}
         if "fid" in metrics:
-            figures[self.features.distance] = frechet_distance(statistics(made["features"]), real)
+            scalars[self.features.distance] = frechet_distance(statistics(generated["features"]), real)
         if "inception_score" in metrics:
-            figures["inception_score"] = inception_score(made["logits"])
+            scalars["inception_score"] = inception_score(generated["logits"])
         if "kid" in metrics:
-            figures["kid"] = kernel_distance(made["features"], real["features"])
+            scalars["kid"] = kernel_distance(generated["features"], real["features"])
         if {"precision", "recall"} & set(metrics):
-            both = precision_and_recall(made["features"], real["features"])
-            figures |= {name: both[name] for name in both if name in metrics}
+            both = precision_and_recall(generated["features"], real["features"])
+            scalars |= {name: both[name] for name in both if name in metrics}
         if "class_accuracy" in metrics:
-            figures["class_accuracy"] = class_accuracy(made["logits"], text)
-        return figures
+            scalars["class_accuracy"] = class_accuracy(generated["logits"], text)
+        return scalars
 
 
 def statistics(features: np.ndarray) -> Rows:
-    """Mean mu `[F]` and covariance sigma `[F, F]` of features `[N, F]`, in float64."""
+    """Returns mean mu `[F]` and covariance sigma `[F, F]` of features `[N, F]`, in float64."""
     return torch_fidelity().metric_fid.fid_features_to_statistics(torch.from_numpy(features).double())
 
 
 def frechet_distance(ours: Rows, theirs: Rows) -> float:
-    """Squared 2-Wasserstein distance between the Gaussians of two `statistics`."""
+    """Returns the squared 2-Wasserstein distance between the Gaussians of two `statistics`."""
     metric_fid = torch_fidelity().metric_fid
     return metric_fid.fid_statistics_to_metric(ours, theirs, verbose=False)[metric_fid.KEY_METRIC_FID]
 
 
 def inception_score(logits: np.ndarray) -> float:
-    """The Inception Score of logits `[N, K]`."""
+    """Returns the Inception Score of logits `[N, K]`."""
     metric_isc = torch_fidelity().metric_isc
     return metric_isc.isc_features_to_metric(torch.from_numpy(logits))[metric_isc.KEY_METRIC_ISC_MEAN]
 
 
 def kernel_distance(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """KID of features `[N, F]` and `[M, F]`, in float64."""
+    """Returns the KID of features `[N, F]` and `[M, F]`, in float64."""
     metric_kid = torch_fidelity().metric_kid
     return metric_kid.kid_features_to_metric(
         *(torch.from_numpy(features).double() for features in (ours, theirs)),
@@ -309,17 +308,17 @@ def kernel_distance(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def precision_and_recall(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    """`precision` and `recall` of generated features `[N, F]` and real ones `[M, F]`."""
+    """Returns `precision` and `recall` of generated features `[N, F]` and real ones `[M, F]`."""
     metric_prc = torch_fidelity().metric_prc
-    figures = metric_prc.prc_features_to_metric(
+    scalars = metric_prc.prc_features_to_metric(
         torch.from_numpy(ours),
         torch.from_numpy(theirs),
-        save_cpu_ram=True,  # all distances of 50,000 images are 10 GB, and are needed several times
+        save_cpu_ram=True,  # the distances of 50,000 images take 10 GB
         verbose=False,
     )
-    return {"precision": figures[metric_prc.KEY_METRIC_PRECISION], "recall": figures[metric_prc.KEY_METRIC_RECALL]}
+    return {"precision": scalars[metric_prc.KEY_METRIC_PRECISION], "recall": scalars[metric_prc.KEY_METRIC_RECALL]}
 
 
 def class_accuracy(logits: np.ndarray, text: np.ndarray) -> float:
-    """The share of logits `[N, K]` that are largest at the class `[N, 1]`."""
+    """Returns the share of logits `[N, K]` that are largest at the class `[N, 1]`."""
     return float((logits.argmax(1) == text[:, 0]).mean())

@@ -1,4 +1,4 @@
-"""Pictures of what a flow alone makes: samples by temperature and class, the way between images, its round trip."""
+"""Pictures of a flow alone: samples by temperature and class, interpolations between images, and round trips."""
 
 import dataclasses
 
@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from jetformer import prng
-from jetformer.evaluators.base import Context, Evaluator, Results
+from jetformer.evaluators.base import Evaluator, Results
+from jetformer.evaluators.context import Context
+from jetformer.evaluators.samples import add_round_trip, to_pixels
 from jetformer.models.jet import Jet
 from jetformer.models.labelled import LabelledFlow
 from jetformer.objectives import to_unit_range
@@ -21,27 +23,27 @@ _SEED = 7
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowSamples(Evaluator):
-    """Images of a flow (`Jet`, `LabelledFlow`), always of the same latents, so that one sees the same images improve.
+    """Samples and decodes images of a flow (`Jet`, `LabelledFlow`), with the moving average of the parameters if there
+    is one. The latents are the same at every step, so the same images improve.
 
-    With the moving average of the parameters, if there is one. Pictures:
-      grid: a row of samples for each temperature, the same latents in every row, times the temperature;
-      classes: of a `LabelledFlow`, a row of samples for each of the first classes, at temperature 1, the same latents
-        in every row (elsewhere no label is given);
-      interpolation: a row for each pair of images of the evaluation split, at its ends, and what lies between their
-        latents on a great circle, where they keep their length;
-      round_trip: images of the evaluation split; the same after the flow and back; and their latents, -3 black and 3
-        white.
-    Figures: round_trip_error, the largest difference of a pixel value in 0..255 after the flow and back; latents_mean
-    and latents_std, over all dimensions of these images' latents.
+    Pictures:
+      grid: a row of samples for each temperature, with the same latents times the temperature;
+      classes: a row of samples for each of the first classes of a `LabelledFlow`, at temperature 1, with the same
+        latents (other pictures are without labels);
+      interpolation: a row for each pair of images of the evaluation split, with these at its ends, and between them
+        images decoded from latents along a great circle, which keeps their length;
+      round_trip: images of the evaluation split; their reconstructions; and their latents, from -3 (black) to 3
+        (white).
+    Metrics: round_trip_error, the largest difference between a pixel value in 0..255 and its reconstruction;
+    latents_mean and latents_std, over all dimensions of these images' latents.
 
     Attributes:
-      every_steps: run it in training every so many steps, and at the end; None: in evaluation jobs only.
       temperatures: standard deviations of the latents.
       num_images: samples in a row, and images in a row of interpolation.
-      num_classes: how many classes to sample.
-      num_interpolations: how many pairs; 0 for none.
-      num_round_trips: how many images to encode and decode; 0 for none.
-      batch_size: how many images at a time, over all processes; None: that of evaluation.
+      num_classes: number of classes to sample.
+      num_interpolations: number of pairs; 0 for none.
+      num_round_trips: number of images to encode and decode; 0 for none.
+      batch_size: images at a time, over all processes; None: as in evaluation.
     """
 
     temperatures: tuple[NonNegativeFloat, ...] = (0.5, 0.7, 0.85, 1.0)
@@ -55,16 +57,14 @@ class FlowSamples(Evaluator):
         if not self.temperatures or min(self.temperatures) < 0:
             raise ValueError(f"FlowSamples.temperatures = {self.temperatures!r}: give a tuple of numbers, 0 or more")
         if self.num_interpolations and self.num_images < 2:
-            raise ValueError("FlowSamples.num_interpolations: between two images num_images has to be 2 or more")
+            raise ValueError(f"FlowSamples.num_images = {self.num_images}: give 2 or more for interpolation")
 
     def check(self, context: Context) -> None:
-        model = context.state.model
+        model = context.model
         if not isinstance(model, Jet | LabelledFlow):
-            raise ValueError(
-                f"FlowSamples are of a flow alone, not of a {type(model).__name__}: Samples may be what you want"
-            )
+            raise ValueError(f"FlowSamples needs a flow alone, not a {type(model).__name__}: bind Samples in its place")
         if self.num_interpolations or self.num_round_trips:
-            context.run.check_batch(next(context.batches()))
+            context.check_batch(next(context.batches()))
 
     def __call__(self, context: Context) -> Results:
         results = Results()
@@ -76,8 +76,8 @@ class FlowSamples(Evaluator):
         }
         labels = [f"temperature {t:g}" for t in self.temperatures]
         results.pictures["grid"] = grid.labelled(self._sample(context, rows), self.num_images, labels)
-        if isinstance(context.state.model, LabelledFlow):
-            classes = np.arange(min(self.num_classes, context.state.model.num_labels), dtype=np.int32)
+        if isinstance(context.model, LabelledFlow):
+            classes = np.arange(min(self.num_classes, context.model.num_labels), dtype=np.int32)
             rows = {
                 "temperature": np.ones(len(classes) * self.num_images, np.float32),
                 "column": np.tile(columns, len(classes)),
@@ -92,10 +92,10 @@ class FlowSamples(Evaluator):
         return results
 
     def _sample(self, context: Context, rows: dict[str, np.ndarray]) -> np.ndarray:
-        seed = derive_seed(context.run.seed, _SEED)
+        seed = derive_seed(context.seed, _SEED)
 
         def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
-            del keys  # a column has the same latents in every row
+            del keys  # the same latents in every row
             noise = prng.normal(prng.example_keys(seed, batch["column"]), model.image_shape)
             latents = noise * batch["temperature"].view(-1, 1, 1, 1)
             given = model.context(batch["label"].long()) if "label" in batch else None
@@ -134,23 +134,16 @@ class FlowSamples(Evaluator):
 
         first = context.first_examples(self.num_round_trips, ("image",))
         rows = context.per_example(function, context.batches_of(first, self.batch_size), seed=_SEED)
-        latents = rows["latents"]
-        results.scalars |= {
-            "round_trip_error": float(rows["error"].max()),
-            "latents_mean": float(latents.mean()),
-            "latents_std": float(latents.std()),
-        }
-        as_pixels = ((latents / 6 + 0.5) * 255).clip(0, 255).astype(np.uint8)
-        images = np.concatenate([rows["image"], rows["back"], as_pixels])
-        results.pictures["round_trip"] = grid.labelled(images, len(latents), ["images", "flow and back", "latents"])
+        shown = {"images": rows["image"], "reconstructions": rows["back"], "latents": to_pixels(rows["latents"])}
+        add_round_trip(results, rows, shown)
 
 
 def great_circle(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
-    """What lies between two points on the great circle through them, their lengths mixed linearly.
+    """Interpolates two points along the great circle through them, and their lengths linearly.
 
     Args:
       first, second: `[B, ...]`.
-      weight: `[B]`, from 0, where `first` is, to 1.
+      weight: `[B]`, from 0 for `first` to 1 for `second`.
     """
     shape = first.shape
     first, second, weight = first.flatten(1), second.flatten(1), weight[:, None]

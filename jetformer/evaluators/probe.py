@@ -1,4 +1,4 @@
-"""Linear probes: how well a linear classifier reads labels off what the model makes of images."""
+"""Linear probes: how well a linear classifier predicts labels from the model's representations of images."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from jetformer.data.dataset import Data
-from jetformer.evaluators.base import Context, Evaluator, Results
+from jetformer.evaluators.base import Evaluator, Results
+from jetformer.evaluators.context import Context
 from jetformer.loops.base import Rows, gather
 from jetformer.models.jetformer import JetFormer
 from jetformer.objectives import labels_of
@@ -16,30 +17,28 @@ from jetformer.ranges import NonNegativeInt, PositiveInt
 from jetformer.sampling import decode
 
 _SEED = 8
-# Of the ridge regression, the best of which is taken by leaving out one of the training examples at a time.
+# Regularization of the ridge regression; leave-one-out cross-validation on the training examples chooses one.
 _ALPHAS = tuple(10.0**i for i in range(-3, 6))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Probe(Evaluator):
-    """Accuracy of ridge regression from an image's representations to its label.
+    """Measures the accuracy of ridge regression from an image's representations to its label.
 
-    Representations are means over an image's tokens: of its latents, and of what each layer of the decoder gives for
-    them; without a text before them, or with a dropped one where the model learns images after texts only. They are
-    standardized by the training examples. As in big_vision's `evaluators/fewshot_lsr.py`, few-shot examples are chosen
-    with a fixed seed. Figures in 0..1: `accuracy_<k>_shot/latents` and `accuracy_<k>_shot/layer_<i>`, for all examples
-    `accuracy_all/…`.
+    Representations are means over an image's tokens: of its latents, and of each decoder layer's outputs, without a
+    text before the image, or with a dropped one if the model learns images only after texts. They are standardized over
+    the training examples. As in big_vision's `evaluators/fewshot_lsr.py`, a fixed seed chooses few-shot examples.
+    Metrics in 0..1: `accuracy_<k>_shot/latents` and `accuracy_<k>_shot/layer_<i>`; with all examples `accuracy_all/…`.
 
     Attributes:
-      every_steps: run it in training every so many steps, and at the end; None: in evaluation jobs only.
-      shots: how many examples of each class to fit on; None among them: all.
+      shots: numbers of examples of each class to fit on; None among them: all examples.
       data: the dataset; None: the run's.
       train_split: TFDS split to fit on; None: the dataset's `train_split`.
       split: TFDS split to test on; None: the dataset's `eval_split`.
-      pp: preprocessing string that leaves `image` and `label`; None: the dataset's of evaluation, whose texts are then
+      pp: preprocessing string that leaves `image` and `label`; None: the dataset's for evaluation, whose texts are then
         the labels.
       seed: of the choice of examples.
-      ema: with the moving average of the parameters, if there is one.
+      ema: use the moving average of the parameters, if there is one.
     """
 
     shots: tuple[PositiveInt | None, ...] = (1, 5, 10, None)
@@ -56,17 +55,17 @@ class Probe(Evaluator):
             or not self.shots
             or any(k is not None and k < 1 for k in self.shots)
         ):
-            raise ValueError(f"Probe.shots = {self.shots}: give a tuple of numbers from 1 on, None for all examples")
+            raise ValueError(f"Probe.shots = {self.shots}: give a tuple of numbers from 1 on, or None for all examples")
 
     def check(self, context: Context) -> None:
-        model = context.state.model
+        model = context.model
         if not isinstance(model, JetFormer):
-            raise ValueError(f"Probe needs a JetFormer, not a {type(model).__name__}: unset it in train.evaluators")
+            raise ValueError(f"Probe needs a JetFormer, not a {type(model).__name__}: unbind it in train.evaluators")
         for split in (self._train_split(context), self.split):
             labels_of(next(context.batches(self.data, split, self.pp)), "Probe.pp")
 
     def _train_split(self, context: Context) -> str:
-        return self.train_split or (self.data or context.run.data).train_split
+        return self.train_split or (self.data or context.data).train_split
 
     def __call__(self, context: Context) -> Results:
         def labels_alone(batch: Rows) -> Rows:
@@ -74,8 +73,8 @@ class Probe(Evaluator):
 
         train_split = self._train_split(context)
         if None in self.shots:
-            train = self._represent(context, train_split)
-        else:  # of a large split few examples are taken: only these are embedded
+            train = self.represent(context, train_split)
+        else:  # embeds only the chosen examples, few of a large split
             train = self._gathered(context, train_split, labels_alone)
         labels = train.pop("label")
         order = np.random.default_rng(self.seed).permutation(len(labels))
@@ -85,9 +84,9 @@ class Probe(Evaluator):
         }
         taken = np.unique(np.concatenate(list(chosen.values())))
         if None not in self.shots:
-            train = self._represent(context, train_split, taken)
+            train = self.represent(context, train_split, taken)
             labels = train.pop("label")
-        test = self._represent(context, self.split)
+        test = self.represent(context, self.split)
         wanted = test.pop("label")
         results = Results()
         for k, examples in chosen.items():
@@ -99,18 +98,19 @@ class Probe(Evaluator):
         return results
 
     def _gathered(self, context: Context, split: str | None, keep: Callable[[Rows], Rows]) -> Rows:
-        """What `keep` leaves of the examples of a split, on every process, in their order."""
+        """Returns what `keep` returns of the examples of a split, in their order, on every process."""
         parts = []
         for batch in context.batches(self.data, split, self.pp):
             mask = batch.pop("_mask")
             parts.append(keep({name: array[mask] for name, array in batch.items()}))
             context.each_batch()
-        return gather(parts, context.runtime)
+        return gather(parts, context.loop.runtime)
 
-    def _represent(self, context: Context, split: str | None, taken: np.ndarray | None = None) -> Rows:
-        """`label` `[N]` and the representations `[N, …]` by name: of the examples of these numbers; None: of all."""
-        text_first = context.run.objective.text_prefix_prob == 1
-        text_length = context.run.data.text_length() if text_first else 0
+    def represent(self, context: Context, split: str | None, taken: np.ndarray | None = None) -> Rows:
+        """Returns `label` `[N]` and representations `[N, ...]` by name of the examples numbered `taken`; None: of
+        all."""
+        text_first = context.objective.text_prefix_prob == 1
+        text_length = context.data.text_length() if text_first else 0
 
         def pooled(model: JetFormer, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
             latents = decode.encode_images(model, batch["image"], keys)
@@ -124,7 +124,7 @@ class Probe(Evaluator):
                 drop_prefix=torch.ones(batch_size, dtype=torch.bool, device=keys.device) if text_first else None,
                 shift=False,
             )
-            # Text first: the image is at the end. Else it is after one token, and the text's begin after it.
+            # With the text first, the image is at the end. Else it follows one token, and precedes the text.
             image = slice(x.shape[1] - count, None) if text_first else slice(1, 1 + count)
             outputs: list[Tensor] = []
             hooks = [
@@ -153,7 +153,7 @@ class Probe(Evaluator):
 def ridge_accuracy(
     features: np.ndarray, labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray
 ) -> float:
-    """The share of test examples that a ridge regression to labels gets right.
+    """Fits a ridge regression to labels, and returns its accuracy on the test examples.
 
     Args:
       features, test_features: `[N, F]` and `[M, F]`.

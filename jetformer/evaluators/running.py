@@ -1,136 +1,161 @@
-"""How evaluators are run, in training as in a job of their own: one that fails leaves the others."""
+"""Runs evaluators, in training and in evaluation jobs. If one fails, the others still run."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from absl import logging
+from upath import UPath
 
-from jetformer.evaluators import base, best
-from jetformer.runtime import Runtime, are_apart, one_line
+from jetformer.errors import one_line
+from jetformer.evaluators import best, results
+from jetformer.evaluators.base import Evaluator
+from jetformer.evaluators.context import Context
+from jetformer.runtime import Runtime, are_apart
 
 if TYPE_CHECKING:
-    from jetformer.metrics import Metrics
+    from jetformer.metrics import Metrics  # brings TensorFlow, which sampling does without
 
-# How many failures the last line of a program names; all of them are said when they happen.
+# Number of failures that `summary` names; each is logged when it happens.
 _NAMED = 5
 
 
 class Evaluations:
-    """Runs evaluators. What goes wrong in one is said in one line and remembered, and the next can go on: in several
-    processes in all of them alike.
+    """Runs evaluators. A failure is logged in one line and remembered, on all processes alike, and others still run.
 
     Args:
-      runtime: which of the processes this one is.
+      runtime: the devices and processes.
+      workdir: of the run.
+      evaluators: by name.
+      keep_best, best_mode: metric that best.json ranks steps by, see `train.keep_best`, and which of its values are
+        better, "lower" or "higher"; None for none.
+      failures: of an earlier configuration of the run; new ones are added.
 
     Attributes:
-      failures: one line for each evaluation that failed, "<what> at step <step>: <why>".
+      failures: a line for each evaluation that failed, "<name> at step <step>: <reason>".
     """
 
-    def __init__(self, runtime: Runtime):
-        self.failures: list[str] = []
-        self._runtime = runtime
+    def __init__(
+        self,
+        runtime: Runtime,
+        workdir: UPath,
+        evaluators: Mapping[str, Evaluator],
+        keep_best: str | None,
+        best_mode: str | None,
+        failures: tuple[str, ...] = (),
+    ):
+        self.failures = list(failures)
+        self._runtime, self._workdir, self._evaluators = runtime, workdir, evaluators
+        self._keep_best, self._best_mode = keep_best, best_mode
         self._checked: set[str] = set()
-        self._given_up: set[tuple[str, int | None]] = set()  # evaluators at steps; at None for good
+        self._given_up: set[tuple[str, int | None]] = set()  # evaluators by step; None: at every step
 
     def given_up(self, name: str, step: int) -> bool:
-        """Whether an evaluator need not be tried at a step: it has failed there, or its check has failed in a way that
-        will be the same at any other."""
+        """Returns whether an evaluator is not tried again at a step: it failed there, or its check failed for a reason
+        that holds at any step."""
         return not self._given_up.isdisjoint({(name, step), (name, None)})
 
-    def begin_anew(self) -> None:
-        """Forgets which have been checked and which given up: there is another configuration."""
-        self._checked.clear()
-        self._given_up.clear()
-
-    def try_again_but(self, steps: list[int]) -> None:
-        """Forgets what has failed at steps that are not among these."""
+    def retry_except(self, steps: list[int]) -> None:
+        """Forgets failures at all steps but these."""
         self._given_up = {(name, step) for name, step in self._given_up if step is None or step in steps}
 
-    def check(self, name: str, context: base.Context) -> None:
-        """Has an evaluator look whether it can evaluate, if it has not done so.
+    def check(self, name: str, context: Context) -> None:
+        """Calls an evaluator's check, once.
 
         Raises:
-          Exception: what it finds wrong in any process, on all.
+          Exception: on all processes, what it raises on any.
         """
         if name not in self._checked:
-            self._runtime.together(lambda: context.run.evaluators[name].check(context))
+            self._runtime.together(lambda: self._evaluators[name].check(context))
             self._checked.add(name)
 
-    def try_check(self, name: str, context: base.Context) -> bool:
-        """The same, and says what is wrong instead of raising it; returns whether nothing is."""
+    def try_check(self, name: str, context: Context) -> bool:
+        """Calls `check`, but logs an error instead of raising it; returns whether there was none."""
         try:
             self.check(name, context)
         except Exception as error:  # as in `evaluate`
             if are_apart(error):
                 raise
-            # What a check finds wrong is wrong at the next step, too, and may take minutes to find. A disk may recover.
-            for_good = isinstance(error, ValueError | ImportError)
-            self.fail(f"{name} at step {context.step}", error, [(name, None if for_good else context.step)])
+            # A check that fails would fail at the next step, too, perhaps after minutes. A disk may recover.
+            permanent = isinstance(error, ValueError | ImportError)
+            self.fail(f"{name} at step {context.step}", error, [(name, None if permanent else context.step)])
             return False
         return True
 
     def evaluate(
         self,
         name: str,
-        context: base.Context,
+        context: Context,
         written: Callable[[], "Metrics"],
         counts: Callable[[], bool] = lambda: True,
     ) -> bool:
-        """Runs an evaluator, after its check, and writes down what it finds.
+        """Runs an evaluator, after its check, and writes its results.
 
         Args:
-          name: what it is called in `train.evaluators`.
+          name: of the evaluator.
           context: what it is given.
-          written: gives where figures and pictures go beside its own files.
-          counts: asked before anything is written and again when all is: whether it counts.
+          written: returns the writer of its metrics and pictures.
+          counts: returns whether the results count; called before they are written and again afterwards.
 
         Returns:
-          False if that failed.
+          Whether it succeeded.
 
         Raises:
-          ValueError: if it does not give the metric `train.keep_best`.
-          OutOfStep: of several processes only some have failed, and the others wait for them in their midst.
+          ValueError: if it does not return the metric `keep_best`.
+          OutOfStep: if it failed on some processes only, and the others wait for these.
         """
         if not self.try_check(name, context):
             return False
-        evaluator, workdir, step = context.run.evaluators[name], context.directory.parent, context.step
+        evaluator, step = self._evaluators[name], context.step
         since = time.perf_counter()
         try:
-            results = self._runtime.together(lambda: evaluator(context))
+            found = self._runtime.together(lambda: evaluator(context))
             seconds = time.perf_counter() - since
             if counts():
-                self._runtime.together(
-                    lambda: base.write(results, name, step, seconds, evaluator, workdir, written(), self._runtime)
-                )
-                if not counts():  # a run that has begun again meanwhile may have looked for it before it was there
-                    self._runtime.first_does(lambda: base.delete(workdir, name, lambda other: other == step))
-        except Exception as error:  # whatever it is, the others can go on, and the exit code tells
+                arguments = found, name, step, seconds, evaluator, self._workdir
+                self._runtime.together(lambda: results.write(*arguments, written(), self._runtime))
+                if not counts():  # a run that resumed meanwhile may have looked for stale results before they came
+                    self._runtime.on_first(lambda: results.delete(self._workdir, name, lambda other: other == step))
+        except Exception as error:  # whatever it is: the others can still run, and the exit code tells
             if are_apart(error):
                 raise
             self.fail(f"{name} at step {step}", error, [(name, step)])
             return False
-        metric = context.run.keep_best
-        if metric is not None and best.evaluator_of(metric) == name:
-            if metric not in (tags := results.tagged(name)):
-                raise ValueError(f"train.keep_best = {metric!r} is none of the figures of {name}: {', '.join(tags)}")
-            self._runtime.first_does(lambda: best.record(workdir, metric, context.run.best_mode()))
+        if self.decides(name):
+            if self._keep_best not in (tags := found.tagged(name)):
+                raise ValueError(
+                    f"train.keep_best = {self._keep_best!r} is not a metric of {name}, which has {', '.join(tags)}"
+                )
+            self._runtime.on_first(self.write_best)
         return True
 
+    def decides(self, name: str) -> bool:
+        """Returns whether an evaluator is the one that `keep_best` is a metric of."""
+        return self._keep_best is not None and best.evaluator_of(self._keep_best) == name
+
+    def write_best(self) -> None:
+        """Writes best.json."""
+        best.write(self._workdir, self._keep_best, self._best_mode)
+
     def fail(self, what: str, error: Exception, given_up: list[tuple[str, int | None]]) -> None:
-        """Says and remembers what has failed, and which evaluators are not to be tried again at which step (None: at
-        any)."""
+        """Logs and remembers a failure.
+
+        Args:
+          what: has failed, as "val at step 200".
+          error: why.
+          given_up: evaluators that are not tried again, with the step; None: at any step.
+        """
         self._given_up |= set(given_up)
         left_out = " (left out from here on)" if any(step is None for _, step in given_up) else ""
         self.failures.append(f"{what}: {one_line(error)}{left_out}")
         if self._runtime.process_index == 0:
             logging.error("%s", self.failures[-1])
-        # A user's mistake or a disk's is told by its message, anything else by where it came from.
+        # The message explains a user's mistake or a failing disk. Other errors need a traceback.
         expected = isinstance(error, ValueError | OSError | ImportError)
         logging.log(logging.DEBUG if expected else logging.ERROR, "", exc_info=error)
 
     def summary(self) -> str:
-        """What has failed, in a line without the reasons, which have been said."""
-        said = [failure.partition(":")[0] for failure in self.failures]
-        rest = f" and {len(said) - _NAMED} more" if len(said) > _NAMED else ""
-        return f"{len(said)} evaluation(s) failed, as said before: {', '.join(said[:_NAMED])}{rest}"
+        """Returns a line that names the failures, without the reasons, which were logged."""
+        names = [failure.partition(":")[0] for failure in self.failures]
+        rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return f"{len(names)} evaluation(s) failed, see the errors above: {', '.join(names[:_NAMED])}{rest}"

@@ -1,4 +1,4 @@
-"""Pictures of what a model makes: samples, its flow's round trip, and what its latents hold."""
+"""Pictures of a model: samples, round trips through its flow, and its latents."""
 
 import dataclasses
 
@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from jetformer import prng
-from jetformer.evaluators.base import Context, Evaluator, Results
+from jetformer.evaluators.base import Evaluator, Results
+from jetformer.evaluators.context import Context
+from jetformer.loops.base import Rows
 from jetformer.models.jetformer import JetFormer
 from jetformer.objectives import to_unit_range
 from jetformer.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -20,27 +22,26 @@ _SEED, _ROUND_TRIP_SEED = 3, 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Samples(Evaluator):
-    """Images of classes or prompts, always with the same seeds, so that one sees the same images improve.
+    """Samples images of classes or prompts. The seeds are the same at every step, so the same images improve.
 
     Pictures:
-      grid: a row of samples for each class or prompt and weight of guidance;
-      round_trip: images of the evaluation split, dequantized; the same decoded from their latents; decoded from their
-        tokens alone, with 0 for the dimensions that are factored out; and the first latent dimensions as pixels.
-    Figures: round_trip_error, the largest difference of a pixel value in 0..255 after the flow and back; latents_mean
-    and latents_std, over all dimensions of these images' latents.
+      grid: a row of samples for each class or prompt and guidance weight;
+      round_trip: images of the evaluation split; their reconstructions from all latents; from their tokens alone, with
+        0 for the dimensions that are factored out; and the first latent dimensions as pixels.
+    Metrics: round_trip_error, the largest difference between a pixel value in 0..255 and its reconstruction;
+    latents_mean and latents_std, over all dimensions of these images' latents.
 
     Attributes:
-      every_steps: run it in training every so many steps, and at the end; None: in evaluation jobs only.
-      num_classes: sample of classes, from 0 to below this; the text of class c is the token c.
-      prompts: or of prompts.
-      num_images: how many of each.
-      batch_size: how many to sample at a time, over all processes; None: all.
+      num_classes: sample the classes 0 to num_classes - 1; the text of class c is the token c.
+      prompts: instead, sample these.
+      num_images: number of samples of each.
+      batch_size: samples at a time, over all processes; None: all.
       guidance: see `Guidance`.
-      guidance_weights: sample with each of these weights in place of that of `guidance`; None: with that.
+      guidance_weights: sample with each of these weights in the place of that of `guidance`; None: with that.
       temperature_scales: multiplies the standard deviations of the tokens' mixtures.
       temperature_probs: multiplies the log-weights of the tokens' mixtures.
-      num_round_trips: how many images to encode and decode; 0 for none.
-      ema: with the moving average of the parameters, if there is one.
+      num_round_trips: number of images to encode and decode; 0 for none.
+      ema: use the moving average of the parameters, if there is one.
     """
 
     num_classes: PositiveInt | None = None
@@ -64,35 +65,33 @@ class Samples(Evaluator):
         self.guidances()
 
     def guidances(self) -> list[Guidance]:
-        """What is sampled with, one after the other."""
+        """Returns the guidance of each row of a class or prompt."""
         if self.guidance_weights is None:
             return [self.guidance]
         return [dataclasses.replace(self.guidance, weight=weight) for weight in self.guidance_weights]
 
     def conditions(self, context: Context) -> tuple[list[str], dict[str, np.ndarray]]:
-        """What the images show, R of them: in words, and as text `[R, T]` with text_mask `[R, T]` where not all of it
-        is valid."""
+        """Returns the R classes or prompts: their labels, and text `[R, T]` with text_mask `[R, T]` unless all of it is
+        valid."""
         if self.prompts is None:
             classes = np.arange(self.num_classes, dtype=np.int32)
             return [f"class {c}" for c in classes], {"text": classes[:, None]}
-        return list(self.prompts), context.run.data.texts().encode(self.prompts)
+        return list(self.prompts), context.data.texts().encode(self.prompts)
 
     def check(self, context: Context) -> None:
-        model = context.state.model
+        model = context.model
         if not isinstance(model, JetFormer):
-            raise ValueError(
-                f"Samples are of a JetFormer, not of a {type(model).__name__}: take it off train.evaluators"
-            )
+            raise ValueError(f"Samples needs a JetFormer, not a {type(model).__name__}: bind FlowSamples in its place")
         for guidance in self.guidances():
             guidance.check(model.image_head)
-            context.run.check_guidance(guidance)
-        context.run.check_order(text_first=True)
+            context.objective.check_guidance(guidance.mode)
+        context.objective.check_order(text_first=True)
         if self.prompts is not None:
-            context.run.data.texts().check_whole("Samples.prompts", self.prompts)
+            context.data.texts().check_whole("Samples.prompts", self.prompts)
         _, rows = self.conditions(context)
         check_tokens(torch.from_numpy(rows["text"]), model)
         if self.num_round_trips:
-            context.run.check_batch(next(context.batches()))
+            context.check_batch(next(context.batches()))
 
     def __call__(self, context: Context) -> Results:
         labels, rows = self.conditions(context)
@@ -110,7 +109,7 @@ class Samples(Evaluator):
                 temperature_probs=self.temperature_probs,
             )
             pictures.append(sampled.reshape(len(labels), self.num_images, *sampled.shape[1:]))
-        # Rows of one class or prompt stand together.
+        # All rows of a class or prompt, then the next.
         images = np.stack(pictures, axis=1)
         images = images.reshape(-1, *images.shape[3:])
         names = [f"{label}{_weight(g, len(pictures))}" for label in labels for g in self.guidances()]
@@ -120,7 +119,7 @@ class Samples(Evaluator):
         return results
 
     def _round_trip(self, context: Context, results: Results) -> None:
-        def there_and_back(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+        def reconstruct(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
             pixels = batch["image"].to(model.image_emb.weight.dtype)
             image = to_unit_range(pixels + prng.uniform(keys, pixels.shape[1:]))
             tokens, factored, _, _ = model.encode_image(image)
@@ -135,18 +134,33 @@ class Samples(Evaluator):
             }
 
         first = context.first_examples(self.num_round_trips, ("image",))
-        rows = context.per_example(there_and_back, context.batches_of(first), seed=_ROUND_TRIP_SEED, averaged=self.ema)
-        latents, model = rows["latents"], context.state.model
-        results.scalars |= {
-            "round_trip_error": float(rows["error"].max()),
-            "latents_mean": float(latents.mean()),
-            "latents_std": float(latents.std()),
-        }
-        images = [rows["image"], rows["back"], rows["coarse"], _as_pixels(latents, model)]
-        labels = ["images", "flow and back", "their tokens alone", "latents"]
-        if not model.factored_dim:
-            del images[2], labels[2]
-        results.pictures["round_trip"] = grid.labelled(np.concatenate(images), len(rows["image"]), labels)
+        rows = context.per_example(reconstruct, context.batches_of(first), seed=_ROUND_TRIP_SEED, averaged=self.ema)
+        shown = {"images": rows["image"], "reconstructions": rows["back"], "from tokens alone": rows["coarse"]}
+        if not context.model.factored_dim:
+            del shown["from tokens alone"]
+        add_round_trip(results, rows, shown | {"latents": _tokens_as_images(rows["latents"], context.model)})
+
+
+def add_round_trip(results: Results, rows: Rows, shown: dict[str, np.ndarray]) -> None:
+    """Adds the metrics and the picture of round trips through a flow.
+
+    Args:
+      results: of the evaluator.
+      rows: "error" `[N]`, in pixel values, and "latents" `[N, ...]`.
+      shown: rows of the picture by label, uint8 `[N, H, W, C]`.
+    """
+    results.scalars |= {
+        "round_trip_error": float(rows["error"].max()),
+        "latents_mean": float(rows["latents"].mean()),
+        "latents_std": float(rows["latents"].std()),
+    }
+    images = np.concatenate(list(shown.values()))
+    results.pictures["round_trip"] = grid.labelled(images, len(rows["error"]), list(shown))
+
+
+def to_pixels(latents: np.ndarray) -> np.ndarray:
+    """Returns latents as pixel values uint8, from -3 (black) to 3 (white)."""
+    return ((latents / 6 + 0.5) * 255).clip(0, 255).astype(np.uint8)
 
 
 def sample_images(
@@ -158,12 +172,12 @@ def sample_images(
     averaged: bool = True,
     **options,
 ) -> np.ndarray:
-    """Samples an image for each row, over all processes: the same whatever their number and the batch size.
+    """Samples an image for each row. The images do not depend on the number of processes or the batch size.
 
     Args:
-      context: what the evaluator is given.
-      rows: text int32 `[N, T]`, and text_mask bool `[N, T]` where not all of it is valid.
-      seed: the same seed, the same images.
+      context: of the evaluator.
+      rows: text int32 `[N, T]`, and text_mask bool `[N, T]` unless all of it is valid.
+      seed: of the draws.
       batch_size: see `Context.batches_of`.
       averaged: see `Context.per_example`.
       options: of `decode.sample_images`.
@@ -182,8 +196,8 @@ def sample_images(
 
 
 def sampling_function(context: Context, **options):
-    """For `Context.per_example` with staged=True: samples `image` uint8 `[B, H, W, C]` for a batch of text and
-    text_mask; `options` are those of `decode.sample_images`."""
+    """Returns a function for `Context.per_example` with staged=True, which samples `image` uint8 `[B, H, W, C]` for a
+    batch of text and text_mask; `options` are those of `decode.sample_images`."""
 
     def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
         images, _ = decode.sample_images(
@@ -198,11 +212,10 @@ def _weight(guidance: Guidance, count: int) -> str:
     return f", guidance {guidance.weight:g}" if count > 1 else ""
 
 
-def _as_pixels(latents: np.ndarray, model: JetFormer) -> np.ndarray:
-    """Latents `[N, L, D]` as images uint8 `[N, H, W, C]`: each token a square, whose colour is its first dimensions;
-    -3 is black and 3 is white."""
+def _tokens_as_images(latents: np.ndarray, model: JetFormer) -> np.ndarray:
+    """Returns latents `[N, L, D]` as images uint8 `[N, H, W, C]`. Each token is a square, whose colour is its first
+    dimensions."""
     height, width, channels = model.image_shape
     values = latents[..., :channels].reshape(len(latents), *model.patches.grid, -1)
     values = values.repeat(height // values.shape[1], 1).repeat(width // values.shape[2], 2)
-    values = np.pad(values, ((0, 0), (0, 0), (0, 0), (0, channels - values.shape[-1])), mode="edge")
-    return ((values / 6 + 0.5) * 255).clip(0, 255).astype(np.uint8)
+    return to_pixels(np.pad(values, ((0, 0), (0, 0), (0, 0), (0, channels - values.shape[-1])), mode="edge"))

@@ -150,6 +150,18 @@ class Loop(abc.ABC):
     def swap(self, model: nn.Module, ema: dict[str, Tensor]) -> None:
         """Swaps the values of the parameters and of `ema`."""
 
+    @contextlib.contextmanager
+    def averaged(self, model: nn.Module, ema: dict[str, Tensor] | None) -> Iterator[None]:
+        """Uses the moving average in the place of the parameters while the context lasts, if there is one."""
+        if ema is None:
+            yield
+            return
+        self.swap(model, ema)
+        try:
+            yield
+        finally:
+            self.swap(model, ema)
+
     def gathered(self, runner: Runner) -> contextlib.AbstractContextManager:
         """Returns a context in which every process holds all parameters, for decoding."""
         del runner
@@ -355,7 +367,7 @@ def gather(parts: list[Rows], runtime: Runtime) -> Rows:
     out), on every process."""
     names = parts[0].keys()
     rows = {name: np.concatenate([part[name] for part in parts]) for name in names}
-    everyone = runtime.of_all(rows)
+    everyone = runtime.all_gather(rows)
     rows = {name: np.concatenate([theirs[name] for theirs in everyone]) for name in names}
     order = rows.pop("_index").argsort(kind="stable")
     return {name: values[order] for name, values in rows.items()}

@@ -1,1 +1,1 @@
-"""The models. They know no device, gin file, dataset or distribution."""
+"""The models. They do not depend on devices, gin files, datasets or distribution."""

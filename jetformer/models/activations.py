@@ -1,4 +1,4 @@
-"""GELU in its two forms."""
+"""The two forms of GELU."""
 
 from torch import nn
 
@@ -6,11 +6,11 @@ _APPROXIMATE = {"tanh": "tanh", "exact": "none"}
 
 
 def gelu(form: str) -> nn.GELU:
-    """GELU in a form: "tanh", the approximation that flax takes where nothing is said, or "exact", PyTorch's default.
+    """Returns a GELU: "tanh", the approximation that is flax's default, or "exact", PyTorch's default.
 
     Raises:
-      ValueError: for another form.
+      ValueError: if the form is unknown.
     """
     if form not in _APPROXIMATE:
-        raise ValueError(f"unknown form of GELU {form!r}: one of {', '.join(_APPROXIMATE)}")
+        raise ValueError(f"unknown form of GELU {form!r}: use {' or '.join(_APPROXIMATE)}")
     return nn.GELU(approximate=_APPROXIMATE[form])

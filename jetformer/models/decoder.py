@@ -1,11 +1,10 @@
 """The decoder-only transformer: Gemma blocks (big_vision `models/ppp/gemma.py`).
 
-RMSNorm scaled by 1 + weight, rotary position embeddings that rotate halves, multi-query / grouped-query / multi-head
-attention, a gated GELU. No biases. Dimensions: B batch, T query length, S key length, E width, N heads, K
-key/value heads, H head dimension.
+Notable: RMSNorm scaled by 1 + weight; rotary position embeddings that rotate halves; multi-query, grouped-query or
+multi-head attention; a gated GELU; no biases. The sampler (`sampling/decode.py`) owns the KV cache: the decoder writes
+and reads the tensors that it is given.
 
-The key/value cache belongs to whoever decodes (`sampling/decode.py`): the decoder only writes and reads the tensors it
-is handed.
+Dimensions: B batch, T query length, S key length, E width, N heads, K key/value heads, H head dimension.
 """
 
 from typing import NamedTuple
@@ -15,21 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jetformer import prng
-from jetformer.models import initializers
+from jetformer.models import initializers, remat
 from jetformer.models.activations import gelu
 from jetformer.models.attention import attend
-from jetformer.models.remat import rematerialize
 from jetformer.ranges import BelowOne, PositiveInt
 
 RMS_NORM_EPS = 1e-6
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer, and where the tokens of this call go.
+    """Keys and values of one layer, and the slots of this call's tokens.
 
     k, v: `[B, K, S, H]`, written in place.
-    slots: int64 `[T]`, where in S the tokens of the call go. (A tensor, so that all steps of decoding are one and the
-      same graph to a compiler.)
+    slots: int64 `[T]`, positions in S of the call's tokens. (A tensor, so that all decoding steps share one compiled
+      graph.)
     """
 
     k: Tensor
@@ -53,7 +51,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[B, 1, T, H / 2]` of rotary embeddings at `positions` `[B, T]`."""
+    """Returns cosines and sines `[B, 1, T, H / 2]` of rotary embeddings at `positions` `[B, T]`."""
     exponents = torch.arange(head_dim // 2, device=positions.device) * (2 / head_dim)
     radians = positions[:, None, :, None] / 10_000**exponents
     return radians.cos(), radians.sin()
@@ -72,9 +70,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, num_kv_heads: int, head_dim: int):
         super().__init__()
         if num_heads % num_kv_heads:
-            raise ValueError(f"num_heads {num_heads} does not divide by num_kv_heads {num_kv_heads}")
+            raise ValueError(f"num_kv_heads {num_kv_heads} does not divide num_heads {num_heads}")
         if head_dim % 2:
-            raise ValueError(f"head_dim {head_dim} is odd: rotary embeddings rotate its halves")
+            raise ValueError(f"head_dim {head_dim} is odd: rotary embeddings need an even one")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.qkv = nn.Linear(width, (num_heads + 2 * num_kv_heads) * head_dim, bias=False)
         self.out = nn.Linear(num_heads * head_dim, width, bias=False)
@@ -95,13 +93,12 @@ class Attention(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """linear(gelu(gate(x)) · up(x)), or where "up" is activated linear(gate(x) · gelu(up(x))), `[B, T, E]` to
-    `[B, T, E]`."""
+    """linear(gelu(gate(x)) · up(x)), or if activated is "up" linear(gate(x) · gelu(up(x))); `[B, T, E]` to the same."""
 
     def __init__(self, width: int, mlp_dim: int, gelu_form: str, activated: str):
         super().__init__()
         if activated not in ("gate", "up"):
-            raise ValueError(f"unknown branch {activated!r} of the gated MLP: one of gate, up")
+            raise ValueError(f"unknown branch {activated!r} of the gated MLP: use gate or up")
         self.activated, self.gelu = activated, gelu(gelu_form)
         self.gate_up = nn.Linear(width, 2 * mlp_dim, bias=False)
         self.linear = nn.Linear(mlp_dim, width, bias=False)
@@ -118,9 +115,10 @@ class GatedMlp(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """One pre-norm block, `[B, T, E]` to `[B, T, E]`."""
+    """A pre-norm transformer block, `[B, T, E]` to `[B, T, E]`."""
 
     is_block = True
+    is_transformer_block = True  # see `optim.block_matrices`
 
     def __init__(
         self,
@@ -155,24 +153,22 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A stack of Gemma blocks without embedding, final norm or head.
+    """A stack of blocks without embedding, final norm or head.
 
     Args:
       width: E.
       depth: number of blocks.
       mlp_dim: width of the gated MLP.
       num_heads: query heads.
-      num_kv_heads: key/value heads: 1 is multi-query, `num_heads` multi-head, between them grouped-query attention.
+      num_kv_heads: key/value heads: 1 for multi-query attention, `num_heads` for multi-head, in between grouped-query.
       head_dim: H, even.
-      dropout: probability of dropping an entry of what attention and MLP add, where `forward` is given keys for it.
+      dropout: probability of dropping an entry of the outputs of attention and MLP, if `forward` is given keys.
       gelu: form of GELU, see `activations.gelu`.
-      activated: which branch of the gated MLP goes through GELU: "gate" or "up".
+      activated: the branch of the gated MLP that goes through GELU, "gate" or "up".
 
     Raises:
-      ValueError: if sizes do not divide, or for an unknown form of GELU or branch.
+      ValueError: if sizes do not divide, or the form of GELU or the branch is unknown.
     """
-
-    rematerializes = "blocks"  # see `remat.set_policy`
 
     def __init__(
         self,
@@ -188,7 +184,6 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.width, self.num_kv_heads, self.head_dim, self.dropout = width, num_kv_heads, head_dim, dropout
-        self.rematerialize = False
         self.blocks = nn.ModuleList(
             DecoderBlock(width, mlp_dim, num_heads, num_kv_heads, head_dim, dropout, gelu, activated)
             for _ in range(depth)
@@ -207,11 +202,11 @@ class Decoder(nn.Module):
 
         Args:
           x: embedded tokens `[B, T, E]`.
-          mask: bool `[B, T, S]`, true where token T attends to token S; None for plain causal attention. Each row needs
-            one true entry.
-          positions: `[B, T]`, the tokens' positions for the rotary embeddings.
-          caches: one per block. S is then the length of the caches.
-          dropout_keys: int32 `[B, 2]`, the examples' keys for dropout (`jetformer.prng`); None for no dropout.
+          mask: bool `[B, T, S]`, true where a token attends to another; None for plain causal attention. Each row needs
+            a true entry.
+          positions: `[B, T]`, positions for the rotary embeddings.
+          caches: one for each block; S is then their length.
+          dropout_keys: int32 `[B, 2]`, the examples' keys for dropout (see `prng`); None for no dropout.
 
         Returns:
           `[B, T, E]`.
@@ -222,8 +217,5 @@ class Decoder(nn.Module):
             keys = (None, None)
             if dropout_keys is not None:
                 keys = prng.fold_in(dropout_keys, 2 * i), prng.fold_in(dropout_keys, 2 * i + 1)
-            if self.rematerialize and torch.is_grad_enabled():
-                x = rematerialize(block, x, mask, angles, cache, keys)
-            else:
-                x = block(x, mask, angles, cache, keys)
+            x = remat.run_block(block, x, mask, angles, cache, keys)
         return x

@@ -1,7 +1,7 @@
-"""Weight initializers of flax, which the reference trains with.
+"""The reference's weight initializers, which are flax's.
 
-Every one fills `tensor` in place from `generator`, so that a model's initial weights are a function of a seed.
-A linear layer's weight is `[out, in]`, as in `torch.nn.Linear`.
+Each fills `tensor` in place from `generator`, so that initial weights are a function of a seed. A linear layer's weight
+is `[out, in]`, as in `torch.nn.Linear`.
 """
 
 import math
@@ -14,31 +14,31 @@ _TRUNCATED_STD = 0.87962566103423978
 
 
 def lecun_normal_(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Truncated normal of variance 1 / fan_in (flax's default for `nn.Dense`, Gemma's for its matrices)."""
+    """Fills with a truncated normal of variance 1 / fan_in (flax's default for `nn.Dense`, and Gemma's)."""
     std = math.sqrt(1.0 / tensor.shape[1]) / _TRUNCATED_STD
     return nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std, generator=generator)
 
 
 def xavier_uniform_(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform of variance 2 / (fan_in + fan_out)."""
+    """Fills with a uniform distribution of variance 2 / (fan_in + fan_out)."""
     return nn.init.xavier_uniform_(tensor, generator=generator)
 
 
 def normal_(tensor: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    """Normal of mean 0."""
+    """Fills with a normal distribution of mean 0."""
     return nn.init.normal_(tensor, std=std, generator=generator)
 
 
 def rotation_(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """A square matrix that is orthogonal, and evenly distributed among those."""
+    """Fills with a uniformly distributed orthogonal matrix."""
     return nn.init.orthogonal_(tensor, generator=generator)
 
 
 def init_weights(module: nn.Module, generator: torch.Generator) -> None:
-    """Initializes a model: calls `init_weights(generator)` of every submodule that has one, in order of registration.
+    """Initializes a model: calls `init_weights(generator)` of every submodule that has it, in order of registration.
 
-    A model is built on the meta device, materialized with `to_empty`, then initialized here: no weight is drawn twice,
-    and none comes from the global generator.
+    A run builds its model on the meta device, materializes it with `to_empty`, and initializes it here, so that no
+    weight is drawn twice, or from the global generator.
     """
     for submodule in module.modules():
         if hasattr(submodule, "init_weights"):
@@ -49,14 +49,14 @@ def init_weights(module: nn.Module, generator: torch.Generator) -> None:
 def init_on_cpu(model: nn.Module) -> None:
     """Initializes a model at the end of its constructor, from PyTorch's global generator, as PyTorch's modules do.
 
-    Models on the meta device stay as they are: a run initializes them once they are materialized.
+    Does nothing on the meta device, for a run initializes its model later.
 
     Raises:
-      ValueError: if the model is on another device; a generator of its own draws other weights.
+      ValueError: if the model is on another device, whose generator would draw other weights.
     """
     device = next((p.device.type for p in model.parameters()), "cpu")
     if device == "meta":
         return
     if device != "cpu":
-        raise ValueError(f"a model is initialized on the CPU, not on {device}: build it there, then move it with .to()")
+        raise ValueError(f"a model cannot be initialized on {device}: build it on the CPU, then move it with .to()")
     init_weights(model, torch.default_generator)

@@ -1,10 +1,14 @@
-"""Invertible pieces beside the couplings: what flows before Jet put between them, and maps around a JetFormer's flow.
+"""Invertible modules other than couplings: steps between couplings, and linear flows.
 
-Glow (arXiv 1807.03039) has ActNorm and invertible 1×1 convolutions between its couplings; Jet (arXiv 2412.15129,
-section 4) finds that it needs neither. JetFormer (arXiv 2411.19722) compares its flow with linear maps of the patches.
-Each has `forward(x) -> (z, logdet)` and `inverse(z) -> (x, logdet)` side by side.
+Glow (arXiv 1807.03039) puts ActNorm and invertible 1×1 convolutions between its couplings; Jet (arXiv 2412.15129,
+section 4) needs neither. JetFormer (arXiv 2411.19722) compares its flow with linear maps of the patches.
 
-Dimensions: B batch, N tokens, D token dimension; `[B, rows, columns, D]` are the same tokens on their grid.
+All are flows: `forward(x, context=None) -> (z, logdet)` and `inverse(z, context=None) -> (x, logdet)`. They ignore the
+context.
+
+Dimensions: B batch, N tokens, D token dimension; `[B, rows, columns, D]` are tokens on their grid. `dense` layers and
+ActNorm take `[B, N, D]`, the flows at the end `[B, rows, columns, D]`; both return the same shape and
+log-determinants `[B]` in nats.
 """
 
 import contextlib
@@ -14,21 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from jetformer.models import initializers
+from jetformer.models.autocast import without_autocast
 from jetformer.models.patches import ImageShape, PatchPCA
 
 
-def exact(x: Tensor) -> contextlib.AbstractContextManager:
-    """Products of the precision of their factors, whatever autocast says: what they map is inverted later."""
-    if x.device.type == "meta":  # of which autocast knows nothing
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
-
-
 class ActNorm(nn.Module):
-    """z = (x + bias) · exp(log_scale) for each of D dimensions, alike at all tokens (Glow, section 3.1).
+    """z = (x + bias) · exp(log_scale), with one bias and scale for each of D dimensions (Glow, section 3.1).
 
-    It starts as the identity; `initializing` sets it so that its outputs for a batch of data have mean 0 and variance
-    1.
+    It starts as the identity. `initializing` sets it so that its outputs for a batch have mean 0 and variance 1.
     """
 
     def __init__(self, dim: int):
@@ -43,7 +40,7 @@ class ActNorm(nn.Module):
         nn.init.zeros_(self.log_scale)
 
     def parameters_from_data(self) -> list[nn.Parameter]:
-        """What `initializing` sets."""
+        """Returns the parameters that `initializing` sets."""
         return [self.bias, self.log_scale]
 
     def _initialize(self, x: Tensor) -> None:
@@ -54,56 +51,51 @@ class ActNorm(nn.Module):
     def _logdet(self, x: Tensor) -> Tensor:
         return (x.shape[1] * self.log_scale.sum()).expand(len(x))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, N, D]` to the same shape and log-determinants `[B]`."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.initializing:
             self._initialize(x)
         return (x + self.bias) * self.log_scale.exp(), self._logdet(x)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, N, D]` to the same shape and log-determinants `[B]`."""
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z * (-self.log_scale).exp() - self.bias, -self._logdet(z)
 
 
-def needs_data(model: nn.Module) -> bool:
-    """Whether a model has parts that are initialized from data."""
-    return bool(parameters_from_data(model))
-
-
 def parameters_from_data(model: nn.Module) -> list[nn.Parameter]:
-    """What of a model is initialized from data."""
-    parts = [module for module in model.modules() if hasattr(module, "parameters_from_data")]
-    return [p for part in parts for p in part.parameters_from_data()]
+    """Returns the parameters of a model that are initialized from data."""
+    modules = [module for module in model.modules() if hasattr(module, "parameters_from_data")]
+    return [p for module in modules for p in module.parameters_from_data()]
 
 
 @contextlib.contextmanager
 def initializing(model: nn.Module) -> Iterator[None]:
-    """While the context lasts, every ActNorm of a model sets itself by what passes forward through it, so one forward
-    pass of a batch initializes all of them, each after those before it."""
-    parts = [module for module in model.modules() if isinstance(module, ActNorm)]
-    for part in parts:
-        part.initializing = True
+    """Within the context, every ActNorm of a model initializes itself from its input.
+
+    So one forward pass of a batch initializes all of them, in order.
+    """
+    actnorms = [module for module in model.modules() if isinstance(module, ActNorm)]
+    for actnorm in actnorms:
+        actnorm.initializing = True
     try:
         with torch.no_grad():
             yield
     finally:
-        for part in parts:
-            part.initializing = False
+        for actnorm in actnorms:
+            actnorm.initializing = False
 
 
 def _log_abs_det(weight: Tensor) -> Tensor:
-    if weight.device.type == "xla":  # where slogdet has no backward pass
+    if weight.device.type == "xla":  # slogdet has no backward pass there
         return torch.linalg.svdvals(weight).log().sum()
     return torch.linalg.slogdet(weight).logabsdet
 
 
-def _on_xla(z: Tensor, weight: Tensor) -> Tensor:
-    """The x of z = W x at every token; torch_xla would solve for it on the host."""
+def _solve_on_xla(z: Tensor, weight: Tensor) -> Tensor:
+    """Solves z = W x for x at every token; torch_xla would run a solver on the host."""
     return z @ torch.linalg.inv_ex(weight).inverse.T
 
 
 class PlainDense(nn.Module):
-    """z = W x at every token, W any square matrix; it starts as a random rotation."""
+    """z = W x at every token, with any square matrix W, which starts as a random rotation."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -115,31 +107,28 @@ class PlainDense(nn.Module):
     def _logdet(self, x: Tensor) -> Tensor:
         return (x.shape[1] * _log_abs_det(self.weight)).expand(len(x))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, N, D]` to the same shape and log-determinants `[B]`."""
-        with exact(x):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with without_autocast(x.device):
             return x @ self.weight.T, self._logdet(x)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, N, D]` to the same shape and log-determinants `[B]`."""
-        with exact(z):
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with without_autocast(z.device):
             if z.device.type == "xla":
-                return _on_xla(z, self.weight), -self._logdet(z)
+                return _solve_on_xla(z, self.weight), -self._logdet(z)
             return torch.linalg.solve(self.weight.T, z, left=False), -self._logdet(z)
 
 
 class LUDense(nn.Module):
-    """z = W x at every token, W = P L (U + diag(s)): Glow's invertible 1×1 convolution (section 3.2), whose determinant
-    is the product of s.
+    """z = W x at every token, with W = P L (U + diag(s)): Glow's invertible 1×1 convolution (section 3.2).
 
-    P is a fixed permutation, L unit lower and U strictly upper triangular, s keeps its signs. W starts as a random
-    rotation.
+    P is a fixed permutation, L unit lower triangular, U strictly upper triangular; s keeps its signs. The determinant
+    is the product of s. W starts as a random rotation.
     """
 
     def __init__(self, dim: int):
         super().__init__()
-        self.lower = nn.Parameter(torch.empty(dim, dim))  # of it, what is below the diagonal counts
-        self.upper = nn.Parameter(torch.empty(dim, dim))  # of it, what is above
+        self.lower = nn.Parameter(torch.empty(dim, dim))  # only entries below the diagonal are used
+        self.upper = nn.Parameter(torch.empty(dim, dim))  # only entries above it
         self.log_scale = nn.Parameter(torch.empty(dim))
         self.register_buffer("sign", torch.empty(dim))
         self.register_buffer("permutation", torch.empty(dim, dtype=torch.int64))
@@ -155,7 +144,7 @@ class LUDense(nn.Module):
         self.sign.copy_(upper.diagonal().sign())
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """L and U + diag(s)."""
+        """Returns L and U + diag(s)."""
         eye = torch.eye(len(self.sign), dtype=self.lower.dtype, device=self.lower.device)
         return self.lower.tril(-1) + eye, self.upper.triu(1) + eye * (self.sign * self.log_scale.exp())
 
@@ -166,16 +155,14 @@ class LUDense(nn.Module):
     def _logdet(self, x: Tensor) -> Tensor:
         return (x.shape[1] * self.log_scale.sum()).expand(len(x))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, N, D]` to the same shape and log-determinants `[B]`."""
-        with exact(x):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with without_autocast(x.device):
             return x @ self._weight().T, self._logdet(x)
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, N, D]` to the same shape and log-determinants `[B]`."""
-        with exact(z):
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with without_autocast(z.device):
             if z.device.type == "xla":
-                return _on_xla(z, self._weight()), -self._logdet(z)
+                return _solve_on_xla(z, self._weight()), -self._logdet(z)
             lower, upper = self._factors()
             y = z.index_select(-1, self.permutation.argsort())
             y = torch.linalg.solve_triangular(lower.T, y, upper=True, left=False, unitriangular=True)
@@ -186,41 +173,39 @@ DENSE = {"lu": LUDense, "plain": PlainDense}
 
 
 def make_dense(form: str, dim: int) -> nn.Module:
-    """A learned invertible matrix over D dimensions.
+    """Builds a learned invertible matrix over D dimensions.
 
     Args:
       form: "lu" or "plain".
       dim: D.
 
     Raises:
-      ValueError: for another form.
+      ValueError: if the form is unknown.
     """
     if form not in DENSE:
-        raise ValueError(f"unknown invertible dense layer {form!r}: one of {', '.join(DENSE)}")
+        raise ValueError(f"unknown invertible dense layer {form!r}: use {' or '.join(DENSE)}")
     return DENSE[form](dim)
 
 
-# What JetFormer puts in the place of its flow, before it or after it: called with (rows, columns, D) of the tokens.
+# Flows over (rows, columns, D): in place of JetFormer's flow, before it or after it.
 
 
 class IdentityFlow(nn.Module):
-    """No flow: z = x."""
+    """z = x, as no flow at all."""
 
     def __init__(self, input_shape: ImageShape):
         super().__init__()
         self.image_shape = tuple(input_shape)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, rows, columns, D]` to the same and log-determinants `[B]`, which are zero."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x, x.new_zeros(len(x))
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """As `forward`."""
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return z, z.new_zeros(len(z))
 
 
 class LearnedProjection(nn.Module):
-    """An invertible matrix over the tokens' dimensions, learned with the rest.
+    """A learned invertible matrix over the tokens' dimensions.
 
     Args:
       input_shape: (rows, columns, D).
@@ -232,25 +217,23 @@ class LearnedProjection(nn.Module):
         self.image_shape = tuple(input_shape)
         self.dense = make_dense(form, input_shape[-1])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, rows, columns, D]` to the same shape and log-determinants `[B]`."""
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, logdet = self.dense(x.flatten(1, 2))
         return z.view(x.shape), logdet
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, rows, columns, D]` to the same shape and log-determinants `[B]`."""
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, logdet = self.dense.inverse(z.flatten(1, 2))
         return x.view(z.shape), logdet
 
 
 class PCAProjection(nn.Module):
-    """The basis of a PCA of the training split's patches, frozen: `PatchPCA` of what are patches already.
+    """The basis of a PCA of the training split's patches, frozen: `PatchPCA` for patches.
 
-    The components come in descending order of their variance, so those that `JetFormer.out_dim` factors out vary least.
+    The components are sorted by descending variance, so `JetFormer.out_dim` factors out those that vary least.
 
     Args:
       input_shape: (rows, columns, D).
-      path: the `.npz` that `python -m jetformer.fit_pca` makes, with the experiment's patch size.
+      path: an `.npz` file of `python -m jetformer.fit_pca`, fitted with the experiment's patch size.
       whiten: divide each component by its standard deviation.
     """
 
@@ -260,17 +243,15 @@ class PCAProjection(nn.Module):
         self.pca = PatchPCA(input_shape, patch_size=1, path=path, whiten=whiten)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        del generator  # the PCA reads its file itself
+        del generator  # the PCA reads its file by itself
         if self.pca.path is None:
             raise ValueError("PCAProjection has no path: fit a PCA with python -m jetformer.fit_pca")
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, rows, columns, D]` to the same shape and log-determinants `[B]`."""
-        with exact(x):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with without_autocast(x.device):
             codes, logdet = self.pca(x)
         return codes.view(x.shape), logdet
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, rows, columns, D]` to the same shape and log-determinants `[B]`."""
-        with exact(z):
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with without_autocast(z.device):
             return self.pca.inverse(z.flatten(1, 2))

@@ -1,13 +1,12 @@
 """JetFormer: one decoder over text tokens and the soft tokens of a normalizing flow (arXiv 2411.19722).
 
-Numerics as in big_vision `models/proj/jetformer/jetformer.py`. Dimensions: B batch, H × W × C image, T text tokens, L
-image tokens, D dimensions of an image token that the decoder models, F dimensions factored out as Gaussian noise, E
-width,
-R vocabulary repeats.
-
 A sequence is `[bos, text, boi, image]` or `[boi, image, bos, text]`; without begin-of-image token `[bos, text, image]`
-or `[bos, image, text]`. The first modality is the prefix. The last token is cut off, and what stands at position i
-predicts token i + 1.
+or `[bos, image, text]`. The first modality is the prefix. The last token is dropped; position i predicts token i + 1.
+Numerics are those of big_vision `models/proj/jetformer/jetformer.py`.
+
+Dimensions: B batch, H × W × C image, T text tokens, L image tokens, D dimensions of an image token that the decoder
+models, F dimensions factored out as Gaussian noise, S tokens of a sequence, E width, V vocabulary, R vocabulary
+repeats, K mixtures.
 """
 
 import math
@@ -24,8 +23,8 @@ from jetformer.models.mixture import MixtureHead, MultivariateHead
 from jetformer.models.patches import ImageShape
 from jetformer.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-# Which examples have the text first: a bool tensor [B], or one bool where the whole batch has the same order, which
-# saves building the other one.
+# The examples that have the text first: a bool tensor [B]; or one bool for the whole batch, which saves building the
+# other order.
 TextFirst = Tensor | bool
 
 
@@ -33,9 +32,9 @@ class Encoded(NamedTuple):
     """An image as soft tokens.
 
     tokens: `[B, L, D]`.
-    factored: `[B, L, F]`, the dimensions that are factored out.
+    factored: `[B, L, F]`, the factored-out dimensions.
     logdet: `[B]`, log-determinants in nats.
-    flow_logdet: `[B]`, the part of them that is the flow's.
+    flow_logdet: `[B]`, the flow's part of them.
     """
 
     tokens: Tensor
@@ -51,31 +50,31 @@ class JetFormer(nn.Module):
       image_shape: (H, W, C) of the images.
       patches: `Patchify` or `PatchPCA`, called with `image_shape`.
       decoder: `Decoder`, called without arguments.
-      vocab_size: V, number of text tokens, those below included.
+      vocab_size: V, number of text tokens, including those below.
       bos_id: token that begins a text.
-      boi_id: token that begins an image; None leaves it out.
-      nolabel_id: token that stands in the place of a dropped prefix.
-      flow: `Jet` or another invertible module, called with (rows, columns, channels) of the patches; None for none.
-      before_flow, after_flow: invertible modules that the patches go through first and last, called likewise; None for
-        none. `LearnedProjection` and `PCAProjection` are there for it.
-      out_dim: D. The patches' other dimensions are factored out as standard Gaussian noise. None models all.
+      boi_id: token that begins an image; None omits it.
+      nolabel_id: token that replaces a dropped prefix.
+      flow: a flow such as `Jet`, called with (rows, columns, channels) of the patches; None for none.
+      before_flow, after_flow: flows that the patches go through first and last, such as `LearnedProjection` and
+        `PCAProjection`, called likewise; None for none.
+      out_dim: D. The other dimensions of the patches are factored out as standard Gaussian noise. None models all.
       num_mixtures: K, components of the image head.
-      multivariate: use one Gaussian with full covariance instead; K is 1.
+      multivariate: use one Gaussian with full covariance instead; requires K = 1.
       scale_tol: smallest scale of the image head.
-      head_dtype: "float32" or "bfloat16", what the image head multiplies in.
-      head_block: how many tokens' logits the image head holds at a time in training, on each device.
-      mean_init_std: standard deviation of the normal noise that the biases of the mixture's means start from, in units
-        of the image tokens. At 0, the reference's, the components stay equal but for rounding, as one Gaussian.
+      head_dtype: dtype of the image head's projection, "float32" or "bfloat16".
+      head_block: tokens whose logits the image head holds at a time in training, on each device.
+      mean_init_std: standard deviation of the normal noise that the biases of the mixture's means start with, in units
+        of the image tokens. At 0, as in the reference, the components stay equal up to rounding, as one Gaussian.
       scale_init: standard deviation that the mixture's components start with, in the same units.
-      kmeans_init: start the components at the clusters of the first batch's tokens instead; `scale_init` is in units of
-        the clusters' standard deviations then. Training sets them, see `MixtureHead.start_at_clusters`.
-      image_posemb: add a learned embedding of an image token's place in the image. Rotary embeddings do not tell the
-        place where the texts before it differ in length. The reference has none.
-      num_vocab_repeats: R, embed the text so many times with different embeddings (for class labels, whose text is one
-        token long).
-      causal_mask_on_prefix: if false, all of a sequence sees all of its prefix.
+      kmeans_init: start the components at clusters of the first batch's tokens, see `MixtureHead.start_at_clusters`;
+        `scale_init` is then in units of the clusters' standard deviations.
+      image_posemb: add a learned embedding of an image token's place in the image, which rotary embeddings do not tell
+        if the texts before it differ in length. The reference has none.
+      num_vocab_repeats: R, number of times that the text is embedded, each time by another embedding (for class labels,
+        which are texts of one token).
+      causal_mask_on_prefix: if false, every token attends to the whole prefix.
       untie_output_vocab: give the text logits a matrix of their own instead of the text embedding.
-      per_modality_final_norm: one final norm for text and one for images.
+      per_modality_final_norm: use one final norm for text and another for images.
 
     Raises:
       ValueError: if sizes do not fit.
@@ -111,7 +110,7 @@ class JetFormer(nn.Module):
         super().__init__()
         for name, token in (("bos_id", bos_id), ("boi_id", boi_id), ("nolabel_id", nolabel_id)):
             if token is not None and not 0 <= token < vocab_size:
-                raise ValueError(f"{name} {token} is not a token of a vocabulary of {vocab_size}")
+                raise ValueError(f"{name} {token} is outside the vocabulary of {vocab_size} tokens")
         if untie_output_vocab and num_vocab_repeats != 1:
             raise ValueError("untie_output_vocab needs num_vocab_repeats = 1")
         for name, value, default in (
@@ -120,9 +119,9 @@ class JetFormer(nn.Module):
             ("kmeans_init", kmeans_init, False),
         ):
             if multivariate and value != default:
-                raise ValueError(f"{name} = {value} is of a mixture, the head is multivariate: leave it at {default}")
+                raise ValueError(f"{name} = {value} does not apply to a multivariate head: leave it at {default}")
         if multivariate and num_mixtures != 1:
-            raise ValueError(f"a multivariate head has one component, not num_mixtures = {num_mixtures}")
+            raise ValueError(f"a multivariate head has one component: set num_mixtures to 1, not {num_mixtures}")
         self.image_shape = tuple(image_shape)
         self.vocab_size, self.num_vocab_repeats = vocab_size, num_vocab_repeats
         self.bos_id, self.boi_id, self.nolabel_id = bos_id, boi_id, nolabel_id
@@ -133,7 +132,7 @@ class JetFormer(nn.Module):
         self.out_dim = out_dim or self.patches.dim
         self.factored_dim = self.patches.dim - self.out_dim
         if self.factored_dim < 0:
-            raise ValueError(f"out_dim {out_dim} is more than a patch's {self.patches.dim} dimensions")
+            raise ValueError(f"out_dim {out_dim} exceeds the {self.patches.dim} dimensions of a patch")
         token_shape = (*self.patches.grid, self.patches.dim)
         self.flow = flow(token_shape) if flow else None
         self.before_flow = before_flow(token_shape) if before_flow else None
@@ -167,19 +166,16 @@ class JetFormer(nn.Module):
             initializers.normal_(self.text_head.weight, 1.0, generator)
             nn.init.zeros_(self.text_head.bias)
 
-    # Images to soft tokens and back.
+    # Images and soft tokens.
 
     def encode_image(self, image: Tensor) -> Encoded:
-        """Image to soft tokens.
+        """Encodes images as soft tokens.
 
         Args:
           image: `[B, H, W, C]`, values in [-1, 1].
 
-        Returns:
-          The tokens and the log-determinants.
-
         Raises:
-          ValueError: if the image has another shape than the model's.
+          ValueError: if the images do not have the model's shape.
         """
         if image.shape[1:] != self.image_shape:
             raise ValueError(
@@ -197,8 +193,15 @@ class JetFormer(nn.Module):
         return Encoded(tokens, factored, logdet, flow_logdet)
 
     def decode_image(self, tokens: Tensor, factored: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens `[B, L, D]` and factored-out dimensions `[B, L, F]` to the image `[B, H, W, C]`, whose values a sample
-        may have beyond [-1, 1], and log-determinants `[B]` in nats."""
+        """Inverts `encode_image`.
+
+        Args:
+          tokens: `[B, L, D]`.
+          factored: `[B, L, F]`.
+
+        Returns:
+          Images `[B, H, W, C]`, which may exceed [-1, 1], and log-determinants `[B]` in nats.
+        """
         latents = torch.cat((tokens, factored), dim=-1)
         logdet = 0.0
         for step in reversed(self._flows()):
@@ -208,7 +211,7 @@ class JetFormer(nn.Module):
         return image, logdet + patches_logdet
 
     def _flows(self) -> list[nn.Module]:
-        """What the patches go through, in order."""
+        """Returns the flows that the patches go through, in order."""
         return [step for step in (self.before_flow, self.flow, self.after_flow) if step is not None]
 
     # Sequences.
@@ -223,7 +226,7 @@ class JetFormer(nn.Module):
 
         Args:
           tokens: `[B, N, D]`.
-          places: int64 `[N]`, which tokens of the image they are, in 0..L-1.
+          places: int64 `[N]`, their places in the image, in 0..L-1.
 
         Returns:
           `[B, N, E]`.
@@ -232,11 +235,11 @@ class JetFormer(nn.Module):
         return x if self.image_posemb is None else x + self.image_posemb.index_select(0, places)
 
     def first_special(self, text_length: int) -> int:
-        """Returns the lowest of the special tokens: those below it are for classes, or for a tokenizer.
+        """Returns the lowest special token; the tokens below it are classes, or a tokenizer's.
 
         Args:
-          text_length: T, tokens of a text. One of several may end in `boi_id`, which then is no special token; a label,
-            of one, may not.
+          text_length: T. Texts of several tokens may end in `boi_id`, which is not special then; labels, of one token,
+            may not.
         """
         special = [self.bos_id, self.nolabel_id]
         if text_length == 1 and self.boi_id is not None:
@@ -244,7 +247,7 @@ class JetFormer(nn.Module):
         return min(special)
 
     def _special(self, token: int, batch_size: int) -> Tensor:
-        """The embedding `[B, 1, E]` of one token."""
+        """Returns the embedding `[B, 1, E]` of one token."""
         return self.text_emb.weight[token].expand(batch_size, 1, -1)
 
     def embed(
@@ -257,19 +260,19 @@ class JetFormer(nn.Module):
         drop_prefix: Tensor | None = None,
         shift: bool = True,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Embeds both modalities and lays them out as one sequence of S tokens.
+        """Embeds both modalities as one sequence.
 
         Args:
           text: `[B, T]`, token ids.
           image_tokens: `[B, L, D]`; L may be 0.
-          text_first: which examples have the text first.
-          text_mask: bool `[B, T]`, true for valid tokens; None: all are.
-          drop_prefix: bool `[B]`, whether to put `nolabel_id` in the place of the prefix.
-          shift: cut off the last token, whose prediction has no target.
+          text_first: the examples that have the text first.
+          text_mask: bool `[B, T]`, true for valid tokens; None if all are.
+          drop_prefix: bool `[B]`, the examples whose prefix `nolabel_id` replaces.
+          shift: drop the last token, whose prediction has no target.
 
         Returns:
-          Embeddings `[B, S, E]`; the attention mask, bool `[B, S, S]`, or None for plain causal attention; the tokens'
-          positions `[B, S]`, which count valid tokens only.
+          Embeddings `[B, S, E]`; the attention mask, bool `[B, S, S]`, or None for plain causal attention; positions
+          `[B, S]`, which count valid tokens only.
         """
         batch_size = len(text)
         repeats = self.num_vocab_repeats
@@ -286,7 +289,7 @@ class JetFormer(nn.Module):
         nolabel = self._embed_ids(text.new_full((1, text.shape[1] or 1), self.nolabel_id))
         if dropped_text is not None and text.shape[1]:
             x_text = torch.where(dropped_text[:, None, None], nolabel, x_text)
-            if text_mask is not None:  # a dropped text is always of full length
+            if text_mask is not None:  # a dropped text always has full length
                 text_mask = text_mask | dropped_text[:, None]
         if dropped_image is not None:
             x_image = torch.where(dropped_image[:, None, None], nolabel[:, :1], x_image)
@@ -320,7 +323,7 @@ class JetFormer(nn.Module):
 
     @staticmethod
     def _select(text_first: TextFirst, orders: dict[bool, Tensor]) -> Tensor:
-        """For each example the one of two tensors `[B, ...]` that its order of modalities asks for."""
+        """Selects for each example the tensor `[B, ...]` of its order of modalities."""
         if isinstance(text_first, bool):
             return orders[text_first]
         where = text_first.view(-1, *[1] * (orders[True].ndim - 1))
@@ -334,7 +337,7 @@ class JetFormer(nn.Module):
         text_first: TextFirst,
         x: Tensor,
     ) -> Tensor | None:
-        """Which tokens of the sequence are valid, bool `[B, S]`; None: all are."""
+        """Returns the valid tokens of the sequence, bool `[B, S]`; None if all are."""
         if text_mask is None:
             return None
         special = 1 if self.boi_id is None else 2  # valid tokens around the text
@@ -346,7 +349,7 @@ class JetFormer(nn.Module):
         return self._select(text_first, orders)
 
     def run_decoder(self, x: Tensor, **kwargs) -> Tensor:
-        """The decoder and the final norm, unless each modality has its own; arguments as in `Decoder.forward`."""
+        """Runs the decoder, and the final norm if both modalities share it; arguments as in `Decoder.forward`."""
         x = self.decoder(x, **kwargs)
         return x if self.final_norm is None else self.final_norm(x)
 
@@ -360,10 +363,12 @@ class JetFormer(nn.Module):
         drop_prefix: Tensor | None = None,
         dropout_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states that predict the text and the image tokens; arguments as in `embed` and `Decoder.forward`.
+        """Returns the normalized hidden states that predict text and image tokens.
+
+        Arguments are as in `embed` and `Decoder.forward`.
 
         Returns:
-          `[B, T, E]` for `text_logits` and `[B, L, E]` for `image_head`, normalized.
+          `[B, T, E]` for `text_logits` and `[B, L, E]` for `image_head`.
         """
         x, mask, positions = self.embed(
             text,
@@ -374,7 +379,7 @@ class JetFormer(nn.Module):
         )
         x = self.run_decoder(x, mask=mask, positions=positions, dropout_keys=dropout_keys)
         text_length, image_length = text.shape[1], image_tokens.shape[1]
-        # What stands before a token predicts it, so a begin-of-image token shifts what follows it by one.
+        # The token before predicts a token, so a begin-of-image token shifts the tokens after it by one.
         boi = 0 if self.boi_id is None else 1
         image_start = self.num_vocab_repeats * text_length + boi
         text_start = image_length + boi

@@ -1,4 +1,7 @@
-"""A flow of images given their class."""
+"""A flow conditioned on class labels.
+
+Dimensions: B batch, H × W × C image, M context tokens.
+"""
 
 from collections.abc import Callable
 
@@ -10,15 +13,15 @@ from jetformer.ranges import PositiveInt
 
 
 class LabelledFlow(nn.Module):
-    """A flow whose couplings attend to the embedding of a class label, a context of one token (Jet's cross-attention).
+    """A flow whose couplings attend to the embedding of a class label: a context of one token.
 
-    One more embedding stands for no label: for labels that are dropped in training (`JetObjective.drop_labels_prob`),
-    and wherever no context is given.
+    One more embedding stands for no label. It replaces labels that training drops (`JetObjective.drop_labels_prob`),
+    and a missing context.
 
     Args:
       flow: `Jet`, called with `context_dim`.
-      num_labels: how many labels there are, from 0 on.
-      context_dim: size of their embeddings.
+      num_labels: number of labels, which are 0..num_labels - 1.
+      context_dim: dimension of their embeddings.
     """
 
     def __init__(self, flow: Callable[..., nn.Module], num_labels: PositiveInt, context_dim: PositiveInt = 64):
@@ -34,7 +37,7 @@ class LabelledFlow(nn.Module):
         initializers.normal_(self.label_emb.weight, 1.0, generator)
 
     def context(self, labels: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Labels int `[B]` to contexts `[B, 1, context_dim]`; those `dropped` (bool `[B]`) to that of no label."""
+        """Labels int `[B]` to contexts `[B, 1, context_dim]`; those `dropped`, bool `[B]`, to that of no label."""
         if dropped is not None:
             labels = labels.where(~dropped, self.num_labels)
         return self.label_emb(labels)[:, None]
@@ -43,9 +46,9 @@ class LabelledFlow(nn.Module):
         return self.label_emb.weight[self.num_labels].expand(len(x), 1, -1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`[B, H, W, C]` to latents and log-determinants `[B]` in nats, given a `context` or no label."""
+        """Maps images `[B, H, W, C]` to latents and log-determinants `[B]` in nats; see `context`, None is no label."""
         return self.flow(x, self._no_label(x) if context is None else context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Latents to images; arguments and results as in `forward`."""
+        """Maps latents to images; arguments and results as in `forward`."""
         return self.flow.inverse(z, self._no_label(z) if context is None else context)

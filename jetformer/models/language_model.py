@@ -1,4 +1,4 @@
-"""The decoder as a plain language model, over the same text tokens as in JetFormer.
+"""The decoder as a language model over the text tokens of a JetFormer.
 
 Dimensions: B batch, T text tokens, E width, V vocabulary.
 """
@@ -10,19 +10,18 @@ from torch import Tensor, nn
 
 from jetformer.models import initializers
 from jetformer.models.decoder import Decoder, RMSNorm
-from jetformer.models.jetformer import JetFormer
 from jetformer.ranges import NonNegativeInt, PositiveInt
 
 
 class LanguageModel(nn.Module):
-    """A causal decoder over `[bos, text]`, where what stands at position i predicts token i + 1.
+    """A causal decoder over `[bos, text]`; position i predicts token i + 1.
 
-    With the parameters of a `JetFormer` that has untie_output_vocab it gives a text that comes first the same
-    probabilities.
+    With the parameters of a `JetFormer` with untie_output_vocab, a text is as probable as it is there when it comes
+    first.
 
     Args:
       decoder: `Decoder`, called without arguments.
-      vocab_size: V, number of text tokens, with `bos_id`.
+      vocab_size: V, number of text tokens, including `bos_id`.
       bos_id: token that begins a text.
 
     Raises:
@@ -32,7 +31,7 @@ class LanguageModel(nn.Module):
     def __init__(self, decoder: Callable[[], Decoder], vocab_size: PositiveInt, bos_id: NonNegativeInt):
         super().__init__()
         if not 0 <= bos_id < vocab_size:
-            raise ValueError(f"bos_id {bos_id} is not a token of a vocabulary of {vocab_size}")
+            raise ValueError(f"bos_id {bos_id} is outside the vocabulary of {vocab_size} tokens")
         self.vocab_size, self.bos_id = vocab_size, bos_id
         self.decoder = decoder()
         self.text_emb = nn.Embedding(vocab_size, self.decoder.width)
@@ -56,8 +55,8 @@ class LanguageModel(nn.Module):
 
         Args:
           text: `[B, T]`, token ids; T may be 0.
-          text_mask: bool `[B, T]`, true for valid tokens; None: all are.
-          shift: cut off the last token, whose prediction has no target.
+          text_mask: bool `[B, T]`, true for valid tokens; None if all are.
+          shift: drop the last token, whose prediction has no target.
 
         Returns:
           Embeddings, attention mask and positions as `JetFormer.embed`.
@@ -75,11 +74,18 @@ class LanguageModel(nn.Module):
             mask = None if mask is None else mask[:, :-1, :-1]
         return x, mask, positions
 
-    run_decoder = JetFormer.run_decoder
-    text_logits = JetFormer.text_logits
+    def run_decoder(self, x: Tensor, **kwargs) -> Tensor:
+        """Runs decoder and final norm; arguments as in `Decoder.forward`."""
+        return self.final_norm(self.decoder(x, **kwargs))
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[..., E]` to logits `[..., V]`."""
+        return self.text_head(hidden)
 
     def forward(self, text: Tensor, text_mask: Tensor | None = None, dropout_keys: Tensor | None = None) -> Tensor:
-        """Hidden states `[B, T, E]` that predict the text, normalized, for `text_logits`; arguments as in `embed` and
-        `Decoder.forward`."""
+        """Returns the normalized hidden states `[B, T, E]` that predict the text, for `text_logits`.
+
+        Arguments are as in `embed` and `Decoder.forward`.
+        """
         x, mask, positions = self.embed(text, text_mask)
         return self.run_decoder(x, mask=mask, positions=positions, dropout_keys=dropout_keys)

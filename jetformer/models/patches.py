@@ -1,7 +1,8 @@
-"""Images to sequences of patch vectors and back: plain patches, and patches in a PCA basis.
+"""Maps between images and sequences of tokens: patches, and patches in a PCA basis.
 
-Dimensions: B batch, H × W × C image, L tokens, D token dimension. Both classes are invertible maps with
-`forward(x) -> (tokens, logdet)` and `inverse(tokens) -> (x, logdet)`, side by side.
+Both classes have `forward(image) -> (tokens, logdet)` and `inverse(tokens) -> (image, logdet)`.
+
+Dimensions: B batch, H × W × C image, L tokens, D token dimension.
 """
 
 import numpy as np
@@ -14,32 +15,32 @@ from jetformer.storage import find
 
 ImageShape = tuple[PositiveInt, PositiveInt, PositiveInt]
 
-# A patch's rows p, columns q and channels c, by the name of their order.
+# Orders of a patch's rows p, columns q and channels c, by name.
 _PATCH_ORDERS = {"hwc": "p q c", "chw": "c p q"}
 
 
 class Patchify(nn.Module):
-    """Cuts an image into non-overlapping square patches.
+    """Splits an image into non-overlapping square patches.
 
     Args:
       image_shape: (H, W, C) of one image.
       patch_size: side of a patch in pixels.
-      order: in which order a token has a patch's numbers: "hwc", pixel by pixel; or "chw", channel by channel, as
+      order: order of a patch's values in a token: "hwc", pixel by pixel; or "chw", channel by channel, as in
         `torch.nn.functional.unfold`.
 
     Raises:
-      ValueError: if the image's sides do not divide by the patch size, or the order is unknown.
+      ValueError: if the patch size does not divide the image's sides, or the order is unknown.
     """
 
     def __init__(self, image_shape: ImageShape, patch_size: PositiveInt, order: str = "hwc"):
         super().__init__()
         height, width, channels = image_shape
         if order not in _PATCH_ORDERS:
-            raise ValueError(f"unknown order {order!r} of a patch's numbers: one of {', '.join(_PATCH_ORDERS)}")
+            raise ValueError(f"unknown order {order!r} of a patch's values: use {' or '.join(_PATCH_ORDERS)}")
         if height % patch_size or width % patch_size:
             raise ValueError(
-                f"image of {height} × {width} pixels does not divide into patches of {patch_size}: "
-                "choose another patch_size or resize the images"
+                f"an image of {height} × {width} pixels does not divide into patches of {patch_size}: use another "
+                "patch_size, or resize the images"
             )
         self.patch_size = patch_size
         self._axes = _PATCH_ORDERS[order]
@@ -48,7 +49,7 @@ class Patchify(nn.Module):
         self.dim = patch_size * patch_size * channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, H, W, C]` to tokens `[B, L, D]` and log-determinants `[B]` (zero: a permutation)."""
+        """`[B, H, W, C]` to tokens `[B, L, D]` and log-determinants `[B]`, which are zero."""
         p = self.patch_size
         return rearrange(x, f"b (h p) (w q) c -> b (h w) ({self._axes})", p=p, q=p), x.new_zeros(len(x))
 
@@ -66,13 +67,13 @@ class PatchPCA(nn.Module):
     Args:
       image_shape: (H, W, C) of one image.
       patch_size: side of a patch in pixels.
-      path: the `.npz` that `save_pca` writes (scikit-learn's names: `components_`, `explained_variance_`, `mean_`),
-        read by `init_weights` from where `storage.find` finds it; `python -m jetformer.fit_pca` makes one. None if only
-        a state dict is loaded.
+      path: an `.npz` file of `python -m jetformer.fit_pca`, with arrays by scikit-learn's names: `components_`,
+        `explained_variance_`, `mean_`. `init_weights` reads it from where `storage.find` finds it. None suffices to
+        load a state dict.
       whiten: divide each component by its standard deviation.
-      depth_to_seq: cut each patch's vector into this many tokens, which makes the sequence as many times longer.
-      num_components: how many components to keep; None keeps all. With fewer the map is not invertible, and a
-        likelihood on its codes is not one on pixels.
+      depth_to_seq: number of tokens that each patch's vector is split into.
+      num_components: number of components to keep; None keeps all. With fewer the map is not invertible, and a
+        likelihood of its codes is not a likelihood of pixels.
 
     Raises:
       ValueError: if sizes do not divide, or the file holds a PCA of another size.
@@ -91,7 +92,7 @@ class PatchPCA(nn.Module):
         self.patchify = Patchify(image_shape, patch_size)
         num_components = num_components or self.patchify.dim
         if num_components % depth_to_seq:
-            raise ValueError(f"{num_components} PCA components do not divide by depth_to_seq {depth_to_seq}")
+            raise ValueError(f"depth_to_seq {depth_to_seq} does not divide the {num_components} PCA components")
         self.path, self.whiten, self.depth_to_seq = path, whiten, depth_to_seq
         self.grid = (depth_to_seq * self.patchify.grid[0], self.patchify.grid[1])
         self.num_tokens = depth_to_seq * self.patchify.num_tokens
@@ -132,46 +133,48 @@ class PatchPCA(nn.Module):
         return codes, self._logdet(x)
 
     def inverse(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes `[B, L, D]` to the image `[B, H, W, C]` (not clipped) and log-determinants `[B]`."""
+        """Codes `[B, L, D]` to the image `[B, H, W, C]`, not clipped, and log-determinants `[B]`."""
         y = rearrange(codes, "b (f s) d -> b s (f d)", f=self.depth_to_seq)
         x, _ = self.patchify.inverse((y * self._std()) @ self.components + self.mean)
         return x, -self._logdet(codes)
 
 
 def fit_pca(images, patch_size: int, num_components: int | None = None):
-    """Fits scikit-learn's PCA to all patches of a dataset, a batch at a time.
+    """Fits scikit-learn's PCA to all patches of a dataset, batch by batch.
 
     Args:
       images: iterable of uint8 batches `[B, H, W, C]`.
       patch_size: side of a patch in pixels.
-      num_components: how many to keep; None keeps all.
+      num_components: number of components to keep; None keeps all.
 
     Returns:
-      A fitted `sklearn.decomposition.IncrementalPCA` over pixel values in [-1, 1].
+      A fitted `sklearn.decomposition.IncrementalPCA` of pixel values in [-1, 1].
+
+    Raises:
+      ValueError: if there are fewer patches than dimensions.
     """
+    # Slow to import (1 to 6 s), and only `fit_pca` needs it.
     from sklearn.decomposition import IncrementalPCA
 
     pca = IncrementalPCA(n_components=num_components)
-    waiting = []  # whole chunks of patches; partial_fit needs at least as many as there are components
+    waiting = []  # batches of patches; partial_fit needs at least as many patches as components
     for batch in images:
         x = torch.from_numpy(np.asarray(batch)).double() / 127.5 - 1
         patches, _ = Patchify(tuple(x.shape[1:]), patch_size)(x)
         waiting.append(patches.flatten(0, 1).numpy())
-        # All but the newest batch is fitted, so that the last call has enough, whatever the last batch's size.
+        # Keeps the newest batch, so that the last call has enough patches.
         if sum(map(len, waiting[:-1])) >= 8 * patches.shape[-1] and len(waiting[-1]) >= patches.shape[-1]:
             pca.partial_fit(np.concatenate(waiting[:-1]))
             waiting = waiting[-1:]
     rest = np.concatenate(waiting)
     if len(rest) < rest.shape[1]:
-        raise ValueError(
-            f"{len(rest)} patches are too few to fit a PCA of {rest.shape[1]} dimensions: give more images"
-        )
+        raise ValueError(f"{len(rest)} patches are too few to fit a PCA of {rest.shape[1]} dimensions: use more images")
     pca.partial_fit(rest)
     return pca
 
 
 def save_pca(pca, path: str) -> None:
-    """Writes a fitted scikit-learn PCA as the `.npz` that `PatchPCA.path` names."""
+    """Writes a fitted scikit-learn PCA as an `.npz` file for `PatchPCA.path`."""
     np.savez(
         path,
         components_=pca.components_.astype(np.float32),

@@ -1,36 +1,42 @@
-"""Activation checkpointing: compute a part of the model anew in the backward pass, and keep no activations of it."""
+"""Activation checkpointing: drop the activations of a block, and recompute them in the backward pass.
 
-from collections.abc import Callable
+A block is a module with the class attribute `is_block = True`. It takes part if its parent runs it by `run_block`. Its
+class attribute `recompute_policy` names the policy that recomputes it: "blocks", the default, as for a decoder, or
+"couplings", as for a flow.
+"""
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# What is computed anew: blocks of the decoder, couplings of the flow, or both.
+# What is recomputed: nothing, the decoder's blocks, the flow's couplings, or both.
 POLICIES = ("none", "blocks", "couplings", "everything")
 
 
 def set_policy(model: nn.Module, policy: str) -> None:
-    """Says of which parts of a model only the inputs are kept for the backward pass.
+    """Chooses the blocks of a model that `run_block` recomputes in the backward pass.
 
     Args:
-      model: modules in it that can have their parts computed anew name these in `rematerializes`.
+      model: any module.
       policy: one of `POLICIES`.
     """
     for module in model.modules():
-        if hasattr(module, "rematerializes"):
-            module.rematerialize = policy in (module.rematerializes, "everything")
+        if getattr(module, "is_block", False):
+            module.recompute = policy in (getattr(module, "recompute_policy", "blocks"), "everything")
 
 
-def rematerialize(function: Callable, x: Tensor, *args):
-    """`function(x, *args)`, of which only the arguments are kept for the backward pass.
+def run_block(block: nn.Module, x: Tensor, *args):
+    """Returns `block(x, *args)`; if `set_policy` chose the block, only its arguments are kept for the backward pass.
 
-    Nothing may be drawn inside from a generator: the second time would draw other numbers.
+    A recomputed block must not draw from a generator, which would return other numbers the second time.
     """
+    if not (getattr(block, "recompute", False) and torch.is_grad_enabled()):
+        return block(x, *args)
     if x.device.type == "xla":
-        # XLA sees one graph and would merge what is computed twice; torch_xla's version puts a barrier between.
+        # XLA sees one graph and would merge both computations; torch_xla's version puts a barrier between them.
         from torch_xla.utils.checkpoint import checkpoint as checkpoint_with_barrier
 
-        # Like all reentrant checkpointing it only differentiates where an argument asks for it.
+        # Like all reentrant checkpointing it returns gradients only if an argument requires one.
         x = x if x.requires_grad else x.detach().requires_grad_()
-        return checkpoint_with_barrier(function, x, *args, preserve_rng_state=False)
-    return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint_with_barrier(block, x, *args, preserve_rng_state=False)
+    return checkpoint(block, x, *args, use_reentrant=False, preserve_rng_state=False)

@@ -1,7 +1,8 @@
-"""The ViT encoder that Jet's couplings predict with (big_vision `models/vit.py`).
+"""The ViT encoder of Jet's couplings (big_vision `models/vit.py`).
 
-Pre-norm blocks; where nothing is said, tanh GELU and LayerNorm with epsilon 1e-6, as flax has them. Dimensions: B
-batch, N tokens, M context tokens, E embedding.
+Pre-norm blocks, by default with tanh GELU and LayerNorm of epsilon 1e-6, as in flax.
+
+Dimensions: B batch, N tokens, M context tokens, E width.
 """
 
 import torch
@@ -25,7 +26,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"ViT width {width} does not divide by num_heads {num_heads}")
+            raise ValueError(f"num_heads {num_heads} does not divide the ViT's width {width}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -44,7 +45,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from `[B, N, E]` to a context `[B, M, context_dim]`; zero at initialization."""
+    """Multi-head attention from `[B, N, E]` to a context `[B, M, context_dim]`; its output starts at zero."""
 
     def __init__(self, width: int, num_heads: int, context_dim: int):
         super().__init__()
@@ -68,7 +69,7 @@ class CrossAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers around a GELU, four times as wide inside."""
+    """Linear, GELU, linear, with a hidden width of 4 · E: `[B, N, E]` to `[B, N, E]`."""
 
     def __init__(self, width: int, gelu_form: str):
         super().__init__()
@@ -86,7 +87,9 @@ class Mlp(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """One pre-norm block, `[B, N, E]` to `[B, N, E]`."""
+    """A pre-norm transformer block, `[B, N, E]` to `[B, N, E]`."""
+
+    is_transformer_block = True  # see `optim.block_matrices`
 
     def __init__(self, width: int, num_heads: int, gelu_form: str, norm_eps: float):
         super().__init__()
@@ -101,7 +104,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`depth` blocks and a final LayerNorm, `[B, N, E]` to `[B, N, E]`.
+    """A stack of blocks and a final LayerNorm, `[B, N, E]` to `[B, N, E]`.
 
     Args:
       depth: number of blocks.
@@ -111,7 +114,7 @@ class Encoder(nn.Module):
       norm_eps: epsilon of the LayerNorms.
 
     Raises:
-      ValueError: if the width does not divide by the heads, or for an unknown form of GELU.
+      ValueError: if the heads do not divide the width, or the form of GELU is unknown.
     """
 
     def __init__(self, depth: int, width: int, num_heads: int, gelu: str = "tanh", norm_eps: float = LAYER_NORM_EPS):

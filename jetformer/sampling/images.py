@@ -82,9 +82,9 @@ class ImageSampler(Sampler):
         rows: int | None = None,
         compile: decode.Compile = lambda function: function,
     ):
-        experiment.check_order(text_first=True)
+        experiment.objective.check_order(text_first=True)
         guidance.check(model.image_head)
-        experiment.check_guidance(guidance)
+        experiment.objective.check_guidance(guidance.mode)
         self._rows = rows
         self._options = {
             "guidance": guidance,

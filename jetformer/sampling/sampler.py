@@ -119,7 +119,7 @@ def draw(
                 keys = torch.stack([prng.key(request.seed) for request in padded]).to(runtime.device)
                 on_token = functools.partial(bar.update, len(batch))
                 samples = state.runner(sampler, _stacked(padded, runtime.device), keys, on_token)
-            yield from runtime.of_all(list(zip(batch, samples, strict=False)))
+            yield from runtime.all_gather(list(zip(batch, samples, strict=False)))
 
 
 def _stacked(requests: Sequence[Request], device: torch.device) -> dict[str, Tensor]:

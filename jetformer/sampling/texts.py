@@ -87,7 +87,7 @@ class TextSampler(Sampler):
         compile: decode.Compile = lambda function: function,
     ):
         if isinstance(model, JetFormer):
-            experiment.check_order(text_first=False)
+            experiment.objective.check_order(text_first=False)
         self._texts, self._compile = texts, compile
         self.num_tokens = num_tokens or texts.length
         self.settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}

@@ -1,4 +1,4 @@
-"""Data sets by name: what experiments and the README name has to be there, and is not downloaded."""
+"""The datasets that experiments and the README name exist; nothing is downloaded."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from jetformer.data import pipeline, sources
+from jetformer.data import sources
 from jetformer.data.dataset import Data
 
 # Features of each that preprocessing strings name.
@@ -32,18 +32,18 @@ def test_names(name, tmp_path):
     builder = sources.builder(name, str(tmp_path))
     assert NAMES[name] <= set(builder.info.features)
     assert not builder.is_prepared()
-    with pytest.raises(ValueError, match=r"is not in .*: set data_dir to where it is"):
-        pipeline.num_examples(name, "train", str(tmp_path))
+    with pytest.raises(ValueError, match=rf"{name.partition(':')[0]}.* {tmp_path}: .*data_dir"):
+        sources.open_source(name, str(tmp_path))
 
 
-def test_the_only_label_is_the_one_chosen_by(data_dir, shapes_dir):
-    pipeline.prepare("digits", str(data_dir))
+def test_the_only_class_feature_is_the_label(data_dir, shapes_dir):
+    sources.prepare("digits", str(data_dir))
     assert Data("digits", pp="", data_dir=str(data_dir)).class_names() == tuple(map(str, range(10)))
     assert sources.open_source("shapes", shapes_dir).label_key == "background"
 
 
-def test_a_prepared_directory_that_tfds_knows_nothing_of(tmp_path):
-    """A copy of a prepared data set under data_dir is found by its files, as one on gs:// is."""
+def test_a_prepared_directory_without_a_registered_builder(tmp_path):
+    """A copy of a prepared dataset in data_dir is found by its files, as one on gs:// is."""
     with tfds.core.registered.skip_registration():
 
         class Unheard(tfds.core.GeneratorBasedBuilder):
@@ -60,13 +60,15 @@ def test_a_prepared_directory_that_tfds_knows_nothing_of(tmp_path):
                 pass
 
     Unheard(data_dir=tmp_path).download_and_prepare()
-    (batch,) = pipeline.eval_batches("unheard/small:2.0.0", "train[2:]", "", batch_size=5, data_dir=str(tmp_path))
+    (batch,) = Data("unheard/small:2.0.0", "", eval_split="train[2:]", data_dir=str(tmp_path)).eval_batches(
+        batch_size=5
+    )
     assert sorted(batch)[:3] == ["_index", "_mask", "id"]
 
 
-def test_a_prepared_data_set_on_gs(data_dir):
-    """What says which files there are is read, and they are asked for where they are. (TensorFlow reads them.)"""
-    pipeline.prepare("digits", str(data_dir))
+def test_a_prepared_dataset_on_gs(data_dir):
+    """Its metadata is read, and its files are named by their URLs. (TensorFlow reads them.)"""
+    sources.prepare("digits", str(data_dir))
     directory = sources.builder("digits", str(data_dir)).data_path
     files = {path.name: path.read_text() for path in directory.iterdir() if path.suffix in (".json", ".txt")}
     files["dataset_info.json"] = json.dumps(json.loads(files["dataset_info.json"]) | {"name": "numbers"})
@@ -78,7 +80,7 @@ def test_a_prepared_data_set_on_gs(data_dir):
         assert shard.filename.startswith("gs://bucket/data/numbers/1.0.0/")
         assert (shard.skip, shard.take) == (100, 1247)
         assert source.class_names == tuple(map(str, range(10)))
-        # What is found out about it is kept there, too.
+        # Files about the dataset are kept there, too.
         path = source.keep_beside("labels-train.npz", b"1")
         assert str(path) == "gs://bucket/data/numbers/1.0.0/labels-train.npz"
         assert source.beside("labels-train.npz").read_bytes() == b"1"

@@ -1,4 +1,4 @@
-"""Mixtures of data sets."""
+"""Mixtures of datasets."""
 
 import dataclasses
 import itertools
@@ -8,7 +8,7 @@ import pytest
 
 import trees
 from jetformer import config
-from jetformer.data import pipeline
+from jetformer.data import mixture
 from jetformer.data.dataset import Data, MixtureData
 from jetformer.experiment import Experiment
 
@@ -30,16 +30,9 @@ def take(data, count, **options):
     return list(itertools.islice(data.train_batches(**{"batch_size": 2, "seed": 3} | options), count))
 
 
-def test_deck():
-    assert np.bincount(pipeline._deck((3, 1))).tolist() == [49152, 16384]
-    assert np.bincount(pipeline._deck((1, 1, 1))).tolist() in ([21846, 21845, 21845], [21845, 21846, 21845])
-    assert np.bincount(pipeline._deck((1, 1e-9))).tolist() == [65535, 1]
-    assert np.bincount(pipeline._deck((0.1, 0.2, 0.7))).sum() == 65536
-
-
 def test_weights(parts):
-    mixture = MixtureData(parts, (1, 2, 5), labels="apart")
-    texts = np.concatenate([batch["text"][:, 0] for batch in take(mixture, 400)])
+    mixed = MixtureData(parts, (1, 2, 5), labels="apart")
+    texts = np.concatenate([batch["text"][:, 0] for batch in take(mixed, 400)])
     shares = [np.mean(texts < 2), np.mean((texts >= 2) & (texts < 4)), np.mean(texts >= 4)]
     np.testing.assert_allclose(shares, [1 / 8, 2 / 8, 5 / 8], atol=0.05)
     # Without weights: as many as there are.
@@ -47,8 +40,13 @@ def test_weights(parts):
     assert np.mean(texts >= 4) > 0.9
 
 
-def test_small_decks_are_exact(parts, monkeypatch):
-    monkeypatch.setattr(pipeline, "_DECK_SIZE", 8)
+def test_a_mixture_of_one_dataset_is_that_dataset(parts):
+    for a, b in zip(take(MixtureData(parts[:1]), 3), take(parts[0], 3), strict=True):
+        assert all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_a_short_schedule_is_exact(parts, monkeypatch):
+    monkeypatch.setattr(mixture, "_SCHEDULE_LENGTH", 8)
     run = take(MixtureData(parts, (1, 2, 5), labels="apart"), 24)
     texts = np.stack([batch["text"][:, 0] for batch in run])  # a stream for each place
     counts = [(texts < 2).sum(0), ((texts >= 2) & (texts < 4)).sum(0), (texts >= 4).sum(0)]
@@ -61,15 +59,15 @@ def test_small_decks_are_exact(parts, monkeypatch):
 
 
 def test_resumed_and_shared(parts):
-    mixture = MixtureData(parts, (1, 2, 5))
-    run = take(mixture, 60)
+    mixed = MixtureData(parts, (1, 2, 5))
+    run = take(mixed, 60)
     for step in (57,):
-        for a, b in zip(run[step:], take(mixture, 60 - step, start_step=step), strict=True):
+        for a, b in zip(run[step:], take(mixed, 60 - step, start_step=step), strict=True):
             assert all(np.array_equal(a[k], b[k]) for k in a)
-    halves = [take(mixture, 4, process_index=i, process_count=2) for i in range(2)]
+    halves = [take(mixed, 4, process_index=i, process_count=2) for i in range(2)]
     for batch, *of_processes in zip(run[:4], *halves, strict=True):
         assert all(np.array_equal(batch[k], np.concatenate([b[k] for b in of_processes])) for k in batch)
-    assert not np.array_equal(run[0]["image"], take(mixture, 1, seed=4)[0]["image"])
+    assert not np.array_equal(run[0]["image"], take(mixed, 1, seed=4)[0]["image"])
 
 
 def test_labels(parts):
@@ -91,28 +89,28 @@ def test_labels(parts):
 
 
 def test_evaluation(parts):
-    mixture = MixtureData(parts)
+    mixed = MixtureData(parts)
     total = 5 + 4 + 225
-    assert mixture.num_examples() == total
-    assert mixture.num_train_examples() == 22 + 44 + 1347
-    (whole,) = mixture.eval_batches(batch_size=240)
+    assert mixed.num_examples() == total
+    assert mixed.num_train_examples() == 22 + 44 + 1347
+    (whole,) = mixed.eval_batches(batch_size=240)
     images = [next(d.eval_batches(batch_size=225))["image"] for d in parts]
     np.testing.assert_array_equal(whole["image"][:5], images[0][:5])
     np.testing.assert_array_equal(whole["image"][5:9], images[1][:4])
     np.testing.assert_array_equal(whole["image"][9:total], images[2])
     found = {}
     for i in range(3):
-        for batch in mixture.eval_batches(batch_size=6, process_index=i, process_count=3):
+        for batch in mixed.eval_batches(batch_size=6, process_index=i, process_count=3):
             found |= dict(zip(batch["_index"][batch["_mask"]], batch["image"], strict=False))
     assert sorted(found) == list(range(total))
     assert all(np.array_equal(found[i], whole["image"][i]) for i in found)
-    training = [b["image"] for b in mixture.eval_batches(batch_size=1, split=mixture.train_split)]
+    training = [b["image"] for b in mixed.eval_batches(batch_size=1, split=mixed.train_split)]
     assert len(training) == 22 + 44 + 1347
-    assert len(mixture.examples(mixture.eval_split, 7)) == 7
+    assert len(mixed.examples(mixed.eval_split, 7)) == 7
 
 
 def test_texts(tmp_path, parts, shapes_dir):
-    """Each has texts of its own: a data set's captions, and a class."""
+    """Each has texts of its own: a dataset's captions, and a constant."""
     model = "experiments/shapes.model"
     captions = Data(
         "shapes",
@@ -121,14 +119,14 @@ def test_texts(tmp_path, parts, shapes_dir):
         data_dir=shapes_dir,
     )
     named = f"decode|resize(8)|setdefault('text', 'a picture')|caption('{model}', 12)|keep('image', 'text')"
-    mixture = MixtureData((captions, dataclasses.replace(parts[0], pp=named, pp_eval=named)), (1, 1))
-    assert mixture.has_texts()
-    assert mixture.text_length() == 12
-    run = take(mixture, 16)
-    texts = {text for batch in run for text in mixture.texts().decode(batch["text"])}
+    mixed = MixtureData((captions, dataclasses.replace(parts[0], pp=named, pp_eval=named)), (1, 1))
+    assert mixed.has_texts()
+    assert mixed.text_length() == 12
+    run = take(mixed, 16)
+    texts = {text for batch in run for text in mixed.texts().decode(batch["text"])}
     assert "a picture" in {text[:9] for text in texts}
     assert len(texts) > 10
-    again = take(mixture, 1, start_step=13)
+    again = take(mixed, 1, start_step=13)
     assert all(np.array_equal(run[13][k], again[0][k]) for k in again[0])
     longer = dataclasses.replace(parts[0], pp=named.replace("12", "13"))
     with pytest.raises(ValueError, match=r"texts have different lengths: 'shapes' 12, .* 13 tokens"):
@@ -141,19 +139,19 @@ def test_bad_mixtures(parts):
         ((), {}, "datasets is empty"),
         ((Data,), {}, r"write @scope/Data\(\)"),
         ((a, b), {"weights": (1,)}, "1 numbers for 2 datasets"),
-        ((a, b), {"weights": (1, 0)}, "b' has the weight 0: give more than 0, or take it out of MixtureData.datasets"),
+        ((a, b), {"weights": (1, 0)}, "b' has the weight 0: .* MixtureData.datasets"),
         ((a, b), {"weights": (1, float("nan"))}, "has the weight nan"),
         ((a, b), {"labels": "both"}, '"by_name", "apart" or "as_they_are"'),
     ):
         with pytest.raises(ValueError, match=says):
             MixtureData(datasets, **options)
     grey = dataclasses.replace(digits, pp="decode(channels=1)|resize(8)|keep('image')")
-    with pytest.raises(ValueError, match=r"have to give the same: .* text .*; digits has image .*Data.pp") as error:
+    with pytest.raises(ValueError, match=r"a has image .* text .*; digits has image .*Data.pp") as error:
         take(MixtureData((a, grey)), 1)
     assert "\n" not in str(error.value)
-    # Batches do not care about sizes, but about one size.
+    # Examples of all datasets must have one size.
     smaller = dataclasses.replace(digits, pp=PP.replace("8", "7"))
-    with pytest.raises(ValueError, match="cannot be preprocessed like others: it comes out as image 7×7×3"):
+    with pytest.raises(ValueError, match=r"image 7×7×3.* image 8×8×3"):
         take(MixtureData((a, smaller), (6, 1)), 60)
 
 

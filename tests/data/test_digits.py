@@ -69,7 +69,7 @@ def test_histogram_baseline(splits):
     floor = np.log2(digits.level_widths())[digits.level(test)].mean()
     assert floor < bits < 8
     assert bits == pytest.approx(6.3852, abs=5e-4)
-    # It is a density over byte values: of every pixel, the probabilities of 0..255 sum to one.
+    # It is a density over byte values: for every pixel, the probabilities of 0..255 sum to one.
     every = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None, None], (256, 8, 8, 1))
     pixel = slice(3, 4)
     p = [2 ** -digits.histogram_bits_per_dim(train[:, pixel, pixel], x[None]) for x in every[:, pixel, pixel]]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import trees
-from jetformer.data import folder, pipeline, sources
+from jetformer.data import folder, sources
 from jetformer.data.dataset import Data
 from jetformer.data.folder import Folder
 
@@ -33,7 +33,7 @@ def data(root, tmp_path):
 
 @pytest.fixture
 def listed(monkeypatch):
-    """Which directories have been listed."""
+    """The directories that have been listed, in order."""
     found = []
     original = folder._images
 
@@ -60,7 +60,7 @@ def test_index(root, tmp_path, listed):
     assert len(set(found.labels("train")[:12])) == 3
 
 
-def test_an_index_is_listed_once_and_what_changes_again(root, tmp_path, listed):
+def test_only_changed_directories_are_listed_again(root, tmp_path, listed):
     index_dir = str(tmp_path / "index")
     first = Folder(str(root), index_dir)
     listed.clear()
@@ -73,7 +73,7 @@ def test_an_index_is_listed_once_and_what_changes_again(root, tmp_path, listed):
     assert listed == ["train/dog"]
     assert second.splits == {"train": 34, "val": 9}
     assert second.fingerprint != first.fingerprint
-    # Those that were there keep their order.
+    # Earlier files keep their order.
     labels = first.labels("train").tolist()
     assert any(labels == np.delete(second.labels("train"), i).tolist() for i in range(34))
 
@@ -94,7 +94,7 @@ def test_a_directory_that_has_just_changed_may_change_again(root, tmp_path, list
     assert listed == ["val/cat"]
 
 
-def test_the_order_does_not_depend_on_the_place(root, tmp_path):
+def test_the_order_does_not_depend_on_the_root(root, tmp_path):
     other = trees.plant(tmp_path / "elsewhere", dict(reversed(COUNTS.items())))
     a, b = (Folder(str(path), str(tmp_path / "index")) for path in (root, other))
     assert a.labels("train").tolist() == b.labels("train").tolist()
@@ -163,43 +163,43 @@ def write(path, content=b""):
         ([], ["has no splits", "/train/<class>/"]),
         (["1.png"], ["has no splits"]),
         (["train/1.png", "val/2.png"], ["has no classes", "train, val", "/train/all/"]),
-        (["train/cat/1.txt", "train/dog/notes"], ["2 classes, and no image", ".png"]),
+        (["train/cat/1.txt", "train/dog/notes"], ["2 classes, but no image", ".png"]),
     ],
 )
-def test_folders_that_are_none(tmp_path, files, says):
+def test_bad_folders(tmp_path, files, says):
     root = tmp_path / "root"
     if files is not None:
         root.mkdir()
         for name in files:
             write(root / name)
     with pytest.raises(ValueError, match=re.escape(says[0])) as error:
-        pipeline.prepare(f"folder:{root}", str(tmp_path / "data"))
+        sources.prepare(f"folder:{root}", str(tmp_path / "data"))
     assert "\n" not in str(error.value)
     assert str(root) in str(error.value)
     for part in says:
         assert part in str(error.value)
 
 
-def test_what_is_left_out_is_said(root, tmp_path, caplog):
+def test_ignored_files_are_logged(root, tmp_path, caplog):
     (root / "train/fox").mkdir()
     write(root / "train/cat/notes.txt")
     write(root / "train/cat/a.tiff")
     (root / "train/cat/more").mkdir()
     found = Folder(str(root), str(tmp_path / "index"))
     assert found.classes == ("cat", "dog", "emu", "fox")
-    assert "1 classes have a label and no images: train/fox" in caplog.text
+    assert "1 classes have no images: train/fox" in caplog.text
     assert all(what in caplog.text for what in ("1 .txt", "1 .tiff", "1 directories"))
-    # An empty class does no harm.
+    # An empty class is allowed.
     data = Data(f"folder:{root}", pp=PP_EVAL, data_dir=str(tmp_path / "data"), eval_split="val")
     assert len(list(data.eval_batches(batch_size=9))) == 1
 
 
-def test_a_split_that_is_not_there(data):
+def test_a_split_that_does_not_exist(data):
     with pytest.raises(ValueError, match=r"no split 'validation', it has: train, val, and slices"):
         dataclasses.replace(data, eval_split="validation").prepare()
 
 
-def test_an_index_that_is_damaged_is_made_again(root, tmp_path, caplog):
+def test_a_damaged_index_is_created_again(root, tmp_path, caplog):
     fingerprint = Folder(str(root), str(tmp_path / "index")).fingerprint
     (file,) = (tmp_path / "index").iterdir()
     file.write_bytes(file.read_bytes()[:100])
@@ -207,7 +207,7 @@ def test_an_index_that_is_damaged_is_made_again(root, tmp_path, caplog):
     assert "is damaged" in caplog.text
 
 
-def test_a_file_that_is_gone(data, root):
+def test_a_deleted_file(data, root):
     batches = data.train_batches(batch_size=4, seed=1)
     for path in root.glob("train/*/*"):
         path.unlink()
@@ -225,9 +225,9 @@ def test_starting_on_many_files(tmp_path):
             (root / f"train/{i:02d}/{j:03d}.png").touch()
     trees.age(root)
     name, data_dir = f"folder:{root}", str(tmp_path / "data")
-    pipeline.prepare(name, data_dir)
+    sources.prepare(name, data_dir)
     sources._sources.clear()
     start = time.process_time()
-    pipeline.prepare(name, data_dir)
-    assert pipeline.num_examples(name, "train", data_dir) == 100_000
+    sources.prepare(name, data_dir)
+    assert Data(name, "", eval_split="train", data_dir=data_dir).num_examples() == 100_000
     assert time.process_time() - start < 1.5

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub: parquet files as they are there, in a directory and from a hub on this machine."""
+"""Datasets of the Hugging Face Hub: parquet files in its layout, in a directory and from a hub on this machine."""
 
 import hashlib
 import http.server
@@ -23,7 +23,7 @@ from jetformer.data.dataset import Data
 
 PP = "decode|label_as_text|keep('image', 'text')"
 CLASSES = ["tench", "goldfish", "shark"]
-# What the Hub's parquet files say of their columns.
+# The columns' features, as in the Hub's parquet files.
 FEATURES = {
     "image": {"_type": "Image"},
     "label": {"names": CLASSES, "_type": "ClassLabel"},
@@ -74,19 +74,19 @@ def test_names(name, wanted):
 
 
 @pytest.mark.parametrize("name", ["huggingface:", "huggingface:a/b/c/d", "huggingface:a b"])
-def test_no_names(name):
-    with pytest.raises(ValueError, match=r"names are huggingface:owner/name"):
+def test_names_of_another_form(name):
+    with pytest.raises(ValueError, match=r"huggingface:owner/name"):
         huggingface.split_name(name)
 
 
 def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"takes the package datasets .*: pip install -e '.\[hf\]'") as error:
+    with pytest.raises(ValueError, match=r"package datasets .*: pip install -e '.\[hf\]'") as error:
         Data("huggingface:owner/name", pp=PP, data_dir=str(tmp_path)).prepare()
     assert "\n" not in str(error.value)
 
 
-def test_what_is_prepared_needs_no_package(tmp_path, monkeypatch):
+def test_a_prepared_dataset_needs_no_package(tmp_path, monkeypatch):
     with tfds.core.registered.skip_registration():
 
         class Owner_Name(tfds.core.GeneratorBasedBuilder):
@@ -140,7 +140,7 @@ def test_parquet(data):
     assert one["image"].shape == (4, 14, 12, 3)
 
 
-def test_images_stay_as_they_are(data):
+def test_images_keep_their_bytes(data):
     """They are not encoded again."""
     source = sources.open_source(data.name, data.data_dir)
     records = list(source.read(source.shards("train")))
@@ -151,7 +151,7 @@ def test_images_stay_as_they_are(data):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as a repository with a token takes."""
+    """Serves as much of the Hub as a gated repository needs."""
 
     root, seen = None, None
     COMMIT = "0123456789" * 4
@@ -237,7 +237,7 @@ def test_a_gated_repository_by_name(hub, tmp_path):
     pytest.importorskip("datasets")
     done = prepare(hub, tmp_path, HF_TOKEN="hf_secret")
     assert done.stdout.splitlines()[-1:] == [f"20 6 {tuple(CLASSES)}"], done.stderr[-2000:] + str(hub[0].seen)
-    # From then on no one is asked.
+    # From then on the hub is not asked.
     hub[0].seen.clear()
     assert prepare(hub, tmp_path, HF_TOKEN="").returncode == 0
     assert hub[0].seen == []
@@ -249,7 +249,7 @@ def test_a_gated_repository_without_a_token(hub, tmp_path):
     done = prepare(hub, tmp_path, HF_TOKEN="")
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: data set 'huggingface:owner/fish' cannot be had")
+    assert last.startswith("ValueError: cannot load dataset 'huggingface:owner/fish'")
     assert "accept its conditions on its page, and set HF_TOKEN" in last
 
 

@@ -1,4 +1,4 @@
-"""The program that shows what the data are."""
+"""The program that inspects data."""
 
 import dataclasses
 import re
@@ -35,12 +35,12 @@ def test_report(data):
     assert f"train: 19 examples of {data.name}, train, 1 more skipped" in lines
     assert "labels: cat 9, dog 10 (from 9 to 10 each)" in text
     assert "height × width, of 19: 14×12 (19)" in text
-    assert "of 1 classes there is none: cat" in text
+    assert "1 classes without examples: cat" in text
     assert "  image uint8 [4, 16, 16, 3]" in lines
     assert re.search(r"^[\d,]+ examples per second$", lines[-1])
     assert picture.dtype == np.uint8
     assert picture.ndim == 3
-    # Pictures of numbers that are no bytes.
+    # Also of floating-point images.
     scaled = dataclasses.replace(data, pp="decode|resize(16)|value_range(-1, 1)|keep('image')")
     assert inspect.report(scaled, batch_size=4, seed=0, count=20)[1].dtype == np.uint8
 
@@ -59,7 +59,7 @@ def test_texts(shapes_dir):
     lines, picture = inspect.report(data, batch_size=8, seed=0, count=16)
     text = "\n".join(lines)
     assert re.search(
-        r"tokens of a text without its end: \d+ to \d+, median \d+, mean [\d.]+; 0.0% are cut off at 40", text
+        r"tokens of a text without its end: \d+ to \d+, median \d+, mean [\d.]+; 0.0% are truncated at 40", text
     )
     assert text.count("  text: '") == 4
     assert picture is not None

@@ -1,4 +1,4 @@
-"""What the pixels of an image file are: every format, the two ways to decode, what is damaged or too large."""
+"""Decoding image files: every format, by both decoders; damaged and too large files."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ WHITE, BACKGROUND = (255, 255, 255), (10, 200, 90)
 
 
 def rgba(seed: int = 0, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """Smooth colours uint8 [H, W, 4], of every opacity."""
+    """Returns smooth colours uint8 [H, W, 4] of every opacity."""
     blocks = np.random.default_rng(seed).integers(0, 256, (3, 3, 4), np.uint8)
     channels = [Image.fromarray(blocks[..., i]).resize(size[::-1], Image.Resampling.BICUBIC) for i in range(4)]
     return np.stack([np.asarray(channel) for channel in channels], -1)
@@ -43,7 +43,7 @@ def by_pil(file: bytes, mode: str) -> np.ndarray:
 
 
 def png_of_16_bits(pixels: np.ndarray, transparent: bytes = b"") -> bytes:
-    """A PNG of uint16 [H, W, C]; `transparent` is the content of a tRNS chunk."""
+    """Returns a PNG of uint16 [H, W, C]; `transparent` is the content of a tRNS chunk."""
     file = tf.io.encode_png(pixels).numpy()
     return file[:33] + trees.png_chunk(b"tRNS", transparent) + file[33:] if transparent else file
 
@@ -64,7 +64,7 @@ def animation() -> bytes:
 
 @functools.cache
 def graph(**options):
-    """The op as it is in a pipeline, of bytes."""
+    """Applies the op to bytes, as in a pipeline."""
     op = preprocess.decode(**options)
     return tf.function(
         lambda image: op({"image": image})["image"], input_signature=[tf.TensorSpec([], tf.string)], autograph=False
@@ -72,7 +72,7 @@ def graph(**options):
 
 
 def decoded(file: bytes, **options) -> np.ndarray:
-    """The pixels, which are the same by both ways."""
+    """Returns the pixels, which both decoders agree on."""
     pixels = decode_picture(file, **options)
     assert pixels.dtype == np.uint8
     np.testing.assert_array_equal(graph(**options)(file), pixels)
@@ -107,8 +107,8 @@ FILES = {
 
 @pytest.mark.parametrize("background", [WHITE, BACKGROUND])
 @pytest.mark.parametrize("kind", FILES)
-def test_every_format_is_as_pil_has_it(kind, background):
-    """To one level. (PIL makes grey of 16 bits white.)"""
+def test_every_format_is_decoded_as_by_pil(kind, background):
+    """Up to one level. (PIL turns 16-bit greyscale white.)"""
     if kind == "grey PNG of 16 bits":
         wanted = (GREY_16 >> 8).repeat(3, -1).astype(int)
     else:
@@ -165,13 +165,13 @@ def test_exif_orientation(kind, order, orientation):
     np.testing.assert_array_equal(decoded(file), wanted)
 
 
-def test_exif_that_cannot_be_read_says_nothing():
+def test_exif_that_cannot_be_read_is_ignored():
     for content in (b"Exif\0\0", b"Exif\0\0nonsense", exif(6)[:14], b""):
         np.testing.assert_array_equal(decoded(encoded("RGB", "JPEG", exif=content)), decoded(encoded("RGB", "JPEG")))
 
 
 def test_jpegs_are_exact():
-    """On average, known pixels come back; by the fast DCT, they are darker."""
+    """On average, the original pixels are restored; by the fast DCT they are darker."""
     errors = {True: [], False: []}
     for seed in range(8):
         noise = np.random.default_rng(seed).normal(0, 8, (96, 96, 3))
@@ -198,9 +198,7 @@ def test_jpegs_are_exact():
     channels=st.sampled_from([1, 3]),
     seed=st.integers(0, 99),
 )
-def test_both_ways_give_the_same_pixels(
-    kind, mode, size, quality, subsampling, progressive, orientation, channels, seed
-):
+def test_both_decoders_agree(kind, mode, size, quality, subsampling, progressive, orientation, channels, seed):
     options = {"quality": quality, "subsampling": subsampling, "progressive": progressive} if kind == "JPEG" else {}
     if orientation is not None:
         options["exif"] = exif(orientation)
@@ -211,7 +209,7 @@ def test_both_ways_give_the_same_pixels(
 
 
 def check(file: bytes) -> None:
-    """Bytes are an error of one line or a picture, and the op gives that one or also fails."""
+    """Bytes are a one-line error or a picture; the op returns the same picture, or fails."""
     pixels, said = None, None
     try:
         pixels = decode_picture(file)
@@ -251,7 +249,7 @@ def test_random_bytes_are_errors(beginning, content):
 
 
 def bomb(kind: str) -> bytes:
-    """A small file that says that it has 20,000 × 20,000 pixels."""
+    """Returns a small file whose header says 20,000 × 20,000 pixels."""
     if kind == "PNG of 1 bit":
         return trees.png_of_zeros(20_000, 20_000)
     file = encoded("L" if kind == "GIF" else "RGB", kind, size=(513, 514))
@@ -267,7 +265,7 @@ def bomb(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["PNG of 1 bit", "PNG", "JPEG", "GIF", "BMP"])
 def test_a_decompression_bomb(kind, tmp_path):
-    """In a folder: one line with the file's name and the limit, in little memory."""
+    """In a folder: an error of one line with file name and limit, in little memory."""
     root = trees.plant(tmp_path / "root", {"train/a": 6})
     path = root / "train/a/003.png"
     path.write_bytes(bomb(kind))

@@ -9,13 +9,14 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.utils import tqdm_utils
 
-from jetformer.data import pictures, pipeline, preprocess
+from jetformer.data import pictures, pipeline, preprocess, sources
+from jetformer.data.dataset import Data
 
 NUM_TRAIN, NUM_TEST = 41, 11
 AUGMENT = 'decode|resize_small(12)|random_crop(8)|flip_lr|keep("image", "id")'
 PLAIN = 'decode|resize_small(8)|central_crop(8)|keep("image", "id")'
 
-# Unregistered, so that the pipeline has to find it by its files, as it would any prepared data set.
+# Unregistered, so that the pipeline must find it by its files, as any prepared dataset.
 with tfds.core.registered.skip_registration():
 
     class Pebbles(tfds.core.GeneratorBasedBuilder):
@@ -54,9 +55,9 @@ def builder(data_dir):
 @pytest.fixture
 def train(builder, data_dir):
     def batches(n, split="train", pp=AUGMENT, **kwargs):
-        defaults = {"batch_size": 6, "seed": 3, "shuffle_buffer_size": 16, "data_dir": data_dir}
-        it = pipeline.train_batches("pebbles", split, pp, **defaults | kwargs)
-        return list(itertools.islice(it, n))
+        size = kwargs.pop("shuffle_buffer_size", 16)
+        data = Data("pebbles", pp, train_split=split, shuffle_buffer_size=size, data_dir=data_dir)
+        return list(itertools.islice(data.train_batches(**{"batch_size": 6, "seed": 3} | kwargs), n))
 
     return batches
 
@@ -64,8 +65,7 @@ def train(builder, data_dir):
 @pytest.fixture
 def evaluate(builder, data_dir):
     def batches(split="train", pp=PLAIN, **kwargs):
-        it = pipeline.eval_batches("pebbles", split, pp, data_dir=data_dir, **kwargs)
-        return list(it)
+        return list(Data("pebbles", pp, eval_split=split, data_dir=data_dir).eval_batches(**kwargs))
 
     return batches
 
@@ -83,13 +83,13 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize("process", [{}, {"process_index": 1, "process_count": 2}])
-def test_start_step_is_a_run_that_never_stopped(train, process):
+def test_batches_from_a_start_step_are_those_of_the_whole_run(train, process):
     run = train(30, **process)  # 4.4 epochs
     for step in 0, 1, 6, 7, 20:
         assert_equal(run[step:], train(30 - step, start_step=step, **process))
 
 
-def test_every_epoch_is_another_order_of_all_examples(train):
+def test_every_epoch_has_all_examples_in_another_order(train):
     order = ids(train(164, batch_size=1))
     epochs = order.reshape(4, NUM_TRAIN)
     for epoch in epochs:
@@ -98,7 +98,7 @@ def test_every_epoch_is_another_order_of_all_examples(train):
     assert tuple(ids(train(164, batch_size=1, seed=4))) != tuple(order)
 
 
-def test_epochs_are_differently_augmented(train):
+def test_each_epoch_is_augmented_differently(train):
     batches = train(164, batch_size=1)
     images = np.concatenate([b["image"] for b in batches]).reshape(4, NUM_TRAIN, 8, 8, 3)
     by_id = [e[np.argsort(o)] for e, o in zip(images, ids(batches).reshape(4, -1), strict=True)]
@@ -133,8 +133,8 @@ def test_streams_share_the_split(train, process_count, sizes, monkeypatch):
 
 
 @pytest.mark.parametrize(("num_examples", "process_count"), [(1, 1), (3, 1), (4, 1), (4, 2), (6, 1)])
-def test_a_few_examples_are_seen_equally_often(train, num_examples, process_count):
-    """So that one can look whether a model learns four images by heart."""
+def test_few_examples_are_seen_equally_often(train, num_examples, process_count):
+    """So a model can be tested on memorizing four images."""
     few = {"split": f"train[:{num_examples}]", "batch_size": 16, "process_count": process_count}
     parts = [train(3, process_index=i, **few) for i in range(process_count)]
     _, counts = np.unique(np.concatenate([ids(part) for part in parts]), return_counts=True)
@@ -146,7 +146,7 @@ def test_fewer_examples_than_processes_are_refused(train):
         train(1, "train[:2]", batch_size=16, process_count=4)
 
 
-def test_splits_of_splits(train, evaluate):
+def test_slices_and_sums_of_splits(train, evaluate):
     everything = set(range(NUM_TRAIN))
     rest, first = set(ids(train(31, "train[10:]", batch_size=1))), set(ids(train(10, "train[:10]")))
     assert len(rest) == 31
@@ -155,21 +155,22 @@ def test_splits_of_splits(train, evaluate):
     assert len(set(ids(train(NUM_TRAIN + NUM_TEST, "train+test", batch_size=1)))) == 52
 
 
-def test_what_a_batch_is(data_dir):
+def test_types_and_shapes_of_a_batch(data_dir):
     pp = 'decode(channels=1)|label_as_text|keep("image", "text", "text_mask", "text_loss")'
-    it = pipeline.train_batches("digits", "train", pp, batch_size=4, seed=0, shuffle_buffer_size=10, data_dir=data_dir)
-    assert {k: (v.dtype, v.shape) for k, v in next(it).items()} == {
+    data = Data("digits", pp, data_dir=data_dir)
+    batch = next(data.train_batches(batch_size=4, seed=0))
+    assert {k: (v.dtype, v.shape) for k, v in batch.items()} == {
         "image": (np.uint8, (4, 8, 8, 1)),
         "text": (np.int32, (4, 1)),
         "text_mask": (bool, (4, 1)),
         "text_loss": (bool, (4, 1)),
     }
-    assert pipeline.num_examples("digits", "train", data_dir) == 1347
-    assert pipeline.num_examples("digits", "test[25:]", data_dir) == 200
+    assert data.num_train_examples() == 1347
+    assert data.num_examples("test[25:]") == 200
 
 
 def test_skipped_examples_are_not_decoded(data_dir, monkeypatch):
-    pipeline.prepare("digits", data_dir)
+    sources.prepare("digits", data_dir)
     count = 0
 
     def one_more(image):
@@ -182,13 +183,9 @@ def test_skipped_examples_are_not_decoded(data_dir, monkeypatch):
         return lambda example: {"image": tf.ensure_shape(op(example["image"]), [])}
 
     monkeypatch.setitem(preprocess.OPS, "counted", counted)
-    it = pipeline.train_batches(
-        *("digits", "train", "counted|decode"),
-        **{"batch_size": 1, "seed": 0, "shuffle_buffer_size": 100, "data_dir": data_dir},
-        **{"start_step": 1347 + 1300, "prefetch": 1, "num_parallel_calls": 2},
-    )
-    next(it)
-    assert 1 <= count < 20
+    data = Data("digits", "counted|decode", shuffle_buffer_size=100, data_dir=data_dir)
+    next(data.train_batches(batch_size=1, seed=0, start_step=1347 + 1300))
+    assert 1 <= count < 1300  # those that are preprocessed ahead
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 3])
@@ -219,8 +216,8 @@ def test_examples_have_the_same_numbers_for_all_numbers_of_processes(evaluate, p
     assert parts == {i: whole[i] for i in range(16)}
 
 
-def test_examples_as_they_are(builder, data_dir):
-    found = pipeline.examples("pebbles", "test[2:]", 3, data_dir=data_dir)
+def test_examples_as_the_dataset_has_them(builder, data_dir):
+    found = Data("pebbles", "", data_dir=data_dir).examples("test[2:]", 3)
     encoded = {"image": tfds.decode.SkipDecoding()}
     expected = list(tfds.as_numpy(builder.as_dataset(split="test[2:5]", decoders=encoded)))
     assert [e["id"] for e in found] == [e["id"] for e in expected]
@@ -257,10 +254,10 @@ def test_strings_can_be_padded(evaluate):
         ({"name": "imagenet2012"}, ["imagenet2012", "elsewhere", "data_dir", "anual"]),
         ({"name": "digits:9.9.9"}, ["9.9.9", "1.0.0"]),
         ({"name": "mnist", "process_count": 2}, ["mnist", "prepare"]),
-        ({"split": "tran"}, ["'tran'", "train, test"]),
-        ({"split": "train[100:]"}, ["'train[100:]'", "41"]),
-        ({"split": "train[9:5]"}, ["'train[9:5]'"]),
-        ({"split": "test[:1]", "process_count": 2}, ["'test[:1]'", "1 example", "2 process"]),
+        ({"train_split": "tran"}, ["'tran'", "train, test"]),
+        ({"train_split": "train[100:]"}, ["'train[100:]'", "41"]),
+        ({"train_split": "train[9:5]"}, ["'train[9:5]'"]),
+        ({"train_split": "test[:1]", "process_count": 2}, ["'test[:1]'", "1 example", "2 process"]),
         ({"batch_size": 0}, ["batch_size 0"]),
         ({"batch_size": 5, "process_count": 2}, ["batch_size 5", "2 process"]),
         ({"shuffle_buffer_size": 0}, ["shuffle_buffer_size 0"]),
@@ -269,52 +266,52 @@ def test_strings_can_be_padded(evaluate):
     ],
 )
 def test_errors_are_one_line(builder, data_dir, change, says):
-    kwargs = {"name": "pebbles", "split": "train", "pp": PLAIN, "data_dir": data_dir}
-    kwargs |= {"batch_size": 2, "seed": 0, "shuffle_buffer_size": 9} | change
+    settings = {"name": "pebbles", "pp": PLAIN, "data_dir": data_dir, "batch_size": 2} | change
+    options = {key: settings.pop(key) for key in ("batch_size", "process_count") if key in settings}
     with pytest.raises(ValueError, match=re.escape(says[0])) as e:
-        pipeline.train_batches(**kwargs)
+        Data(**settings).train_batches(seed=0, **options)
     assert "\n" not in str(e.value)
     for part in says:
         assert part in str(e.value)
 
 
-def test_no_random_ops_in_evaluation(builder, data_dir):
-    with pytest.raises(ValueError, match="'flip_lr' is random and only works in training") as e:
-        pipeline.eval_batches("pebbles", "test", "decode|flip_lr", batch_size=1, data_dir=data_dir)
+def test_random_ops_are_refused_in_evaluation(builder, data_dir):
+    with pytest.raises(ValueError, match="'flip_lr' is random") as e:
+        Data("pebbles", "decode|flip_lr", eval_split="test", data_dir=data_dir).eval_batches(batch_size=1)
     assert "\n" not in str(e.value)
 
 
-def test_other_formats_say_so(builder, tmp_path):
+def test_other_file_formats_are_refused(builder, tmp_path):
     copy = tmp_path / "pebbles" / "1.0.0"
     shutil.copytree(builder.data_dir, copy)
     info = copy / "dataset_info.json"
     info.write_text(info.read_text().replace('"tfrecord"', '"array_record"'))
     for f in copy.glob("*tfrecord*"):
         f.rename(copy / f.name.replace("tfrecord", "array_record"))
-    with pytest.raises(ValueError, match="'pebbles' is stored as array_record, and only tfrecord"):
-        pipeline.eval_batches("pebbles", "test", PLAIN, batch_size=1, data_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"'pebbles' .* array_record, .* tfrecord"):
+        Data("pebbles", PLAIN, eval_split="test", data_dir=tmp_path).eval_batches(batch_size=1)
 
 
 @pytest.mark.parametrize(("error", "says"), [(OSError("no\nroute"), "no route"), (TimeoutError(), "TimeoutError")])
-def test_data_that_this_machine_cannot_get(tmp_path, monkeypatch, error, says):
+def test_a_dataset_that_cannot_be_downloaded(tmp_path, monkeypatch, error, says):
     def fails(self):
         raise error
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fails)
-    with pytest.raises(ValueError, match=rf"^data set 'digits' is not in .* cannot be prepared here: .* \({says}\)$"):
-        pipeline.prepare("digits", str(tmp_path))
+    with pytest.raises(ValueError, match=rf"^dataset 'digits' .* \({says}\)$"):
+        sources.prepare("digits", str(tmp_path))
 
 
-def test_without_a_network_that_is_said_at_once(tmp_path, monkeypatch, capfd, caplog):
-    """TFDS by itself would try for minutes."""
+def test_without_a_network_preparing_fails_at_once(tmp_path, monkeypatch, capfd, caplog):
+    """TFDS itself would retry for minutes."""
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing answers
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"it waits for {seconds} s"))
     for name in ("cifar10", "tinystories"):
-        with pytest.raises(ValueError, match=f"^data set '{name}' is not in .* cannot be prepared here: .*127.0.0.1"):
-            pipeline.prepare(name, str(tmp_path))
+        with pytest.raises(ValueError, match=f"^dataset '{name}' .*127.0.0.1"):
+            sources.prepare(name, str(tmp_path))
     assert not [record for record in caplog.records if "Retrying" in record.message]
     assert "%|" not in capfd.readouterr().err
     assert (downloader.MAX_RETRIES, tqdm_utils._active) == (10, True)

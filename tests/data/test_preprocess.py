@@ -14,7 +14,7 @@ def run(pp, **example):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The path of a tokenizer, with 0 for padding and 1 for the end."""
+    """The path of a tokenizer; 0 is padding, 1 end-of-text."""
     words = np.array(["a", "the", "red", "blue", "cat", "dog", "sits"])
     draws = np.random.default_rng(0).integers(0, len(words), (200, 6))
     path = tmp_path_factory.mktemp("tokenizer") / "small.model"
@@ -84,14 +84,14 @@ def test_one_of_several():
 
 
 @pytest.mark.parametrize("op", ["choice", "first"])
-def test_none_of_several(op):
+def test_a_choice_from_none_is_an_error(op):
     def texts(pp):
         examples = lambda: ({"text": several, "_seed": [1, 2]} for several in (["x"], [], ["y"]))
         spec = {"text": tf.TensorSpec([None], tf.string), "_seed": tf.TensorSpec([2], tf.int64)}
         ds = tf.data.Dataset.from_generator(examples, output_signature=spec).map(preprocess.parse(pp))
         return [example["text"] for example in ds.as_numpy_iterator()]
 
-    with pytest.raises(tf.errors.InvalidArgumentError, match=f"op {op}: an example has none .* setdefault"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"op {op}: .* setdefault"):
         texts(op)
     assert texts(f'setdefault("text", "")|{op}') == [b"x", b"", b"y"]
 
@@ -129,7 +129,7 @@ def test_tolen():
     assert (out["a"].dtype, out["c"].dtype) == (np.int32, bool)
 
 
-# Of a text of three tokens, x: text, text_mask and text_loss.
+# text, text_mask and text_loss of a text of three tokens, x.
 @pytest.mark.parametrize(
     ("pad", "length", "expected"),
     [
@@ -254,7 +254,7 @@ def test_static_shapes_of_text(model):
         ("os.getpid()", ["neither"]),
     ],
 )
-def test_bad_strings_say_so_in_one_line(pp, says):
+def test_errors_of_bad_strings_are_one_line(pp, says):
     with pytest.raises(ValueError, match="preprocessing") as e:
         preprocess.parse(pp)
     message = str(e.value)
@@ -294,6 +294,6 @@ def test_errors_while_building_the_graph_are_one_line(pp, message):
 @pytest.mark.parametrize(("text", "kind"), [(["a", "b"], r"string of shape \(2,\)"), (3, r"int32 of shape \(\)")])
 def test_one_text_is_tokenized(model, op, text, kind):
     ds = tf.data.Dataset.from_tensors({"text": text})
-    with pytest.raises(ValueError, match=f"takes one text, not {kind}: choose one") as e:
+    with pytest.raises(ValueError, match=f"{kind}.* choice") as e:
         ds.map(preprocess.parse(op.format(model)))
     assert "\n" not in str(e.value)

@@ -11,10 +11,10 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from jetformer.data import pipeline
 from jetformer.data.builders.shapes import Object, Scene, checker, shapes
+from jetformer.data.dataset import Data
 
-FRESH = 100_000  # from here on no example is in the data set
+FRESH = 100_000  # indices from here on are not in the dataset
 NUM_SMALL = 24
 
 
@@ -28,18 +28,18 @@ def pairs(scene):
 
 
 def as_sets(scene):
-    """What a scene says, in no order."""
+    """Returns a scene without the order of its objects."""
     return sorted(map(str, scene.objects)), scene.background
 
 
 def without(scene, sizes, positions, background):
-    """The scene as a caption names it that leaves out some of it."""
+    """Returns the scene as a caption names it that omits some of it."""
     omitted = ({} if sizes else {"size": None}) | ({} if positions else {"position": None})
     objects = tuple(dataclasses.replace(o, **omitted) for o in scene.objects)
     return Scene(objects, scene.background if background else None)
 
 
-# ---- The data set. -------------------------------------------------------------------------------
+# ---- The dataset. --------------------------------------------------------------------------------
 
 
 def prepare_small(data_dir):
@@ -48,7 +48,7 @@ def prepare_small(data_dir):
     return builder
 
 
-# Not the session's: whoever asks there for the data set means all of it.
+# Not in the session's directory, where tests expect the whole dataset.
 @pytest.fixture(scope="module")
 def small_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("small_shapes")
@@ -85,23 +85,19 @@ def test_two_preparations_are_bit_identical(small, tmp_path):
 
 @pytest.mark.usefixtures("small")
 def test_pipeline_reads_it(small_dir):
-    args = {"batch_size": 8, "data_dir": str(small_dir)}
-    batch = next(
-        pipeline.train_batches(
-            "shapes", "train", 'decode|keep("image", "captions")', seed=0, shuffle_buffer_size=8, **args
-        )
-    )
+    data = Data("shapes", 'decode|keep("image", "captions")', data_dir=str(small_dir))
+    batch = next(data.train_batches(batch_size=8, seed=0))
     assert batch["image"].shape == (8, 32, 32, 3)
     assert batch["captions"].shape == (8, 5)
     for image, captions in zip(batch["image"], batch["captions"], strict=True):
         score = checker.score_image(image, captions[0].decode())
         assert all(right == named > 0 for right, named in score.values())
-    batch = next(pipeline.eval_batches("shapes", "test", 'decode|drop("objects")', **args))
+    batch = next(data.eval_batches(batch_size=8, split="test", pp='decode|drop("objects")'))
     assert batch["image"].shape == (8, 32, 32, 3)
 
 
 def test_examples_are_pinned():
-    # Another number here is another data set, and needs another version.
+    # Another digest means another dataset, which needs another version.
     digest = hashlib.sha256()
     for index, held_out in itertools.product([0, 1, 2, 21_999], [False, True]):
         image, captions, _ = shapes.example(index, held_out)
@@ -110,7 +106,7 @@ def test_examples_are_pinned():
 
 
 def test_splits_and_held_out_pairs(monkeypatch, tmp_path):
-    # A scene is drawn before its image and captions: without them it is the same, and all are fast.
+    # Scenes are drawn before images and captions, so they are the same without these.
     monkeypatch.setattr(shapes, "draw", lambda scene, bits: None)
     monkeypatch.setattr(shapes, "random_captions", lambda scene, bits: [])
     held_out = set(shapes.HELD_OUT)
@@ -140,7 +136,7 @@ def test_splits_and_held_out_pairs(monkeypatch, tmp_path):
     counts = seen["train"][1]
     for k, n in {"pairs": 21, "count": 3, "size": 2, "position": 9, "background": 3}.items():
         assert len(counts[k]) == n
-        # Large objects keep away from each other, so a little more often from the centre.
+        # Large objects are never adjacent, so they are slightly rarer in the centre.
         assert max(counts[k].values()) < (1.25 if k == "position" else 1.1) * min(counts[k].values())
 
 
@@ -151,7 +147,7 @@ def test_noise_is_gaussian_and_nothing_clips_it():
     images = np.stack([image for image, *_ in fresh(False)]).astype(np.int64)
     assert images.min() > 0
     assert images.max() < 255
-    # Neighbours in the background differ by noise alone.
+    # Neighbouring pixels of the background differ only by noise.
     corners = images[:, 30:32, 30:32].reshape(len(images), 12)
     is_flat = np.ptp(corners, axis=1) < 40
     assert is_flat.sum() > 300
@@ -166,7 +162,7 @@ def test_noise_is_gaussian_and_nothing_clips_it():
 def test_objects_have_their_size(shape, size, low, high):
     for i in range(20):
         cover = shapes._place(Object(shape, "red", size, "centre"), np.random.PCG64(i)) / 64
-        # How wide and high it is, but for the corners of a triangle, which cover little of a pixel.
+        # Its width and height, except for a triangle's corners, which cover little of a pixel.
         low_here = 0.9 * low - 0.2 if shape == "square" else low - 0.8 * (shape == "triangle")
         assert low_here <= cover.max(0).sum() <= high
         assert low_here <= cover.max(1).sum() <= high
@@ -208,7 +204,7 @@ def random_captions(n):
         yield scene, shapes.random_captions(scene, bits)
 
 
-def test_captions_say_what_they_name():
+def test_captions_name_what_is_true():
     templates = Counter()
     for scene, captions in random_captions(1000):
         assert len(set(captions)) == len(captions) == shapes.NUM_CAPTIONS
@@ -267,7 +263,7 @@ def test_parse_reads_captions_as_people_do():
         "a red star",
     ],
 )
-def test_strict_parse_refuses_what_is_no_caption(caption):
+def test_strict_parse_refuses_other_texts(caption):
     with pytest.raises(ValueError, match="not a caption"):
         checker.parse_caption(caption)
     checker.parse_caption(caption, strict=False)
@@ -295,7 +291,7 @@ def test_lenient_parse_reads_what_it_can(text, scene):
 
 
 def accuracies(examples, change=lambda image, rng: image):
-    """Share of right attributes, for each of them and for all, of what the first captions name."""
+    """Returns the share of right attributes that the first captions name, for each attribute and for all."""
     right, named = Counter(), Counter()
     for i, (image, captions, _) in enumerate(examples):
         for attribute, (r, n) in checker.score_image(change(image, np.random.default_rng(i)), captions[0]).items():
@@ -342,8 +338,8 @@ def test_checker_reads_imperfect_scenes(change):
         assert accuracy >= 0.95, attribute
 
 
-def test_checker_reads_what_others_draw():
-    # By other code than the data set's, to be sure of which way is up.
+def test_checker_reads_drawings_of_other_code():
+    # By other code than the dataset's, to test which way is up.
     image = Image.new("RGB", (320, 320), "white")
     pen = ImageDraw.Draw(image)
     pen.ellipse((10, 10, 115, 115), fill="red")
@@ -394,8 +390,8 @@ def test_scores_of_own_and_other_scenes():
     assert share(by_image) < 0.5
 
 
-def test_a_picture_full_of_things_is_not_right():
-    """Whatever is named is in it somewhere. (A quarter of shapes and half of sizes are right by chance.)"""
+def test_an_image_full_of_objects_scores_badly():
+    """It has any named object somewhere. (A quarter of shapes and half of sizes are right by chance.)"""
     rng, scores = np.random.default_rng(0), []
     for _, captions, _ in fresh(False)[:100]:
         colours = np.array(list(shapes.COLOURS.values()))[rng.integers(0, len(shapes.COLOURS), (8, 8))]
@@ -415,16 +411,16 @@ def test_score_image_counts():
 
     both = "a small red circle at the top and a large blue cross at the bottom on a grey background"
     assert score(both) == ((1, 1), (2, 2), (2, 2), (2, 2), (2, 2), (1, 1))
-    # Pairs are those that agree most, in whatever order they are named.
+    # Objects are matched to agree most, in any order.
     assert score("a blue cross and a red circle") == ((1, 1), (2, 2), (2, 2), (0, 0), (0, 0), (0, 0))
     swapped = "a red circle at the bottom and a blue cross at the top on a black background"
     assert score(swapped) == ((1, 1), (2, 2), (2, 2), (0, 0), (0, 2), (0, 1))
-    # One is missing; one too many, and then the largest counts.
+    # One object is missing; one too many, then the largest counts.
     assert score("a blue cross") == ((0, 1), (1, 1), (1, 1), (0, 0), (0, 0), (0, 0))
     assert score("a red circle") == ((0, 1), (0, 1), (0, 1), (0, 0), (0, 0), (0, 0))
     three = "a red circle at the top, a blue cross at the left and a green square at the right"
     assert score(three) == ((0, 1), (2, 3), (2, 3), (0, 0), (1, 3), (0, 0))
-    # Nothing there.
+    # No objects.
     blank = np.full((32, 32, 3), 225, np.uint8)
     assert tuple(checker.score_image(blank, both).values()) == ((0, 1), (0, 2), (0, 2), (0, 2), (0, 2), (0, 1))
     assert tuple(checker.score_image(blank, both)) == checker.ATTRIBUTES

@@ -1,4 +1,4 @@
-"""Attributes: the checker gives real images and captions full marks, and wrong ones what they deserve."""
+"""Attributes: real images and captions score 1, wrong ones less."""
 
 import numpy as np
 import pytest
@@ -19,12 +19,12 @@ def evaluator(**kwargs):
     return Attributes(checker=ShapesChecker(), split="test", num_examples=6, **kwargs)
 
 
-def test_scenes_are_those_that_were_drawn(context):
+def test_scenes_equal_the_drawn_ones(context):
     scenes = {}
     for i in range(21_000, 22_000):
         image, captions, scene = example(i, held_out=True)
         scenes[captions[0], image.tobytes()] = scene
-    examples = context.run.data.examples("test", 20)
+    examples = context.data.examples("test", 20)
     assert len(examples) == 20
     for found in examples:
         key = ShapesChecker().caption(found), found["image"].tobytes()
@@ -40,12 +40,12 @@ def test_an_untrained_model_and_real_images(context):
     assert {"images/colour", "images/background", "captions/count", "real_images/position"} <= scalars.keys()
 
 
-def test_full_marks_for_what_is_right(context, monkeypatch):
-    """And where every second image is another's, half of them are right at the most."""
-    examples = context.run.data.examples("test", 6)
+def test_correct_samples_score_one(context, monkeypatch):
+    """And swapped images score what the checker says."""
+    examples = context.data.examples("test", 6)
     images, captions = np.stack([e["image"] for e in examples]), [ShapesChecker().caption(e) for e in examples]
     monkeypatch.setattr(attributes, "sample_images", lambda context, rows, **kwargs: images)
-    monkeypatch.setattr(Attributes, "_captions", lambda self, context, shown: captions)
+    monkeypatch.setattr(Attributes, "captions", lambda self, context, shown: captions)
     scalars = evaluator()(context).scalars
     assert (scalars["images"], scalars["captions"]) == (1.0, 1.0)
     assert scalars["images/shape"] == 1.0
@@ -58,7 +58,7 @@ def test_full_marks_for_what_is_right(context, monkeypatch):
     assert totals[0] < totals[1]
 
 
-def test_what_the_model_does_not_learn_is_left_out(tmp_path, shapes_dir):
+def test_a_modality_that_the_model_does_not_learn_is_left_out(tmp_path, shapes_dir):
     context = untrained(
         tmp_path,
         shapes_dir,
@@ -69,6 +69,6 @@ def test_what_the_model_does_not_learn_is_left_out(tmp_path, shapes_dir):
     assert {name.partition("/")[0] for name in evaluator()(context).scalars} == {"captions", "real_images"}
 
 
-def test_classes_are_no_captions(tmp_path, data_dir):
-    with pytest.raises(ValueError, match="of a JetFormer that reads texts"):
+def test_classes_are_not_captions(tmp_path, data_dir):
+    with pytest.raises(ValueError, match="Attributes needs a JetFormer"):
         evaluator().check(untrained(tmp_path, data_dir))

@@ -1,4 +1,4 @@
-"""Zero-shot classification: the scores are those of the whole sequence, for labels of one token and of several."""
+"""Zero-shot classification: scores equal those of whole sequences, for labels of one token and of several."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ IMAGES_FIRST = {"JetFormerObjective__text_prefix_prob": 0.0}
     seed=st.integers(0, 2**31 - 1),
 )
 @torch.no_grad()
-def test_cached_scores_are_uncached_ones(length, num_labels, boi, causal, seed):
+def test_cached_scores_equal_uncached_ones(length, num_labels, boi, causal, seed):
     model = small_model(boi_id=boi, causal_mask_on_prefix=causal).eval()
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(2, L, model.out_dim, generator=generator).double()
@@ -39,21 +39,21 @@ def test_cached_scores_are_uncached_ones(length, num_labels, boi, causal, seed):
 
 
 def test_labels_that_are_tokens(tmp_path, data_dir):
-    """With the vocabulary repeated, as in the class-conditional experiments."""
+    """As in the class-conditional experiments, with a repeated vocabulary."""
     context = untrained(tmp_path, data_dir, **IMAGES_FIRST)
     evaluator = Classify(num_classes=10)
     evaluator.check(context)
     scalars = evaluator(context).scalars
     right, labels = [], []
-    with context.state.averaged(), torch.no_grad():
+    with context.averaged(), torch.no_grad():
         for batch in context.batches():
             from jetformer import prng
             from jetformer.runtime import derive_seed
 
             keys = prng.example_keys(derive_seed(0, 7), torch.tensor(batch["_index"]))
-            tokens = decode.encode_images(context.state.model, torch.tensor(batch["image"]), keys).tokens
-            hidden, _ = context.state.model(torch.tensor(batch["text"]), tokens, text_first=False)
-            predicted = context.state.model.text_logits(hidden)[:, 0, :10].argmax(-1).numpy()
+            tokens = decode.encode_images(context.model, torch.tensor(batch["image"]), keys).tokens
+            hidden, _ = context.model(torch.tensor(batch["text"]), tokens, text_first=False)
+            predicted = context.model.text_logits(hidden)[:, 0, :10].argmax(-1).numpy()
             right += (predicted == batch["text"][:, 0])[batch["_mask"]].tolist()
             labels += batch["text"][:, 0][batch["_mask"]].tolist()
     assert scalars["accuracy"] == pytest.approx(np.mean(right))
@@ -63,14 +63,14 @@ def test_labels_that_are_tokens(tmp_path, data_dir):
 
 
 def test_a_text_for_each_label(tmp_path, shapes_dir, monkeypatch):
-    """The ends of texts count, and what comes after them does not: the label is the text that training would score."""
+    """The ends of texts count, padding does not, as in training."""
     context = untrained(tmp_path, shapes_dir, gin_file="experiments/shapes.gin", Jet__num_heads=2)
     labels = ("a black background", "a grey background", "a picture of a white background")
     pp = "decode | copy('background', 'label') | keep('image', 'label')"
     evaluator = Classify(labels=labels, pp=pp)
     evaluator.check(context)
-    ids, counts = evaluator._texts(context)
-    eos = context.run.data.texts().tokenizer.eos_id
+    ids, counts = evaluator.texts(context)
+    eos = context.data.texts().tokenizer.eos_id
     for row, counted in zip(ids, counts, strict=True):
         assert counted.sum() == (row == eos).nonzero()[0, 0] + 1
     prefilled, prefill = [], decode.CachedDecoder.prefill
@@ -79,24 +79,24 @@ def test_a_text_for_each_label(tmp_path, shapes_dir, monkeypatch):
     assert set(scalars) == {"accuracy", *(f"accuracy/{label}" for label in labels)}
     assert len(prefilled) == len(list(context.batches()))  # once for all labels
     long = Classify(labels=(*labels[:2], "a very " + "dark " * 60 + "background"), pp=pp)
-    with pytest.raises(ValueError, match=r"^Classify.labels: 'a very .*' is too long for the model, by '.*background'"):
+    with pytest.raises(ValueError, match=r"^Classify.labels: 'a very .*' is too long for the model.* '.*background'"):
         long.check(context)
 
 
 @pytest.mark.parametrize(
     ("evaluator", "overrides", "message"),
     [
-        (Classify(num_classes=10), {}, "does not learn texts that come after images"),
-        (Classify(num_classes=99), IMAGES_FIRST, "has 99 labels, the model a vocabulary of 13"),
+        (Classify(num_classes=10), {}, "does not learn texts after images"),
+        (Classify(num_classes=99), IMAGES_FIRST, "99 labels, .* 13 tokens"),
         (Classify(num_classes=10, pp="decode(channels=1) | keep('image')"), IMAGES_FIRST, "have no label"),
     ],
 )
-def test_what_is_wrong_is_found_before(tmp_path, data_dir, evaluator, overrides, message):
+def test_check_finds_errors(tmp_path, data_dir, evaluator, overrides, message):
     with pytest.raises(ValueError, match=message):
         evaluator.check(untrained(tmp_path, data_dir, **overrides))
 
 
-def test_arguments_that_mean_nothing():
+def test_invalid_arguments():
     for arguments in ({}, {"labels": ("a", "b"), "num_classes": 2}):
         with pytest.raises(ValueError, match="give labels"):
             Classify(**arguments)

@@ -1,24 +1,25 @@
-"""FID and its like: torch-fidelity's figures, whatever batches and processes; what extractors load and refuse."""
+"""FID and related metrics equal torch-fidelity's, for any batches and processes; extractors load and refuse files."""
 
 import dataclasses
 import sys
 import threading
-import types
 import urllib.error
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.neural_network import MLPClassifier
 from upath import UPath
 
 from jetformer import config
 from jetformer.data.dataset import Data
 from jetformer.evaluators import features, fid
-from jetformer.evaluators.base import Context, prepare
+from jetformer.evaluators.context import Context, prepare
 from jetformer.evaluators.features import ClassifierFeatures, InceptionFeatures
 from jetformer.evaluators.fid import METRICS, Fid
 from jetformer.experiment import Experiment
+from jetformer.loops.base import Runner
 from jetformer.runtime import Runtime
 from jetformer.sampling.guidance import Guidance
 from jetformer.state import build, evaluator_context, make_loop
@@ -28,8 +29,8 @@ CPU = Runtime(torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
-def nothing_found_before(monkeypatch):
-    monkeypatch.setattr(fid, "_found", {})
+def no_split_read_before(monkeypatch):
+    monkeypatch.setattr(fid, "read_splits", {})
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def torch_fidelity():
 
 @pytest.fixture(scope="module")
 def make_context(data_dir, tmp_path_factory):
-    """Makes what an evaluator is given, of a run of digits.gin that has learned nothing."""
+    """Makes contexts of an untrained run of digits.gin."""
 
     def make(runtime=CPU, **overrides):
         config.parse(["experiments/digits.gin"], bindings(data_dir, **overrides))
@@ -61,7 +62,7 @@ def context(make_context):
 
 @pytest.fixture(scope="module")
 def classifier(context, tmp_path_factory):
-    """A classifier of few features, trained."""
+    """A trained classifier with few features."""
     extractor = ClassifierFeatures(hidden_dim=8, path=str(tmp_path_factory.mktemp("classifier") / "small.npz"))
     extractor.load(context)
     return extractor
@@ -85,7 +86,7 @@ class Images(torch.utils.data.Dataset):
         return self._images[i]
 
 
-# ---- Figures. ------------------------------------------------------------------------------------
+# ---- Metrics. ------------------------------------------------------------------------------------
 
 
 def test_the_distance_of_two_gaussians(torch_fidelity):
@@ -95,8 +96,8 @@ def test_the_distance_of_two_gaussians(torch_fidelity):
     assert fid.frechet_distance(ours, ours) == pytest.approx(0, abs=1e-12)
 
 
-def test_the_figures_are_torch_fidelitys(torch_fidelity):
-    """Its `calculate_metrics` from end to end, with an extractor that passes on the features that images hold."""
+def test_metrics_equal_torch_fidelitys(torch_fidelity):
+    """Compares with its `calculate_metrics`, with an extractor that takes pixels as features."""
 
     class Passing(torch_fidelity.FeatureExtractorBase):
         def __init__(self, name, features_list, **kwargs):
@@ -137,29 +138,29 @@ def test_statistics_are_in_float64(torch_fidelity):
     np.testing.assert_allclose(found["sigma"], (x - x.mean(0)).T @ (x - x.mean(0)) / 499, rtol=1e-9)
 
 
-def test_precision_and_recall_are_not_exchanged(torch_fidelity):
+def test_precision_and_recall_are_not_swapped(torch_fidelity):
     real = np.concatenate([gaussian_features(50, 1), 1000 + gaussian_features(50, 2)])
     found = fid.precision_and_recall(real[:50] + 0.001, real)
     assert found["precision"] == 1
-    assert found["recall"] <= 0.55  # of real images half are far from all that was generated
+    assert found["recall"] <= 0.55  # half of the real images are far from all generated ones
 
 
 # ---- The evaluator. ------------------------------------------------------------------------------
 
 
-def test_figures_do_not_depend_on_batches(torch_fidelity, context, make_context, classifier):
+def test_metrics_do_not_depend_on_batches(torch_fidelity, context, make_context, classifier):
     evaluator = Fid(num_images=50, metrics=METRICS, features=classifier)
     evaluator.check(context)
     figures = evaluator(context).scalars
     assert set(figures) == {"frechet_distance", *METRICS} - {"fid"}
     assert np.isfinite(list(figures.values())).all()
-    fid._found.clear()
+    fid.read_splits.clear()
     other = dataclasses.replace(evaluator, batch_size=7)(make_context(train__eval_batch_size=40))
     assert other.scalars == pytest.approx(figures, rel=1e-3)
 
 
-def test_the_real_images_are_looked_at_once(torch_fidelity, context, classifier, monkeypatch):
-    """At all steps and by all evaluators of the same split; by another one anew."""
+def test_real_images_are_read_once(torch_fidelity, context, classifier, monkeypatch):
+    """For all steps and evaluators of the same split."""
     splits, batches = [], Context.batches
     monkeypatch.setattr(Context, "batches", lambda self, *args: splits.append(args[1]) or batches(self, *args))
     evaluator = Fid(num_images=10, metrics=("fid", "kid"), features=classifier, split="validation[:20]")
@@ -171,12 +172,12 @@ def test_the_real_images_are_looked_at_once(torch_fidelity, context, classifier,
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InThread(Runtime):
-    """Threads of this process in place of processes."""
+    """Threads of this process in the place of processes."""
 
     values: list = dataclasses.field(default_factory=list)
     barrier: threading.Barrier | None = None
 
-    def of_all(self, value):
+    def all_gather(self, value):
         self.values[self.process_index] = value
         self.barrier.wait(timeout=300)
         values = list(self.values)
@@ -185,7 +186,7 @@ class InThread(Runtime):
 
 
 @pytest.mark.slow
-def test_figures_do_not_depend_on_processes(torch_fidelity, context, make_context, classifier):
+def test_metrics_do_not_depend_on_processes(torch_fidelity, context, make_context, classifier):
     evaluator = Fid(num_images=45, split="validation[:35]", metrics=METRICS, features=classifier, keep_images=True)
     expected = evaluator(context).scalars
     values, barrier = [None, None], threading.Barrier(2)
@@ -211,14 +212,14 @@ def test_figures_do_not_depend_on_processes(torch_fidelity, context, make_contex
     for thread in threads:
         thread.join()
     assert found[0] == found[1] == pytest.approx(expected, rel=1e-3)
-    # Each has written the images that it has made.
+    # Each has written the images that it has generated.
     for of in (context.directory, directory):
         written = sorted(path.name for path in (of / "images" / "000000007").iterdir())
         assert written == [f"{i:06d}.png" for i in range(45)]
 
 
-def test_conditions_are_the_texts_of_the_split_again_and_again(context, classifier):
-    """The model's images are replaced by such that show the class asked for, which then is known."""
+def test_the_texts_of_the_split_are_repeated(context, classifier):
+    """Replaces the model's images by real ones of the given class, which the classifier recognizes."""
     rows = context.first_examples(12, ("image", "text"), split="validation[:12]")
     evaluator = Fid(num_images=30, split="validation[:12]", metrics=("class_accuracy",), features=classifier)
     asked = []
@@ -252,26 +253,41 @@ def test_class_accuracy_alone_needs_no_torch_fidelity(context, classifier, monke
         dataclasses.replace(evaluator, metrics=("kid",)).check(context)
 
 
-def test_images_of_another_job_stay(context, classifier, tmp_path):
-    """Two jobs that evaluate the same step write the same images; those of more images than now go."""
+class ListingFeatures:
+    """An extractor that notes which images are in a directory whenever it is called."""
+
+    num_features, distance, knows_labels = 1, "distance", True
+
+    def __init__(self, directory):
+        self.directory, self.seen = directory, []
+
+    def name(self, context):
+        return "listing"
+
+    def check(self, context):
+        pass
+
+    def load(self, context):
+        return self.extract
+
+    def extract(self, images):
+        self.seen.append(sorted(path.name for path in self.directory.glob("*.png")))
+        return {"features": np.zeros((len(images), 1), np.float32), "logits": np.zeros((len(images), 10), np.float32)}
+
+
+def test_images_of_another_job_stay(context, tmp_path):
+    """Two jobs that evaluate the same step write the same images. Images of an earlier, larger evaluation go."""
     context = dataclasses.replace(context, directory=UPath(tmp_path))
-    directory, seen = tmp_path / "images" / "000000007", []
-
-    def extract(images):
-        seen.append(sorted(path.name for path in directory.glob("*.png")))
-        return {"logits": np.zeros((len(images), 10), np.float32)}
-
-    directory.mkdir(parents=True)
+    extractor = ListingFeatures(tmp_path / "images" / "000000007")
+    extractor.directory.mkdir(parents=True)
     for number in (13, 30):
-        (directory / f"{number:06d}.png").write_bytes(b"another job's")
-    evaluator = Fid(num_images=20, metrics=("class_accuracy",), features=classifier, keep_images=True, batch_size=10)
-    rows = {"text": np.zeros((20, 1), np.int32), "number": np.arange(20, dtype=np.int32)}
-    evaluator._generate(context, extract, rows, ("class_accuracy",))
-    assert seen[0] == [f"{i:06d}.png" for i in (*range(10), 13)]
-    assert seen[1] == [f"{i:06d}.png" for i in range(20)]
+        (extractor.directory / f"{number:06d}.png").write_bytes(b"another job's")
+    Fid(num_images=20, metrics=("class_accuracy",), features=extractor, keep_images=True, batch_size=10)(context)
+    assert extractor.seen[-2] == [f"{i:06d}.png" for i in (*range(10), 13)]
+    assert extractor.seen[-1] == [f"{i:06d}.png" for i in range(20)]
 
 
-def test_statistics_that_were_saved(torch_fidelity, context, classifier, tmp_path):
+def test_saved_statistics(torch_fidelity, context, classifier, tmp_path):
     path = str(tmp_path / "deeper" / "real.npz")
     metrics = tuple(name for name in METRICS if name != "class_accuracy")
     evaluator = Fid(num_images=20, metrics=metrics, features=classifier, save_statistics=path)
@@ -281,34 +297,34 @@ def test_statistics_that_were_saved(torch_fidelity, context, classifier, tmp_pat
     assert again(context).scalars == first
     assert [file.name for file in (tmp_path / "deeper").iterdir()] == ["real.npz"]
     other = dataclasses.replace(again, features=ClassifierFeatures(hidden_dim=8, max_epochs=3))
-    with pytest.raises(ValueError, match=r"statistics of the features classifier_\w+, not of classifier_\w+: save"):
+    with pytest.raises(ValueError, match=r"statistics of the features classifier_\w+, not of classifier_\w+"):
         other.check(context)
 
 
-def test_what_adm_publishes(torch_fidelity, context, classifier, tmp_path):
+def test_statistics_as_adm_publishes_them(torch_fidelity, context, classifier, tmp_path):
     real = gaussian_features(100, 4, size=8)
     arrays = fid.statistics(real) | {"mu_s": np.zeros(5), "sigma_s": np.eye(5)}
     path = tmp_path / "adm.npz"
-    # arr_0 of published files is gigabytes, which nobody is to read: here reading it would fail.
+    # arr_0 of published files takes gigabytes and must not be read: here reading it would fail.
     np.savez(path, arr_0=np.array([None]), **arrays)
     evaluator = Fid(num_images=20, features=classifier, statistics=str(path), metrics=("fid", "inception_score"))
     evaluator.check(context)
     assert evaluator(context).scalars["frechet_distance"] > 0
-    with pytest.raises(ValueError, match=r"has mu and sigma alone, and kid, recall need\(s\) features: take them off"):
+    with pytest.raises(ValueError, match=r"only mu and sigma, and kid, recall need"):
         dataclasses.replace(evaluator, metrics=("fid", "kid", "recall")).check(context)
 
 
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"mu": np.zeros(8)}, r"is no file of statistics: give .* \(.*sigma"),
+        ({"mu": np.zeros(8)}, r"not a file of statistics: give .* \(.*sigma"),
         ({"mu": np.zeros(9), "sigma": np.eye(9)}, r"give .* mu \[8\] and sigma \[8, 8\] \(its mu is float64 \[9\]\)"),
         ({"mu": np.zeros(8), "sigma": np.zeros(8)}, r"\(its sigma is float64 \[8\]\)"),
-        ({"mu": np.zeros(8), "sigma": np.full((8, 8), np.nan)}, r"is no file of statistics"),
-        ({"mu": np.array([None] * 8), "sigma": np.eye(8)}, r"is no file of statistics.*allow_pickle"),
+        ({"mu": np.zeros(8), "sigma": np.full((8, 8), np.nan)}, r"not a file of statistics"),
+        ({"mu": np.array([None] * 8), "sigma": np.eye(8)}, r"not a file of statistics.*allow_pickle"),
         ({"mu": np.zeros(8), "sigma": np.eye(8), "features": np.zeros((3, 8))}, r"of fewer than 10 images"),
-        (b"mu and sigma", r"is no file of statistics"),
-        (b"", r"is no file of statistics"),
+        (b"mu and sigma", r"not a file of statistics"),
+        (b"", r"not a file of statistics"),
         (None, r"cannot be read: .*No such file"),
     ],
 )
@@ -324,10 +340,10 @@ def test_unfit_statistics(torch_fidelity, context, classifier, tmp_path, arrays,
     assert "\n" not in str(raised.value)
 
 
-def test_one_array_is_no_statistics(torch_fidelity, context, classifier, tmp_path):
+def test_one_array_is_not_a_file_of_statistics(torch_fidelity, context, classifier, tmp_path):
     np.save(tmp_path / "mu.npy", np.zeros(8))
     evaluator = Fid(num_images=20, features=classifier, metrics=("fid",), statistics=str(tmp_path / "mu.npy"))
-    with pytest.raises(ValueError, match=r"is no file of statistics.*holds one array"):
+    with pytest.raises(ValueError, match=r"not a file of statistics.*holds one array"):
         evaluator.check(context)
 
 
@@ -341,35 +357,35 @@ def test_one_array_is_no_statistics(torch_fidelity, context, classifier, tmp_pat
         ({"statistics": "a", "save_statistics": "b"}, "not both"),
     ],
 )
-def test_arguments_that_cannot_be(arguments, message):
+def test_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         Fid(**arguments)
 
 
-def test_runs_that_cannot_be_evaluated(torch_fidelity, context, classifier):
-    flow = dataclasses.replace(context, state=types.SimpleNamespace(model=torch.nn.Linear(1, 1)))
-    with pytest.raises(ValueError, match="Fid is of the images of a JetFormer, not of a Linear"):
+def test_check_finds_unsuitable_runs(torch_fidelity, context, classifier):
+    flow = dataclasses.replace(context, runner=Runner(torch.nn.Linear(1, 1)))
+    with pytest.raises(ValueError, match="Fid needs a JetFormer, not a Linear"):
         Fid().check(flow)
     with pytest.raises(ValueError, match=r"class_accuracy needs .* InceptionFeatures is not: .*@ClassifierFeatures"):
         Fid(metrics=("fid", "class_accuracy")).check(context)
-    with pytest.raises(ValueError, match="there is no 'fib'; there are fid, inception_score, kid"):
-        Fid(metrics=("fid", "fib")).check(context)  # and not before: a job's other evaluators go on
+    with pytest.raises(ValueError, match=r"there is no 'fib'; .* fid, inception_score, kid"):
+        Fid(metrics=("fid", "fib")).check(context)  # and not before: the job's other evaluators still run
     data = Data(name="digits", pp="decode(channels=1) | caption('some.model', 8)")
-    texts = dataclasses.replace(context, run=dataclasses.replace(context.run, data=data))
-    with pytest.raises(ValueError, match="class_accuracy is of classes, and this run has texts"):
+    texts = dataclasses.replace(context, data=data)
+    with pytest.raises(ValueError, match="class_accuracy needs classes"):
         Fid(metrics=("class_accuracy",), features=classifier).check(texts)
-    assert Fid(features=classifier)._metrics(texts) == ("fid",)
+    assert Fid(features=classifier).metrics_of(texts) == ("fid",)
     with pytest.raises(ValueError, match=r"split 'validation\[:5\]' has fewer than 10 images"):
         Fid(features=classifier, split="validation[:5]").check(context)
-    undropped = dataclasses.replace(context.run.objective, drop_labels_prob=0.0)
-    unguided = dataclasses.replace(context, run=dataclasses.replace(context.run, objective=undropped))
-    with pytest.raises(ValueError, match="which this one does not learn"):
+    undropped = dataclasses.replace(context.objective, drop_labels_prob=0.0)
+    unguided = dataclasses.replace(context, objective=undropped)
+    with pytest.raises(ValueError, match=r"drop_labels_prob is 0"):
         Fid(features=classifier, guidance=Guidance("density", 1.0)).check(unguided)
 
 
 @pytest.mark.slow
 def test_in_training(torch_fidelity, make_context, data_dir):
-    """By gin."""
+    """Configured by gin."""
     context = make_context(
         train__evaluators='{"fid": @Fid()}',
         Fid__num_images=12,
@@ -378,7 +394,7 @@ def test_in_training(torch_fidelity, make_context, data_dir):
         Fid__every_steps=5,
         ClassifierFeatures__hidden_dim=4,
     )
-    evaluator = context.run.evaluators["fid"]
+    evaluator = config.call(Experiment).evaluators["fid"]
     evaluator.check(context)
     assert set(evaluator(context).scalars) == {"frechet_distance", "class_accuracy"}
 
@@ -388,7 +404,7 @@ def test_in_training(torch_fidelity, make_context, data_dir):
 
 def test_without_torch_fidelity(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ImportError, match=r"need torch-fidelity: pip install -e '\.\[fid\]'"):
+    with pytest.raises(ImportError, match=r"torch-fidelity: pip install -e '\.\[fid\]'"):
         features.torch_fidelity()
 
 
@@ -424,7 +440,7 @@ def inception_weights(torch_fidelity, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_inception_is_torch_fidelitys(torch_fidelity, inception_weights, context):
+def test_inception_equals_torch_fidelitys(torch_fidelity, inception_weights, context):
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
     extract = InceptionFeatures(weights_path=inception_weights).load(context)
     found = extract(images)
@@ -440,9 +456,9 @@ def test_inception_is_torch_fidelitys(torch_fidelity, inception_weights, context
 
 
 @pytest.mark.slow
-def test_images_that_are_kept_give_the_same_figures(torch_fidelity, inception_weights, make_context):
+def test_kept_images_have_the_same_metrics(torch_fidelity, inception_weights, make_context):
     """By torch-fidelity's own program: generated images from their directory, real ones from the dataset."""
-    metrics = ("kid", "precision", "recall")  # of random weights all images are of one class
+    metrics = ("kid", "precision", "recall")  # with random weights all images have one class
     evaluator = Fid(
         num_images=11,
         split="validation[:10]",
@@ -475,7 +491,7 @@ def test_images_that_are_kept_give_the_same_figures(torch_fidelity, inception_we
 
 
 class Unpickled:
-    """Says when it is unpickled."""
+    """Fails the test when it is unpickled."""
 
     def __reduce__(self):
         return pytest.fail, ("a file of weights was unpickled",)
@@ -484,12 +500,12 @@ class Unpickled:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        (None, "cannot be had here .*No such file"),
-        (b"weights", "is no file of weights"),
-        (b"", "is no file of weights"),
-        ({"fc.weight": Unpickled()}, "is no file of weights"),
-        ({"fc.weight": torch.zeros(1)}, "has weights of something else than Inception"),
-        (torch.zeros(1), "is no file of weights"),
+        (None, "is not available .*No such file"),
+        (b"weights", "not a file of weights"),
+        (b"", "not a file of weights"),
+        ({"fc.weight": Unpickled()}, "not a file of weights"),
+        ({"fc.weight": torch.zeros(1)}, "weights of another network than Inception"),
+        (torch.zeros(1), "not a file of weights"),
     ],
 )
 def test_unfit_weights(torch_fidelity, context, tmp_path, weights, message):
@@ -514,9 +530,7 @@ def test_weights_that_cannot_be_downloaded(torch_fidelity, context, monkeypatch)
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetch)
-    with pytest.raises(
-        ValueError, match=r"weights of Inception cannot be had here \(.*no route.*\): download https://"
-    ):
+    with pytest.raises(ValueError, match=r"weights of Inception is not available \(.*no route.*\): download https://"):
         Fid().check(context)
     assert asked["weights_only"]
     assert asked["check_hash"]
@@ -533,7 +547,7 @@ def test_the_classifier_knows_digits_and_is_trained_once(context, monkeypatch, d
     assert not list(kept.parent.glob(".*"))
     with np.load(kept, allow_pickle=False) as arrays:
         assert arrays["hidden_weights"].shape == (64, 64)
-    (batch,) = context.run.data.eval_batches(
+    (batch,) = context.data.eval_batches(
         batch_size=225, split="validation", pp="decode(channels=1) | keep('image', 'label')"
     )
     found = extract(batch["image"])
@@ -541,7 +555,7 @@ def test_the_classifier_knows_digits_and_is_trained_once(context, monkeypatch, d
     assert found["features"].dtype == found["logits"].dtype == np.float32
     assert fid.class_accuracy(found["logits"], batch["label"][:, None]) > 0.9
 
-    monkeypatch.setattr(ClassifierFeatures, "_train", lambda *args: pytest.fail("it is trained again"))
+    monkeypatch.setattr(MLPClassifier, "fit", lambda *args: pytest.fail("it is trained again"))
     again = ClassifierFeatures().load(context)(batch["image"])
     np.testing.assert_array_equal(again["features"], found["features"])
     assert extract(batch["image"][:0])["features"].shape == (0, 64)
@@ -556,22 +570,18 @@ class OddAndEven(Data):
 
 
 def with_data(context, **changes):
-    return dataclasses.replace(
-        context, run=dataclasses.replace(context.run, data=dataclasses.replace(context.run.data, **changes))
-    )
+    return dataclasses.replace(context, data=dataclasses.replace(context.data, **changes))
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize(("data_class", "num_classes"), [(Data, 10), (OddAndEven, 2)])
-def test_the_classifier_is_scikit_learns(context, tmp_path, data_class, num_classes):
-    """Of two classes it has one logit, of which we make two."""
-    from sklearn.neural_network import MLPClassifier
-
-    run = dataclasses.replace(context.run, data=data_class(**dataclasses.asdict(context.run.data)))
+def test_the_classifier_equals_scikit_learns(context, tmp_path, data_class, num_classes):
+    """With two classes scikit-learn has one logit, from which we make two."""
+    data = data_class(**dataclasses.asdict(context.data))
     extractor = ClassifierFeatures(hidden_dim=5, max_epochs=20, path=str(tmp_path / "own.npz"))
     pp = "decode(channels=1) | keep('image', 'label')"
-    (batch,) = run.data.eval_batches(batch_size=1347, split="train", pp=pp)
-    found = extractor.load(dataclasses.replace(context, run=run))(batch["image"])
+    (batch,) = data.eval_batches(batch_size=1347, split="train", pp=pp)
+    found = extractor.load(dataclasses.replace(context, data=data))(batch["image"])
     pixels = (batch["image"].reshape(1347, -1) / 255).astype(np.float32)
     theirs = MLPClassifier((5,), max_iter=20, random_state=0).fit(pixels, batch["label"])
     assert found["logits"].shape == (1347, num_classes)
@@ -583,16 +593,16 @@ def test_the_classifier_is_scikit_learns(context, tmp_path, data_class, num_clas
 @pytest.mark.parametrize(
     ("pp", "message"),
     [
-        ("decode(channels=1) | keep('image')", r"of which .* is image uint8 \[8, 8, 1\]"),
+        ("decode(channels=1) | keep('image')", r"of which .* leaves image uint8 \[8, 8, 1\]"),
         ("decode(channels=3) | keep('image', 'label')", r"image uint8 \[8, 8, 3\], label int64 \[\]"),
         ("decode(channels=1) | keep('image', 'name')", r"the example has no 'name', it has"),
     ],
 )
-def test_data_that_a_classifier_cannot_learn(context, pp, message):
+def test_unsuitable_data_for_a_classifier(context, pp, message):
     with pytest.raises(ValueError, match=message) as raised:
         ClassifierFeatures(pp=pp).check(context)
     assert "ClassifierFeatures cannot learn from 'digits'" in str(raised.value)
-    assert "give ClassifierFeatures.pp, which leaves an image [8, 8, 1] and an integer label" in str(raised.value)
+    assert "ClassifierFeatures.pp to leave an image [8, 8, 1]" in str(raised.value)
 
 
 def test_classes_without_examples(context, tmp_path):
@@ -603,10 +613,10 @@ def test_classes_without_examples(context, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_files_that_hold_another_classifier(context, classifier, tmp_path):
+def test_files_of_another_classifier(context, classifier, tmp_path):
     other = dataclasses.replace(classifier, max_epochs=3)
-    with pytest.raises(ValueError, match=r"small\.npz is a classifier of other data or with other settings"):
+    with pytest.raises(ValueError, match=r"small\.npz is a classifier for other data"):
         other.load(context)
     (tmp_path / "damaged.npz").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"is no classifier of ClassifierFeatures: delete it, and one is trained"):
+    with pytest.raises(ValueError, match=r"damaged\.npz is not a classifier of ClassifierFeatures"):
         ClassifierFeatures(path=str(tmp_path / "damaged.npz")).load(context)

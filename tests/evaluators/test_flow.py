@@ -1,4 +1,4 @@
-"""Pictures of a flow alone: rows of temperature and class, images at the ends of what lies between them."""
+"""Pictures of a flow alone: rows by temperature and class, real images at the ends of interpolations."""
 
 import math
 
@@ -21,25 +21,25 @@ def context_of(tmp_path, data_dir, gin_file=JET, **overrides):
 
 
 def image_at(picture, row, column):
-    """An image of a labelled picture, as it was before it was enlarged."""
+    """Returns an image of a labelled picture, in its original size."""
     top = row * (14 + 10 * FACTOR) + 14 + FACTOR
     left = (1 + 9 * column) * FACTOR
     return picture[top : top + 8 * FACTOR : FACTOR, left : left + 8 * FACTOR : FACTOR]
 
 
-def test_rows_of_temperature_have_the_same_latents(tmp_path, data_dir):
+def test_rows_have_the_same_latents(tmp_path, data_dir):
     context = context_of(tmp_path, data_dir)
     samples = FlowSamples(temperatures=(0.0, 0.5, 1.0), num_images=4, num_interpolations=0, num_round_trips=0)
     samples.check(context)
     picture = samples(context).pictures["grid"]
     assert picture.shape == (3 * (14 + 10 * FACTOR), WIDTH * FACTOR, 1)
     keys = prng.example_keys(derive_seed(0, 7), torch.arange(4, dtype=torch.int32))
-    with context.state.averaged(), torch.no_grad():
-        x, _ = context.state.model.inverse(0.5 * prng.normal(keys, (8, 8, 1)))
+    with context.averaged(), torch.no_grad():
+        x, _ = context.model.inverse(0.5 * prng.normal(keys, (8, 8, 1)))
     expected = ((x + 1) * 127.5).floor().clamp(0, 255).numpy()
     for column in range(4):
         assert np.abs(image_at(picture, 1, column) - expected[column]).max() <= 1
-    assert (image_at(picture, 0, 0) == image_at(picture, 0, 3)).all()  # without temperature there is one image
+    assert (image_at(picture, 0, 0) == image_at(picture, 0, 3)).all()  # at temperature 0 all images are equal
     small = FlowSamples(temperatures=(1.0,), num_images=4, num_interpolations=0, num_round_trips=0, batch_size=3)
     again = small(context).pictures["grid"]
     assert np.abs(image_at(again, 0, 3).astype(int) - image_at(picture, 2, 3)).max() <= 1
@@ -58,14 +58,14 @@ def test_real_images_are_at_the_ends_of_an_interpolation(tmp_path, data_dir):
         assert all(np.abs(between - end).max() > 8 for end in ends)
 
 
-def test_figures_of_the_round_trip(tmp_path, data_dir):
+def test_metrics_of_the_round_trip(tmp_path, data_dir):
     context = context_of(tmp_path, data_dir)
     results = FlowSamples(num_interpolations=0, num_round_trips=4)(context)
     assert results.scalars["round_trip_error"] < 0.01
-    with context.state.averaged(), torch.no_grad():
+    with context.averaged(), torch.no_grad():
         image = torch.from_numpy(context.first_examples(4, ("image",))["image"])
         noise = prng.uniform(prng.example_keys(derive_seed(0, 7), torch.arange(4, dtype=torch.int32)), (8, 8, 1))
-        latents, _ = context.state.model((image + noise) / 127.5 - 1)
+        latents, _ = context.model((image + noise) / 127.5 - 1)
     assert results.scalars["latents_mean"] == pytest.approx(latents.mean().item(), abs=1e-5)
     assert results.scalars["latents_std"] == pytest.approx(latents.std(correction=0).item(), abs=1e-5)
     picture = results.pictures["round_trip"]
@@ -80,15 +80,15 @@ def test_classes_of_a_labelled_flow(tmp_path, data_dir):
     samples.check(context)
     pictures = samples(context).pictures
     assert pictures["classes"].shape == (2 * (14 + 10 * FACTOR), WIDTH * FACTOR, 1)
-    # Untrained, the flow hardly knows its labels; the latents are those of the temperature's row.
+    # An untrained flow hardly depends on labels, and the latents are those of the row of temperature 1.
     rows = [image_at(pictures["classes"], row, 0).astype(int) for row in range(2)]
     plain = image_at(pictures["grid"], 3, 0).astype(int)
     assert all(np.corrcoef(row.flat, plain.flat)[0, 1] > 0.5 for row in rows)
 
 
-def test_it_is_of_flows_alone(tmp_path, data_dir):
+def test_it_needs_a_flow_alone(tmp_path, data_dir):
     context = untrained(tmp_path, data_dir)
-    with pytest.raises(ValueError, match="FlowSamples are of a flow alone, not of a JetFormer"):
+    with pytest.raises(ValueError, match=r"FlowSamples needs .* not a JetFormer"):
         FlowSamples().check(context)
 
 
@@ -97,10 +97,10 @@ def test_it_is_of_flows_alone(tmp_path, data_dir):
     [
         ({"temperatures": ()}, "temperatures"),
         ({"temperatures": (1.0, -0.1)}, "temperatures"),
-        ({"num_images": 1}, "num_images has to be 2 or more"),
+        ({"num_images": 1}, "num_images = 1: "),
     ],
 )
-def test_arguments_that_mean_nothing(arguments, message):
+def test_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         FlowSamples(**arguments)
 
@@ -113,9 +113,9 @@ def test_a_great_circle_keeps_lengths():
     torch.testing.assert_close(at(1.0), second)
     length = lambda x: x.flatten(1).norm(dim=1)
     torch.testing.assert_close(length(at(0.25)), 0.75 * length(first) + 0.25 * length(second))
-    # Halfway it is as far, by angle, from both.
+    # The midpoint has the same angle to both.
     cosines = [torch.cosine_similarity(at(0.5).flatten(1), end.flatten(1)) for end in (first, second)]
     torch.testing.assert_close(*cosines)
-    # Opposite or equal ends have no circle of their own, and still give numbers.
+    # Opposite or equal ends define no circle, but the result is finite.
     for end in (first, -first):
         assert great_circle(first, end, torch.full((3,), math.pi / 7, dtype=torch.float64)).isfinite().all()

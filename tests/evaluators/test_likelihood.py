@@ -1,4 +1,4 @@
-"""Likelihoods: each example once whatever the batch size, parts that add up, bounds that are bounds."""
+"""Likelihoods: each example counts once for any batch size, terms add up, bounds hold."""
 
 import math
 
@@ -17,24 +17,24 @@ SHAPES = {"gin_file": "experiments/shapes.gin", "Jet__num_heads": 2, "Data__eval
 
 
 def by_hand(context, averaged, draw=0):
-    """Bits per dim of all 40 examples, scored one by one."""
-    run, scores = context.run, []
+    """Returns bits per dim of all examples, scored one by one."""
+    scores = []
     batches = context.batches()
     for batch in batches:
         for i in np.flatnonzero(batch["_mask"]):
             one = {name: torch.tensor(batch[name][i : i + 1]) for name in ("image", "text", "text_mask", "text_loss")
                    if name in batch}  # fmt: skip
-            keys = prng.example_keys(derive_seed(run.seed, 2), torch.tensor(batch["_index"][i : i + 1]))
-            draws = run.objective.draw(context.state.model, one, keys, train=False)
+            keys = prng.example_keys(derive_seed(context.seed, 2), torch.tensor(batch["_index"][i : i + 1]))
+            draws = context.objective.draw(context.model, one, keys, train=False)
             if draw:
-                again = run.objective.draw(context.state.model, one, prng.fold_in(keys, 1000 + draw), train=False)
+                again = context.objective.draw(context.model, one, prng.fold_in(keys, 1000 + draw), train=False)
                 draws["dequant"] = again["dequant"]
             if averaged:
-                with context.state.averaged(), torch.no_grad():
-                    _, terms = run.objective(context.state.model, one, draws, train=False)
+                with context.averaged(), torch.no_grad():
+                    _, terms = context.objective(context.model, one, draws, train=False)
             else:
                 with torch.no_grad():
-                    _, terms = run.objective(context.state.model, one, draws, train=False)
+                    _, terms = context.objective(context.model, one, draws, train=False)
             scores.append(terms["bits_per_dim"][0].item())
     return np.array(scores)
 
@@ -52,15 +52,15 @@ def test_every_example_counts_once(tmp_path, data_dir, batch_size):
 
 
 def test_components_are_counted_over_all_examples(tmp_path, data_dir):
-    """Whatever the batches, as of all tokens in one."""
+    """For any batch size, as of all tokens in one batch."""
     context = untrained(tmp_path, data_dir, train__eval_batch_size=7)
     scalars = Likelihood()(context).scalars
-    model = context.state.model
+    model = context.model
     batch = next(untrained(tmp_path, data_dir, train__eval_batch_size=40).batches())
     tensors = {name: torch.tensor(array) for name, array in batch.items()}
     keys = prng.example_keys(derive_seed(0, 2), tensors["_index"])
     with torch.no_grad():
-        image = tensors["image"] + context.run.objective.draw(model, tensors, keys, train=False)["dequant"]
+        image = tensors["image"] + context.objective.draw(model, tensors, keys, train=False)["dequant"]
         tokens = model.encode_image(image / 127.5 - 1).tokens
         _, hidden = model(tensors["text"], tokens, text_first=True, text_mask=tensors.get("text_mask"))
         mixture = model.image_head.distribution(model.image_head.logits(hidden))
@@ -87,7 +87,7 @@ def test_several_draws(tmp_path, data_dir):
 @given(bits=st.lists(st.floats(-2, 10), min_size=1, max_size=6), num_dims=st.integers(1, 40))
 @settings(max_examples=50, deadline=None)
 def test_the_importance_weighted_bound_is_the_log_of_the_mean(bits, num_dims):
-    """And lies between the mean of the draws' bits and the least of them."""
+    """And is between the mean of the draws' bits and the smallest of them."""
     draws = np.array(bits)[:, None]
     bound = importance_weighted(draws, num_dims)
     assert bound == pytest.approx(-math.log2(np.mean(2.0 ** (-draws * num_dims))) / num_dims, abs=1e-9)
@@ -96,16 +96,16 @@ def test_the_importance_weighted_bound_is_the_log_of_the_mean(bits, num_dims):
 
 
 def test_texts(tmp_path, shapes_dir):
-    """Bits per character are all bits over all characters; prefix and suffix are apart."""
+    """Bits per character are all bits over all characters, also for prefixes and suffixes alone."""
     context = untrained(tmp_path, shapes_dir, **SHAPES)
     results = Likelihood(text_prefix_prob=0.0)(context)
-    texts, bits, characters, num_tokens, means = context.run.data.texts(), 0.0, 0, 0, []
+    texts, bits, characters, num_tokens, means = context.data.texts(), 0.0, 0, 0, []
     for batch in context.batches():
         with torch.no_grad():
             tensors = {name: torch.tensor(array) for name, array in batch.items() if not name.startswith("_")}
-            model = context.state.model
+            model = context.model
             keys = prng.example_keys(derive_seed(0, 2), torch.tensor(batch["_index"]))
-            dequant = context.run.objective.draw(model, tensors, keys, train=False)["dequant"]
+            dequant = context.objective.draw(model, tensors, keys, train=False)["dequant"]
             tokens = model.encode_image((tensors["image"] + dequant) / 127.5 - 1).tokens
             hidden, _ = model(tensors["text"], tokens, text_first=False, text_mask=tensors["text_mask"])
             nats = -model.text_logits(hidden).log_softmax(-1).gather(2, tensors["text"].long()[..., None]).squeeze(2)
@@ -120,19 +120,19 @@ def test_texts(tmp_path, shapes_dir):
     assert results.scalars["text_bits_per_character"] == pytest.approx(bits / characters, rel=1e-5)
     assert results.scalars["text_bits_per_token"] == pytest.approx(np.mean(means), rel=1e-5)
     assert results.scalars["text_bits_per_token_overall"] == pytest.approx(bits / num_tokens, rel=1e-5)
-    assert "bits_per_dim" not in results.scalars  # of images that come first
+    assert "bits_per_dim" not in results.scalars  # images come first, and are not scored
 
     mixed = Likelihood()(context).scalars
     assert {"bits_per_dim_prefix", "bits_per_dim_suffix", "text_prefix_bits_per_token", "text_suffix_bits_per_token",
             "bits_per_dim_factored"} <= mixed.keys()  # fmt: skip
-    # What comes second is all that the loss of this experiment has; the order of each is drawn from its key.
+    # The loss of this experiment scores only what comes second; the order of each example is drawn from its key.
     for unit in ("bits_per_character", "bits_per_token_overall", "bits_per_token"):
         assert mixed[f"text_suffix_{unit}"] == pytest.approx(mixed[f"text_{unit}"], rel=1e-6)
         assert mixed[f"text_prefix_{unit}"] != pytest.approx(mixed[f"text_suffix_{unit}"], rel=1e-5)
     shares = [mixed[f"text_{where}_bits_per_character"] / mixed[f"text_{where}_bits_per_token_overall"]
               for where in ("prefix", "suffix")]  # fmt: skip
     assert all(0.05 < share < 1 for share in shares)  # a token has more than one character
-    # Texts first: none is scored, for only what comes second is.
+    # With texts first none is scored.
     assert "text_bits_per_character" not in Likelihood(text_prefix_prob=1.0)(context).scalars
 
 
@@ -148,11 +148,11 @@ def test_another_split(tmp_path, data_dir):
     ("evaluator", "message"),
     [
         (lambda: Likelihood(split="nope"), "no split 'nope'"),
-        (lambda: Likelihood(text_prefix_prob=0.0), "does not learn texts that come after images"),
+        (lambda: Likelihood(text_prefix_prob=0.0), "does not learn texts after images"),
         (lambda: Likelihood(split="test[:0]"), r"split 'test\[:0\]' of 'digits' has no examples"),
     ],
 )
-def test_what_is_wrong_is_found_before(tmp_path, data_dir, evaluator, message):
+def test_check_finds_errors(tmp_path, data_dir, evaluator, message):
     context = untrained(tmp_path, data_dir)
     with pytest.raises(ValueError, match=message) as error:
         evaluator().check(context)

@@ -1,4 +1,4 @@
-"""Pictures of samples: a row for each condition, the same images whatever they are sampled beside."""
+"""Pictures of samples: a row for each condition, with images that do not depend on the batch."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ FACTOR = 512 // WIDTH
 
 
 def image_at(picture, row, column):
-    """An image of a labelled picture, as it was before it was enlarged."""
+    """Returns an image of a labelled picture, in its original size."""
     top = row * (14 + 10 * FACTOR) + 14 + FACTOR
     left = (1 + 9 * column) * FACTOR
     return picture[top : top + 8 * FACTOR : FACTOR, left : left + 8 * FACTOR : FACTOR]
@@ -30,10 +30,8 @@ def test_a_row_for_each_class(tmp_path, data_dir):
     picture = results.pictures["grid"]
     assert picture.shape == (4 * (14 + 10 * FACTOR), WIDTH * FACTOR, 1)
     keys = prng.example_keys(derive_seed(0, 3), torch.arange(12, dtype=torch.int32))
-    with context.state.averaged():
-        expected, _ = decode.sample_images(
-            context.state.model.eval(), torch.arange(4).repeat_interleave(3)[:, None], keys
-        )
+    with context.averaged():
+        expected, _ = decode.sample_images(context.model.eval(), torch.arange(4).repeat_interleave(3)[:, None], keys)
     for row in range(4):
         for column in range(3):
             assert (image_at(picture, row, column) == expected[3 * row + column].numpy()).all()
@@ -51,7 +49,7 @@ def test_guidance_in_rows(tmp_path, data_dir):
     picture = evaluator(context).pictures["grid"]
     assert picture.shape[0] == 4 * (14 + 10 * FACTOR)
     plain = Samples(num_classes=2, num_images=3, num_round_trips=0)(context).pictures["grid"]
-    for row in range(2):  # without weight the images are those of the class alone, whatever the rounding of the mixture
+    for row in range(2):  # weight 0 samples the class alone, up to rounding
         assert np.abs(image_at(picture, 2 * row, 1).astype(int) - image_at(plain, row, 1)).max() <= 1
         assert (image_at(picture, 2 * row + 1, 1) != image_at(plain, row, 1)).any()
 
@@ -65,16 +63,16 @@ def test_images_do_not_depend_on_the_batch(tmp_path, data_dir):
     assert (sample_images(context, rows, seed=2) != together).any()
 
 
-def test_the_round_trip_without_what_is_factored_out(tmp_path, data_dir):
+def test_the_round_trip_without_factored_out_dimensions(tmp_path, data_dir):
     context = untrained(tmp_path, data_dir, JetFormer__out_dim=2)
     results = Samples(num_classes=1, num_images=1, num_round_trips=5)(context)
     rows = 512 // (5 * 9 + 1) * 10 + 14
-    assert results.pictures["round_trip"].shape[0] == 4 * rows  # images, back, their tokens alone, latents
+    assert results.pictures["round_trip"].shape[0] == 4 * rows  # images, reconstructions, from tokens alone, latents
     latents = []
-    with context.state.averaged(), torch.no_grad():
+    with context.averaged(), torch.no_grad():
         image = torch.from_numpy(context.first_examples(5, ("image",))["image"])
         noise = prng.uniform(prng.example_keys(derive_seed(0, 4), torch.arange(5, dtype=torch.int32)), image.shape[1:])
-        latents = torch.cat(context.state.model.encode_image((image + noise) / 127.5 - 1)[:2], dim=-1)
+        latents = torch.cat(context.model.encode_image((image + noise) / 127.5 - 1)[:2], dim=-1)
     assert results.scalars["latents_mean"] == pytest.approx(latents.mean().item(), abs=1e-5)
 
 
@@ -96,7 +94,7 @@ def test_prompts(tmp_path, shapes_dir):
         ({"num_classes": 2, "guidance_weights": (1.0,)}, "a guidance weight of 1.0 without guidance"),
     ],
 )
-def test_arguments_that_mean_nothing(arguments, message):
+def test_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         Samples(**arguments)
 

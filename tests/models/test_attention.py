@@ -1,4 +1,4 @@
-"""Both ways of attention are the same, and what the formula says."""
+"""Both implementations of attention compute the formula."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from jetformer.models import attention
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 1), (4, 2), (4, 4)])
 @pytest.mark.parametrize("masking", ["none", "causal", "mask"])
-def test_both_ways_are_the_formula(monkeypatch, num_heads, num_kv_heads, masking):
+def test_both_implementations_compute_the_formula(monkeypatch, num_heads, num_kv_heads, masking):
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, num_heads, 5, 8), (2, num_kv_heads, 5, 8), (2, num_kv_heads, 5, 8)]
     q, k, v = (torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes)
@@ -24,7 +24,7 @@ def test_both_ways_are_the_formula(monkeypatch, num_heads, num_kv_heads, masking
     expected_gradients = torch.autograd.grad(expected.square().sum(), (q, k, v))
 
     for short in (0, 128):
-        monkeypatch.setitem(attention._SHORT, "cpu", short)
+        monkeypatch.setitem(attention.MAX_SHORT_KEYS, "cpu", short)
         y = attention.attend(q, k, v, mask, is_causal=masking == "causal")
         torch.testing.assert_close(y, expected)
         gradients = torch.autograd.grad(y.square().sum(), (q, k, v))

@@ -1,4 +1,4 @@
-"""The decoder: causal, cached equals uncached, shifts of positions, grouped heads."""
+"""The decoder is causal, decodes with a KV cache as without, and depends on relative positions only."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def sequence(length=7, batch=3):
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_causal_without_a_mask_is_a_causal_mask(num_kv_heads):
+def test_no_mask_equals_a_causal_mask(num_kv_heads):
     model = decoder(num_kv_heads)
     x, positions = sequence()
     mask = torch.ones(7, 7, dtype=torch.bool).tril().expand(3, 7, 7)
@@ -72,7 +72,7 @@ def test_cached_equals_uncached(num_kv_heads, prefill):
     torch.testing.assert_close(torch.cat(outputs, dim=1), expected)
 
 
-def test_only_distances_matter():
+def test_only_relative_positions_matter():
     model = decoder()
     x, positions = sequence()
     y, shifted = (model(x, mask=None, positions=positions + shift) for shift in (0, 100))
@@ -97,11 +97,11 @@ def test_rms_norm_scales_by_one_plus_weight():
 
 
 def test_activation_checkpointing_repeats_dropout():
-    """A block that is computed twice drops the same entries both times, so gradients agree."""
+    """A recomputed block drops the same entries again, so gradients agree."""
     gradients = []
     for policy in ("couplings", "blocks"):
         model = decoder(dropout=0.3, policy=policy)
-        assert model.rematerialize == (policy == "blocks")
+        assert all(block.recompute == (policy == "blocks") for block in model.blocks)
         x, positions = sequence()
         x.requires_grad_()
         y = model(x, mask=None, positions=positions, dropout_keys=KEYS)
@@ -115,7 +115,7 @@ def test_dropout_is_a_function_of_the_examples_key():
     run = lambda rows, keys: model(x[rows], mask=None, positions=positions[rows], dropout_keys=keys)
     everything = slice(None)
     y = run(everything, KEYS)
-    for rows in ([0], [2, 1]):  # alone or in other company
+    for rows in ([0], [2, 1]):  # alone or in another batch
         torch.testing.assert_close(run(rows, KEYS[rows]), y[rows])
     assert not torch.allclose(run(everything, prng.fold_in(KEYS, 1)), y)
     undropped = decoder()(x, mask=None, positions=positions)
@@ -125,7 +125,7 @@ def test_dropout_is_a_function_of_the_examples_key():
 
 def test_impossible_sizes_are_named():
     sizes = {"width": 8, "depth": 1, "mlp_dim": 8, "num_heads": 3, "num_kv_heads": 2, "head_dim": 4}
-    with pytest.raises(ValueError, match="num_heads 3 does not divide by num_kv_heads 2"):
+    with pytest.raises(ValueError, match=r"num_kv_heads 2 .*num_heads 3"):
         Decoder(**sizes)
-    with pytest.raises(ValueError, match="head_dim 3 is odd"):
+    with pytest.raises(ValueError, match="head_dim 3"):
         Decoder(**sizes | {"num_kv_heads": 1, "head_dim": 3})

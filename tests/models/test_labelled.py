@@ -1,4 +1,4 @@
-"""A flow given labels: each label has its own density, one more has none, and all of it is invertible."""
+"""A flow given labels: each label, and no label, has a density of its own, and the flow is invertible."""
 
 import functools
 
@@ -20,7 +20,7 @@ def model():
     return randomized(LabelledFlow(flow, num_labels=3, context_dim=5))
 
 
-def test_its_expansion_is_bounded_as_its_flows(model):
+def test_it_has_the_bound_of_its_flow(model):
     assert model.max_logdet == model.flow.max_logdet > 0
 
 
@@ -29,14 +29,14 @@ def test_it_is_invertible_given_a_label_and_without_one(model):
     context = model.context(torch.tensor([0, 2]))
     assert context.shape == (2, 1, 5)
     for given in (context, None):
-        # An example at a time: the Jacobian is of one.
+        # One example at a time, as the Jacobian needs it.
         for i in range(2):
             one = None if given is None else given[i : i + 1]
             forward, inverse = (functools.partial(f, context=one) for f in (model, model.inverse))
             assert_invertible(forward, inverse, x[i : i + 1])
 
 
-def test_labels_matter_and_dropped_ones_are_no_label(model):
+def test_labels_matter_and_dropped_labels_equal_no_label(model):
     x = torch.randn(1, 4, 4, 1, dtype=torch.float64).expand(3, -1, -1, -1)
     z, _ = model(x, model.context(torch.tensor([0, 1, 2])))
     assert not torch.allclose(z[0], z[1])
@@ -50,7 +50,7 @@ def test_labels_matter_and_dropped_ones_are_no_label(model):
 
 @pytest.mark.parametrize("key", ["label", "text"])
 def test_the_objective_scores_images_given_their_labels(model, key):
-    """In evaluation all labels count; in training some are dropped, by the examples' keys."""
+    """Training drops labels by the examples' keys, evaluation drops none."""
     objective = JetObjective(drop_labels_prob=0.5)
     labels = torch.arange(40) % 3
     batch = {"image": torch.randint(0, 256, (1, 4, 4, 1), dtype=torch.uint8).expand(40, -1, -1, -1)}
@@ -73,17 +73,17 @@ def test_the_objective_scores_images_given_their_labels(model, key):
     assert model.label_emb.weight.grad is not None
 
 
-def test_what_does_not_fit_is_named(model):
+def test_mistakes_are_named(model):
     batch = {"image": torch.zeros(1, 4, 4, 1, dtype=torch.uint8)}
     keys = torch.zeros(1, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"have no label: .* Data\.pp = "):
         JetObjective(dequantize=False)(model, batch, {})
-    with pytest.raises(ValueError, match="drop_labels_prob is of a LabelledFlow, not of a Jet"):
+    with pytest.raises(ValueError, match=r"drop_labels_prob .*LabelledFlow.* Jet"):
         JetObjective(drop_labels_prob=0.1).draw(model.flow, batch, keys, train=True)
 
 
 @pytest.mark.parametrize("key", ["label", "text"])
-def test_a_label_that_there_is_not_is_named(model, key):
+def test_an_unknown_label_is_named(model, key):
     labels = np.array([0, 3], np.int32)
     batch = {"image": np.zeros((2, 4, 4, 1), np.uint8), key: labels if key == "label" else labels[:, None]}
     with pytest.raises(ValueError, match=r"there is a label 3 in the data, but LabelledFlow\.num_labels is 3"):

@@ -1,4 +1,4 @@
-"""The decoder as a language model: the text part of a JetFormer, decoded as it is trained, scored over tokens."""
+"""The language model equals the text part of a JetFormer, decodes as it is trained, and is scored over tokens."""
 
 import functools
 import math
@@ -30,7 +30,7 @@ def text(size=3, length=4):
 
 @pytest.mark.parametrize("mask", [None, MASK])
 @torch.no_grad()
-def test_it_is_the_text_of_a_jetformer(mask):
+def test_it_equals_the_text_part_of_a_jetformer(mask):
     both = small_model(untie_output_vocab=True)
     alone = small_language_model()
     alone.load_state_dict({k: v for k, v in both.state_dict().items() if k in alone.state_dict()})
@@ -45,7 +45,7 @@ def test_it_is_the_text_of_a_jetformer(mask):
 @pytest.mark.parametrize("mask", [None, MASK])
 @torch.no_grad()
 def test_cached_equals_uncached(mask):
-    """Texts of different lengths go on together."""
+    """Texts of different lengths are continued in one batch."""
     model = small_language_model()
     more = text(3, 5)
     decoder = CachedDecoder(model, model.embed(text(), mask, shift=False), modality="text", num_steps=4)
@@ -79,7 +79,7 @@ def test_sampled_texts_and_their_likelihoods():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_objective_counts_tokens(dropout):
-    """Parts of a batch add up to the batch, whatever their number of tokens."""
+    """Losses of parts with different numbers of tokens add up to the loss of the batch."""
     model = small_language_model(decoder=functools.partial(DECODER, dropout=dropout))
     objective = TextObjective()
     batch = {"text": text(4), "text_mask": torch.ones(4, 4, dtype=torch.bool)}
@@ -107,8 +107,8 @@ def test_the_objective_counts_tokens(dropout):
         torch.testing.assert_close(p.grad, gradients[name])
 
 
-def test_mistakes():
-    with pytest.raises(ValueError, match="bos_id 13 is not a token of a vocabulary of 13"):
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match=r"bos_id 13 .* 13 tokens"):
         small_language_model(bos_id=13)
     model = small_language_model()
     with pytest.raises(ValueError, match="no 'text_loss'"):

@@ -14,12 +14,11 @@ from jetformer.models.mixture import (
     MixtureHead,
     MultivariateGaussian,
     MultivariateHead,
-    _blocks,
     count_components,
     mixture_from_logits,
-    mixture_nll,
     square_plus,
 )
+from jetformer.models.mixture_nll import mixture_nll, token_blocks
 from jetformer.sampling import guidance
 
 
@@ -38,11 +37,11 @@ def head_inputs(tokens, width, k, d, dtype, seed=0, batch=1):
     return tensors, torch.rand(batch, tokens, dtype=dtype, generator=generator)
 
 
-def test_blocks_hold_no_more_tokens_than_asked_for():
-    """On each device; unless one token of each example is more."""
+def test_blocks_are_no_larger_than_requested():
+    """On each device, unless one token of each example already exceeds it."""
     for batch_size, length, block, num_shards in ((5, 7, 3, None), (5, 7, 20, None), (8, 6, 4, 4), (8, 6, 2, 2)):
         seen = torch.zeros(batch_size, length)
-        for rows in _blocks(batch_size, length, block, num_shards):
+        for rows in token_blocks(batch_size, length, block, num_shards):
             seen[rows] += 1
             shards = num_shards or 1
             assert seen[rows].numel() <= max(block, -(-batch_size // shards) if num_shards else 1) * shards
@@ -110,7 +109,7 @@ def test_blocked_equals_plain_in_float32():
 
 @pytest.mark.parametrize("raw", [-300.0, -3.0, 0.0, 3.0, 300.0, 3000.0, 20_000.0])
 def test_extreme_scales_in_float32(raw):
-    """Whatever the raw scale, the blocked head is as good in float32 as the formula in float64."""
+    """For any raw scale the blocked head in float32 is as accurate as the formula in float64."""
     inputs, token_weight = head_inputs(8, 4, 2, 3, torch.float32)
     with torch.no_grad():
         inputs["bias"][8:] = raw
@@ -145,8 +144,8 @@ def test_a_scale_below_the_smallest_has_no_gradient():
     assert gradient[2] == 0
 
 
-def test_no_gradient_no_work():
-    """Under no_grad nothing is kept, and parameters that need no gradient get none."""
+def test_gradients_that_are_not_needed_are_not_computed():
+    """Under no_grad no score requires a gradient, and frozen parameters get none."""
     inputs, token_weight = head_inputs(4, 3, 2, 2, torch.float64)
     kwargs = {"num_mixtures": 2, "scale_tol": 1e-6, "block": 2}
     with torch.no_grad():
@@ -175,7 +174,7 @@ def test_bfloat16_head_is_close():
 
 
 def test_bfloat16_gradients_do_not_depend_on_the_number_of_blocks():
-    """Sums over hundreds of blocks would stand still in bfloat16."""
+    """In bfloat16 sums over hundreds of blocks would stop growing."""
     generator = torch.Generator().manual_seed(0)
     hidden = 1 + torch.randn(1, 2048, 8, generator=generator)
     target = torch.randn(1, 2048, 2, generator=generator)
@@ -212,12 +211,12 @@ def test_a_new_head_is_one_broad_gaussian():
     torch.testing.assert_close(mixture.log_prob(x), expected)
 
 
-def test_new_components_differ_by_the_noise_of_their_means_alone():
+def test_new_components_differ_only_by_the_noise_of_their_means():
     head = MixtureHead(4, 50, 40, mean_init_std=0.3, scale_init=0.4)
     init_weights(head, torch.Generator().manual_seed(0))
     mixture = head.distribution(head.logits(torch.randn(2, 4)))
     assert stats.kstest(mixture.locs[0].flatten().detach().numpy() / 0.3, "norm").pvalue > 1e-3
-    torch.testing.assert_close(mixture.locs[0], mixture.locs[1])  # whatever the hidden state
+    torch.testing.assert_close(mixture.locs[0], mixture.locs[1])  # for all hidden states
     torch.testing.assert_close(mixture.scales, torch.full_like(mixture.scales, 0.4))
     assert (mixture.logits == 0).all()
 
@@ -229,7 +228,7 @@ def test_new_components_differ_by_the_noise_of_their_means_alone():
         *(("scale_init", value) for value in (-0.1, 0.0, 1e-6, float("nan"), float("inf"))),
     ],
 )
-def test_a_start_that_is_out_of_range(name, value):
+def test_an_initial_value_out_of_range_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
         MixtureHead(4, 3, 5, **{name: value})
 
@@ -258,8 +257,8 @@ def test_noise_and_clusters_do_not_go_together():
 
 
 def components_learned(std, steps):
-    """What a head says of tokens of three clusters, which no context tells apart, after so many steps on them; and the
-    largest difference between two components' parameters."""
+    """Trains a head on three clusters of tokens; returns its counts of components, and the largest difference between
+    two components' parameters."""
     head = MixtureHead(4, 2, 3, mean_init_std=std).double()
     init_weights(head, torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
@@ -277,14 +276,14 @@ def components_learned(std, steps):
     return counted, (logits.amax(1) - logits.amin(1)).max().item()
 
 
-def test_components_are_learned_apart():
+def test_components_specialize():
     counted, difference = components_learned(std=0.1, steps=100)
     assert counted["distinct_components"] == pytest.approx(3, abs=0.2)
     assert difference > 1
 
 
 def test_without_noise_components_stay_equal():
-    """The reference's start: there is rounding alone to tell them apart."""
+    """As in the reference, where only rounding makes a difference."""
     counted, difference = components_learned(std=0.0, steps=5)
     assert counted == pytest.approx({"effective_components": 3, "distinct_components": 1})
     assert difference < 1e-5
@@ -294,7 +293,7 @@ def test_without_noise_components_stay_equal():
 @settings(max_examples=20, deadline=None)
 @given(k=st.integers(1, 9), apart=st.booleans())
 def test_components_are_counted(k, apart):
-    """Equal components, and such that do not overlap, are all used; only the latter are distinct."""
+    """Equal components and separate components are all used; only the separate ones are distinct."""
     head = head_with_bias(MixtureHead(4, 1, k), torch.zeros(3 * k))
     with torch.no_grad():
         if apart:
@@ -306,7 +305,7 @@ def test_components_are_counted(k, apart):
     assert counted["distinct_components"] == pytest.approx(k if apart else 1, rel=1e-3)
 
 
-def test_components_that_are_never_used_do_not_count():
+def test_unused_components_do_not_count():
     counted = count_components(np.array([0.5, 0.5, 0.0]), 0.0)
     assert counted == pytest.approx({"effective_components": 2, "distinct_components": 2})
 
@@ -316,7 +315,7 @@ def assert_same_distribution(samples, cdf):
 
 
 def head_with_bias(head, bias):
-    """A head whose density is the same for all hidden states."""
+    """A head with the same density for all hidden states."""
     init_weights(head, torch.Generator())
     with torch.no_grad():
         head.linear.bias.copy_(bias)

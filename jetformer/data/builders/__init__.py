@@ -1,4 +1,4 @@
-"""TFDS builders the package ships. Importing this makes them known to `tfds.builder(name)`."""
+"""The package's own TFDS builders. Importing this module registers them with `tfds.builder(name)`."""
 
 from jetformer.data.builders.digits import Digits
 from jetformer.data.builders.photo_patches import PhotoPatches

@@ -1,4 +1,4 @@
-"""`digits`: 8×8 grey handwritten digits, the smallest real data set."""
+"""`digits`: 8×8 greyscale handwritten digits, the smallest real dataset."""
 
 from jetformer.data.builders.digits.digits import (
     Digits,

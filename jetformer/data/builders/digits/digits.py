@@ -1,11 +1,10 @@
-"""`digits`: scikit-learn's 1,797 handwritten digits, 8×8 and grey, as a density-estimation problem.
+"""`digits`: scikit-learn's 1,797 handwritten digits, 8×8 and greyscale, as a density-estimation problem.
 
-The originals have 17 grey levels. Put as they are among the 256 values of a byte, a density model
-could reach any score by narrowing 17 spikes, and its bits per dim would say nothing. So each level
-owns an interval of byte values, x belongs to level floor(17 x / 256), and the builder draws every
-pixel evenly from its level's interval. That adds log2(interval) bits per dim, 3.95 on average,
-which no model can predict; what is above that floor is the digits. `histogram_bits_per_dim`
-fitted to train is 6.380 bits per dim on validation and 6.385 on test.
+The originals have 17 grey levels. If these were used as 17 of the 256 values of a byte, a density model could reach any
+score by narrowing 17 spikes, and its bits per dim would mean nothing. So each level owns an interval of byte values, x
+belongs to level floor(17 x / 256), and the builder draws every pixel uniformly from its level's interval. That adds
+log2(interval) bits per dim, 3.95 on average, which no model can predict; what exceeds them is due to the digits.
+`histogram_bits_per_dim`, fitted to train, is 6.380 bits per dim on validation and 6.385 on test.
 """
 
 import numpy as np
@@ -16,27 +15,26 @@ SEED = 0
 
 
 def level(image: np.ndarray) -> np.ndarray:
-    """Grey levels int64 0..16 of uint8 byte values 0..255 of any shape: undoes the spreading."""
+    """Returns the grey levels, int64 in 0..16, of byte values 0..255 of any shape: inverts the spreading."""
     return LEVELS * np.asarray(image, np.int64) // 256
 
 
 def level_widths() -> np.ndarray:
-    """How many byte values each level owns: int64 [17], 15 or 16 each, 256 together."""
+    """Returns the number of byte values of each level: int64 [17], 15 or 16 each, 256 together."""
     return np.bincount(level(np.arange(256)))
 
 
 def histogram_bits_per_dim(train_images: np.ndarray, images: np.ndarray) -> float:
-    """Bits per dim of the baseline that knows pixels, but not what they have to do with each other.
+    """Returns the bits per dim of a baseline with independent pixels.
 
-    An independent histogram of the 17 levels for each pixel, uniform within a level, fitted to
-    `train_images` with add-one smoothing.
+    That is a histogram of the 17 levels for each pixel, uniform within a level, fitted with add-one smoothing.
 
     Args:
-      train_images: uint8 [N, H, W, C], the training split.
-      images: uint8 [M, H, W, C], what to score.
+      train_images: uint8 [N, H, W, C], to fit to.
+      images: uint8 [M, H, W, C], to score.
 
     Returns:
-      Mean of -log2 p(byte value) over the images and their pixels.
+      Mean of -log2 p(byte value) over images and pixels.
     """
     counts = (level(train_images)[..., None] == np.arange(LEVELS)).sum(0) + 1  # [H, W, C, 17]
     p_value = counts / counts.sum(-1, keepdims=True) / level_widths()
@@ -47,12 +45,12 @@ def histogram_bits_per_dim(train_images: np.ndarray, images: np.ndarray) -> floa
 class Digits(tfds.core.GeneratorBasedBuilder):
     """`digits`: image uint8 [8, 8, 1] (PNG), label 0..9; train / validation / test.
 
-    Comes out of an installed scikit-learn, nothing is downloaded. The same bytes on every machine:
-    all randomness is raw PCG64 output, the stream NumPy promises not to change.
+    Comes with scikit-learn, without a download. The bytes are the same on every machine: all randomness is raw PCG64
+    output, which NumPy promises not to change.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Initial release."}  # noqa: RUF012 (that is how TFDS reads it)
+    RELEASE_NOTES = {"1.0.0": "Initial release."}  # noqa: RUF012 (TFDS requires it)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
@@ -89,8 +87,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         offsets = (draws % widths[levels].astype(np.uint64)).astype(np.int64)
         images = (starts[levels] + offsets).astype(np.uint8)[..., None]
 
-        # Classes one after the other, in random order within a class: every 8th example from here
-        # on is a stratified 225.
+        # Class by class, in random order within a class: every 8th example is a stratified subset of 225.
         order = np.lexsort((bits.random_raw(len(levels)), digits.target))
         eighth = np.arange(len(order)) % 8
         splits = {

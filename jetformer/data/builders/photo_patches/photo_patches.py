@@ -1,7 +1,7 @@
-"""`photo_patches`: 16×16 patches of scikit-learn's two photographs, to compare density models on natural images with.
+"""`photo_patches`: 16×16 patches of scikit-learn's two photographs, for comparing density models on natural images.
 
-No pixel is in two splits: training patches come from the left of a photograph, the others from strips further right
-with a patch's width between them. So the other splits show other parts of the same two places.
+No pixel is in two splits: training patches are from the left of a photograph, the others from strips further right, one
+patch width apart. So the other splits show other parts of the same two scenes.
 """
 
 import itertools
@@ -9,18 +9,18 @@ import itertools
 import tensorflow_datasets as tfds
 
 SIZE = 16
-# The columns of each split, and how far a patch lies from the next: those of training overlap.
+# First and last column of each split, and the stride of patches: training patches overlap.
 SPLITS = {"train": (0, 448, 4), "validation": (464, 544, 8), "test": (560, 640, 8)}
 
 
 class PhotoPatches(tfds.core.GeneratorBasedBuilder):
     """`photo_patches`: image uint8 [16, 16, 3] (PNG), label china or flower; train / validation / test.
 
-    Comes out of an installed scikit-learn, nothing is downloaded.
+    Comes with scikit-learn, without a download.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Initial release."}  # noqa: RUF012 (that is how TFDS reads it)
+    RELEASE_NOTES = {"1.0.0": "Initial release."}  # noqa: RUF012 (TFDS requires it)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(

@@ -1,4 +1,4 @@
-"""`shapes`: captioned scenes of drawn objects, the smallest data set of images and text."""
+"""`shapes`: captioned drawings of simple scenes, the smallest dataset of images and texts."""
 
 from jetformer.data.builders.shapes.shapes import Object, Scene, Shapes
 

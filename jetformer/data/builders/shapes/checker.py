@@ -1,8 +1,8 @@
-"""Reads scenes and captions of `shapes` back and says what is right about them. Nothing is learned.
+"""Reads images and captions of `shapes` back and scores them. Nothing is learned.
 
-An image is read by fitting: what is not background falls into pieces of one colour each, and a piece
-is the shape and size whose drawing covers it best. It is meant for generated images too, which are
-a little blurred, and have specks, which are ignored.
+An image is read by fitting: its foreground is segmented into pieces of one colour, and a piece has the shape and size
+of the drawing that covers it best. It also reads generated images, which are slightly blurred and have specks, which it
+ignores.
 """
 
 import functools
@@ -36,35 +36,35 @@ _OBJECT_ATTRIBUTES = ("shape", "colour", "size", "position")
 
 # ---- Images. -------------------------------------------------------------------------------------
 
-# Smaller pieces are specks. The smallest object, a cross, covers 23 pixels.
+# Smaller pieces are specks: the smallest object, a cross, covers 23 pixels.
 _MIN_PIXELS = 8
-_TEMPLATE_SIZE = 17  # pixels: the largest object, and two more on each side
-_RADII = range(44, 101, 4)  # in sixteenths of a pixel, a little beyond both sizes
+_TEMPLATE_SIZE = 17  # pixels: the largest object, and two on each side
+_RADII = range(44, 101, 4)  # in sixteenths of a pixel, slightly beyond both sizes
 _LARGE = (SIZES["small"][1] + SIZES["large"][0]) / 2
-# Standard deviation in pixels. Sharp objects are read as well by blurred drawings, blurred ones better.
+# Standard deviation in pixels. Blurred templates read sharp objects equally well, blurred ones better.
 _BLUR = 0.7
 _STEPS = 4  # of template centres per pixel
-# How far a channel of a background may be off, in levels: any grey is near enough, no colour is.
+# Maximum deviation of a background's channel, in levels: includes any grey, excludes colours.
 _BACKGROUND_TOLERANCE = 60
 
 
 def read_scene(image: np.ndarray) -> Scene:
-    """What an image shows: a scene with everything named, objects in the order of `POSITIONS`.
+    """Reads the scene of an image, with everything named, objects in the order of `POSITIONS`.
 
-    An image that is coloured for the most part is no scene: no objects, and None for its background.
+    If most of the image is coloured, the scene has no objects, and its background is None.
 
     Args:
       image: uint8 [32, 32, 3].
 
     Raises:
-      ValueError: it is something else.
+      ValueError: the image has another shape or type.
     """
     pieces, background = _read(image)
     return Scene(tuple(sorted((o for _, o in pieces), key=lambda o: POSITIONS.index(o.position))), background)
 
 
 def _read(image: np.ndarray) -> tuple[list[tuple[int, Object]], str | None]:
-    """Objects with how many pixels they have, and the background; as `read_scene`."""
+    """Returns objects with their numbers of pixels, and the background; see `read_scene`."""
     if image.shape != (IMAGE_SIZE, IMAGE_SIZE, 3) or image.dtype != np.uint8:
         raise ValueError(f"an image is uint8 [{IMAGE_SIZE}, {IMAGE_SIZE}, 3], not {image.dtype} {list(image.shape)}")
     pixels = image.astype(np.float64)
@@ -90,21 +90,21 @@ def _read(image: np.ndarray) -> tuple[list[tuple[int, Object]], str | None]:
             piece = pieces == i
             if piece.sum() < _MIN_PIXELS:
                 continue
-            # Its edge, too, but nothing of other pieces.
+            # With its edge, but without other pieces.
             around = ndimage.binary_dilation(piece, np.ones((3, 3))) & ~(covered & ~piece)
             objects.append((int(piece.sum()), _read_object(colour, np.clip(alphas[k], 0, 1) * around)))
     return objects, name
 
 
 def _read_object(colour: str, cover: np.ndarray) -> Object:
-    """Fits drawings to what a piece covers, [32, 32] in 0..1."""
+    """Fits drawings to the coverage of a piece, [32, 32] in [0, 1]."""
     y, x = (np.average(i, weights=cover) for i in np.indices(cover.shape))
-    # A window around the centroid, which is between its middle pixel and the next.
+    # A window around the centroid, which is between the window's central pixel and the next.
     half = _TEMPLATE_SIZE // 2
     top, left = int(y), int(x)
     window = np.pad(cover, half)[top : top + _TEMPLATE_SIZE, left : left + _TEMPLATE_SIZE]
     names, centres, templates = _templates(round((y - top) * _STEPS), round((x - left) * _STEPS))
-    # Intersection over union, of what is covered in part.
+    # Intersection over union of partial coverage.
     fit = np.minimum(window, templates).sum((1, 2)) / np.maximum(window, templates).sum((1, 2))
     best = fit.argmax()
     shape, radius = names[best]
@@ -117,14 +117,14 @@ def _read_object(colour: str, cover: np.ndarray) -> Object:
 
 @functools.cache
 def _templates(dy: int, dx: int):
-    """Blurred drawings of every shape and radius around one centroid.
+    """Returns blurred drawings of every shape and radius with the same centroid.
 
     Args:
-      dy, dx: how far below and right of the middle pixel's centre the centroid is, in `_STEPS`.
+      dy, dx: the centroid's offset down and right of the central pixel's centre, in 1 / `_STEPS` pixels.
 
     Returns:
-      N pairs of shape and radius; float64 [N, 2], where in the window the drawings' centres are (y,
-      x in pixels); float64 [N, 17, 17], what they cover, 0..1.
+      N pairs of shape and radius; float64 [N, 2], the drawings' centres in the window (y, x in pixels); float64
+      [N, 17, 17], their coverage in [0, 1].
     """
     names, centres, templates = [], [], []
     for shape, radius in itertools.product(SHAPES, _RADII):
@@ -143,16 +143,16 @@ def _templates(dy: int, dx: int):
 
 
 def parse_caption(caption: str, strict: bool = True) -> Scene:
-    """What a caption says: a scene with None for what it does not name, objects in its order.
+    """Reads the scene of a caption, with None for what it does not name, objects in its order.
 
     Args:
       caption: a text.
-      strict: whether it has to be one of the captions that `shapes` can have. Where not, it may be
-        any text, and what can be read of it is: an object ends at a comma, at `and`, `with`, `of`
-        or `is`, and where it would have an attribute twice; without shape and colour it is none.
+      strict: whether it must be a caption that `shapes` can have. Otherwise any text is parsed: an object ends at a
+        comma, at `and`, `with`, `of` or `is`, and where an attribute would occur twice; one with neither shape nor
+        colour is ignored.
 
     Raises:
-      ValueError: it has to be one, and is none.
+      ValueError: `strict`, and the text is not such a caption.
     """
     if strict and not _grammar().fullmatch(caption):
         raise ValueError(f"not a caption of shapes: {caption!r}")
@@ -179,13 +179,13 @@ def parse_caption(caption: str, strict: bool = True) -> Scene:
 
 
 def _named(text: str) -> list[tuple[str, str]]:
-    """Pairs of attribute and word, in the order of the text."""
+    """Returns pairs of attribute and word, in the order of the text."""
     return [(match.lastgroup, match.group()) for match in _words().finditer(text)]
 
 
 @functools.cache
 def _words() -> re.Pattern:
-    # Of positions, the long ones first: "top left" is not "top".
+    # Longer positions first, so that "top left" is not read as "top".
     groups = dict(zip(_OBJECT_ATTRIBUTES, (SHAPES, COLOURS, SIZES, sorted(POSITIONS, key=len)[::-1]), strict=True))
     groups["background"] = BACKGROUNDS
     return re.compile("|".join(rf"(?P<{name}>\b(?:{'|'.join(words)})\b)" for name, words in groups.items()))
@@ -213,19 +213,18 @@ def _grammar() -> re.Pattern:
 
 
 def score_image(image: np.ndarray, caption: str) -> Score:
-    """How many of the attributes that a caption names an image has.
+    """Scores an image by its caption.
 
-    Named objects are paired with those in the image, the largest if there are more of them, such
-    that most is right: in a picture full of things all would be there somewhere. Objects that are
-    missing have nothing right, and one too many makes the count wrong.
+    The objects that the caption names are matched with as many of the image, the largest, such that most attributes
+    agree (among all of them, an image full of objects would match any caption). A missing object has no attribute
+    right, an additional one makes the count wrong.
 
     Args:
       image: uint8 [32, 32, 3].
       caption: of the grammar.
 
     Returns:
-      For each of `ATTRIBUTES`: how many are right, out of how many that are named. The count is
-      always named.
+      For each of `ATTRIBUTES`: how many are right, and how many the caption names. It always names the count.
 
     Raises:
       ValueError: as `read_scene` and `parse_caption`.
@@ -238,14 +237,14 @@ def score_image(image: np.ndarray, caption: str) -> Score:
 
 
 def score_caption(caption: str, scene: Scene) -> Score:
-    """How many of the attributes that a caption names are true of a scene.
+    """Scores a caption by its scene, see `score_image`.
 
-    As `score_image`, and a shape and a colour more are named, and wrong, for each object of the scene
-    that the caption does not mention: who says nothing is not right.
+    For each object of the scene that the caption does not mention, a shape and a colour count as named and wrong, so
+    that saying nothing does not pay.
 
     Args:
       caption: any text.
-      scene: everything in it is named.
+      scene: with everything named.
     """
     said = parse_caption(caption, strict=False)
     score = _score(said, scene)
@@ -271,7 +270,7 @@ def _score(said: Scene, true: Scene) -> Score:
 
 
 def scene_of(example: dict) -> Scene:
-    """The scene of an example of `shapes` as TFDS gives it."""
+    """Returns the scene of an example of `shapes` as TFDS returns it."""
     words = {"shape": SHAPES, "colour": list(COLOURS), "size": list(SIZES), "position": POSITIONS}
     columns = {key: [names[i] for i in example["objects"][key]] for key, names in words.items()}
     objects = zip(*(columns[key] for key in _OBJECT_ATTRIBUTES), strict=True)

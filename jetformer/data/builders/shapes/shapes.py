@@ -1,16 +1,16 @@
-"""`shapes`: drawn scenes of one to three objects with captions, where everything said can be checked.
+"""`shapes`: drawings of one to three objects with captions, whose every statement can be checked.
 
-A scene is a background and objects in different cells of a 3×3 grid, each with a shape, a colour, a
-size and a position; its five captions name all of that or leave some of it out. Three pairs of shape
-and colour are kept for the test split, where each scene has one of them: a model that draws what it
-is told there has put together what it never saw together. `checker` reads images and captions back.
+A scene is a background, and objects in different cells of a 3×3 grid, each with a shape, colour, size and position; its
+five captions name all or some of that. Three pairs of shape and colour occur only in the test split, in each of its
+scenes: a model that draws them as described combines what it never saw combined. `checker` reads images and captions
+back.
 
-Drawing is integer arithmetic on raw PCG64 output from end to end, so that no machine rounds a pixel
-differently. Lengths are in sixteenths of a pixel, y points down, and (0, 0) is the image's corner.
+Drawing is integer arithmetic on raw PCG64 output, so that all machines round alike. Lengths are in sixteenths of a
+pixel, y points down, and (0, 0) is the image's corner.
 
-The noise of a pixel is the number of ones among 64 random bits, less 32: a Gaussian of standard
-deviation 4 as good as rounded, 4.05 bits per dim which no model can predict. All levels are far
-enough from 0 and 255 for it not to pile up there.
+The noise of a pixel is the number of ones among 64 random bits, minus 32: nearly a rounded Gaussian of standard
+deviation 4, 4.05 bits per dim that no model can predict. All levels are far enough from 0 and 255 that clipping is
+negligible.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ COLOURS = {
     "purple": (155, 50, 190),
     "cyan": (45, 200, 215),
 }
-# Radii, from and to: half of how wide an object is.
+# Smallest and largest radius: half an object's width.
 SIZES = {"small": (54, 62), "large": (82, 90)}
 # Row by row.
 POSITIONS = (
@@ -46,7 +46,7 @@ POSITIONS = (
     "bottom",
     "bottom right",
 )
-# Where the middles of the three columns are, and of the three rows.
+# Centres of the three columns, and of the three rows.
 CELL_CENTRES = (92, 256, 420)
 BACKGROUNDS = {"black": 30, "grey": 120, "white": 225}
 HELD_OUT = (("circle", "green"), ("square", "purple"), ("triangle", "yellow"))
@@ -60,7 +60,7 @@ _ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """One object, in words of `SHAPES`, `COLOURS`, `SIZES` and `POSITIONS`; None is not named."""
+    """An object, in words of `SHAPES`, `COLOURS`, `SIZES` and `POSITIONS`; None is unnamed."""
 
     shape: str | None
     colour: str | None
@@ -70,7 +70,7 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Objects in any order and a word of `BACKGROUNDS`; None is not named."""
+    """Objects in any order, and a word of `BACKGROUNDS`; None is unnamed."""
 
     objects: tuple[Object, ...]
     background: str | None = None
@@ -80,14 +80,13 @@ class Scene:
 
 
 def random_scene(bits: np.random.PCG64, held_out: bool) -> Scene:
-    """Draws a scene in which everything is named, its objects in the order of `POSITIONS`.
+    """Draws a random scene with everything named, its objects in the order of `POSITIONS`.
 
-    Objects differ in shape or colour. Two large ones never share a side of their cells, where they
-    would not fit.
+    Objects differ in shape or colour. Two large ones are never in adjacent cells, where they would not fit.
 
     Args:
       bits: the source of randomness.
-      held_out: whether at least one of the objects has a pair of `HELD_OUT`; if not, none has.
+      held_out: whether one or more objects have a pair of `HELD_OUT`; otherwise none has.
     """
     pairs = [(shape, colour) for shape in SHAPES for colour in COLOURS]
     if not held_out:
@@ -107,7 +106,7 @@ def random_scene(bits: np.random.PCG64, held_out: bool) -> Scene:
 
 
 def _crowded(objects: list[Object]) -> bool:
-    """Whether objects do not fit into their cells: two in one, or two large ones side by side."""
+    """Returns whether objects do not fit: two in one cell, or two large ones in adjacent cells."""
     for i, a in enumerate(objects):
         for b in objects[:i]:
             (row, column), (other_row, other_column) = (divmod(POSITIONS.index(o.position), 3) for o in (a, b))
@@ -121,11 +120,11 @@ def _crowded(objects: list[Object]) -> bool:
 
 
 def coverage(shape: str, x: int, y: int, radius: int, image_size: int = IMAGE_SIZE) -> np.ndarray:
-    """How much of each pixel an object covers: int64 [image_size, image_size], 0..64.
+    """Returns the coverage of each pixel by an object: int64 [image_size, image_size], 0..64.
 
     Args:
       shape: of `SHAPES`.
-      x, y: the object's centre, in sixteenths of a pixel; that of a triangle is half its height.
+      x, y: the object's centre, in sixteenths of a pixel; a triangle's is at half its height.
       radius: half its width, in sixteenths of a pixel.
       image_size: height and width in pixels.
     """
@@ -152,11 +151,11 @@ def draw(scene: Scene, bits: np.random.PCG64) -> np.ndarray:
     """Draws a scene's image: uint8 [32, 32, 3].
 
     Args:
-      scene: everything in it is named.
-      bits: the source of where exactly objects are, of their exact size and colour, and of noise.
+      scene: with everything named.
+      bits: the source of randomness, for exact positions, sizes and colours, and noise.
 
     Raises:
-      ValueError: two objects in one cell, or two large ones in cells that share a side.
+      ValueError: two objects are in one cell, or two large ones in adjacent cells.
     """
     if _crowded(scene.objects):
         raise ValueError(f"objects do not fit next to each other: {scene}")
@@ -178,7 +177,7 @@ def draw(scene: Scene, bits: np.random.PCG64) -> np.ndarray:
 
 
 def _place(o: Object, bits: np.random.PCG64) -> np.ndarray:
-    """Coverage of an object somewhere around the middle of its cell, all of it in the image."""
+    """Returns the coverage of an object near the centre of its cell, wholly within the image."""
     smallest, largest = SIZES[o.size]
     radius = smallest + _below(bits, largest - smallest + 1)
     row, column = divmod(POSITIONS.index(o.position), 3)
@@ -190,17 +189,17 @@ def _place(o: Object, bits: np.random.PCG64) -> np.ndarray:
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:
-    """int64 [H, W]: 1 at True pixels, and right of, below and diagonally below them."""
+    """Returns int64 [H, W]: 1 at True pixels, and to their right, below, and diagonally below."""
     padded = np.pad(mask, ((1, 0), (1, 0)))
     return (padded[1:, 1:] | padded[:-1, 1:] | padded[1:, :-1] | padded[:-1, :-1]).astype(np.int64)
 
 
 # ---- Captions. -----------------------------------------------------------------------------------
 
-# What captions leave out, besides those that name everything: (size, position, background named).
+# What a caption names besides shapes and colours: (sizes, positions, background).
 _DETAILS = tuple((s, p, b) for s in (True, False) for p in (True, False) for b in (True, False))
 
-# The grammar: {objects} is one to three objects with commas and "and"s in between.
+# The grammar: {objects} is one to three objects, separated by commas and "and".
 TEMPLATES = {
     True: (  # with background
         "{objects} on a {background} background",
@@ -216,15 +215,14 @@ TEMPLATES = {
         "a picture of {objects}",
     ),
 }
-# Those whose objects may have their position in front of them.
+# Templates in which positions may precede objects.
 POSITION_FIRST = {True: TEMPLATES[True][:2], False: TEMPLATES[False][:1]}
 
 
 def random_captions(scene: Scene, bits: np.random.PCG64) -> list[str]:
-    """Five captions of a scene, all different, that name every object with its shape and colour.
+    """Returns five different captions of a scene, which name every object with its shape and colour.
 
-    The first two name everything; each of the others leaves out another choice of the sizes, the
-    positions and the background.
+    The first two name everything; each of the others omits different ones of sizes, positions and background.
     """
     captions = []
     for details in [_DETAILS[0], _DETAILS[0], *_shuffled(bits, _DETAILS[1:])[: NUM_CAPTIONS - 2]]:
@@ -236,7 +234,7 @@ def random_captions(scene: Scene, bits: np.random.PCG64) -> list[str]:
 
 
 def position_phrase(position: str) -> str:
-    """How captions say where something is: a word of `POSITIONS`, with its preposition."""
+    """Returns a word of `POSITIONS` with its preposition, as in captions."""
     return "in the centre" if position == "centre" else f"at the {position}"
 
 
@@ -262,7 +260,7 @@ def _random_caption(scene: Scene, details: tuple[bool, bool, bool], bits: np.ran
 
 
 def _below(bits: np.random.PCG64, n: int) -> int:
-    """Even over 0..n-1, but for n / 2^64."""
+    """Draws from 0..n-1, uniformly up to n / 2^64."""
     return int(bits.random_raw()) % n
 
 
@@ -279,14 +277,14 @@ def _shuffled(bits: np.random.PCG64, items) -> list:
     return [rest.pop(_below(bits, len(rest))) for _ in items]
 
 
-# ---- Data set. -----------------------------------------------------------------------------------
+# ---- Dataset. ------------------------------------------------------------------------------------
 
 
 def example(index: int, held_out: bool) -> tuple[np.ndarray, list[str], Scene]:
-    """Example number `index` of all: its image uint8 [32, 32, 3], its five captions and its scene.
+    """Returns an example: its image uint8 [32, 32, 3], its five captions and its scene.
 
     Args:
-      index: any integer from 0. The data set has 22,000.
+      index: of the example, from 0. The dataset has 22,000; larger ones are new examples.
       held_out: as for `random_scene`.
     """
     bits = np.random.PCG64([SEED, index])
@@ -295,15 +293,15 @@ def example(index: int, held_out: bool) -> tuple[np.ndarray, list[str], Scene]:
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """`shapes`: image uint8 [32, 32, 3] (PNG), captions string [5], and what is in the scene.
+    """`shapes`: image uint8 [32, 32, 3] (PNG), captions string [5], and the scene.
 
-    `objects` holds `shape`, `colour`, `size` and `position` int64 [1..3], one entry an object, in
-    the order of `POSITIONS`; `background` is int64. Nothing is downloaded, and the bytes are the same
-    on every machine: all randomness is raw PCG64 output, the stream NumPy promises not to change.
+    `objects` has `shape`, `colour`, `size` and `position` int64 [1..3], an entry for each object, in the order of
+    `POSITIONS`; `background` is int64. Nothing is downloaded, and the bytes are the same on every machine: all
+    randomness is raw PCG64 output, which NumPy promises not to change.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Initial release."}  # noqa: RUF012 (that is how TFDS reads it)
+    RELEASE_NOTES = {"1.0.0": "Initial release."}  # noqa: RUF012 (TFDS requires it)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(

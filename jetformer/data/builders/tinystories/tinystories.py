@@ -1,6 +1,6 @@
-"""`tinystories`: short stories in the words of a small child (arXiv 2305.07759), the version written by GPT-4 alone.
+"""`tinystories`: short stories with a small child's vocabulary (arXiv 2305.07759), the version by GPT-4 only.
 
-Two text files on the Hugging Face Hub, where `<|endoftext|>` ends a story.
+The Hugging Face Hub has them in two text files, where `<|endoftext|>` ends a story.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ END = "<|endoftext|>"
 
 
 def stories(lines: Iterable[str]) -> Iterator[str]:
-    """Stories without white space around them, from the lines of a file. Those that are empty are left out."""
+    """Yields the stories in the lines of a file, without surrounding white space, except empty ones."""
     story: list[str] = []
     for line in lines:
         *ended, rest = line.split(END)
@@ -33,10 +33,10 @@ def _text(parts: list[str]) -> list[str]:
 class TinyStories(tfds.core.GeneratorBasedBuilder):
     """`tinystories`: text; train / validation. Downloads 2.2 GB."""
 
-    # The name that TFDS would make of the class is tiny_stories.
+    # TFDS would derive the name tiny_stories.
     name = "tinystories"
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Initial release."}  # noqa: RUF012 (that is how TFDS reads it)
+    RELEASE_NOTES = {"1.0.0": "Initial release."}  # noqa: RUF012 (TFDS requires it)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
@@ -47,7 +47,7 @@ class TinyStories(tfds.core.GeneratorBasedBuilder):
 
     @property
     def urls_without_checksums(self) -> dict[str, str]:
-        """What it downloads, by split."""
+        """URLs of the files by split."""
         return {split: f"{URL}/{file}" for split, file in FILES.items()}
 
     def _split_generators(self, dl_manager):

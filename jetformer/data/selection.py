@@ -1,0 +1,74 @@
+"""Which examples of a dataset are read: its split, some of its classes, at most so many. No TensorFlow here."""
+
+import collections
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The examples of a dataset that are read, and how they are preprocessed.
+
+    Attributes:
+      name: TFDS dataset, e.g. `digits`, `imagenet_resized/64x64`, `imagenet2012:5.1.0`; `folder:/path` of a folder
+        `split/class/image`, see `folder.Folder`; or `huggingface:owner/name`, see `jetformer.data.huggingface`.
+      split: TFDS split, e.g. `train`, `train[10000:]`, `train+validation`.
+      pp: preprocessing string, see `jetformer.data.preprocess`.
+      data_dir: where TFDS keeps its data; None is its default.
+      shuffle_buffer_size: encoded examples that each stream of training shuffles at a time.
+      classes: the classes to read, see `resolve_classes`; their labels become 0, 1, … in this order. None: all.
+      max_examples: at most so many examples, the first ones. None: all.
+      skip_broken: skip examples that cannot be preprocessed, see `jetformer.data.broken`.
+      labels: new values of the labels 0, 1, … (a mixture renumbers them). None: unchanged.
+    """
+
+    name: str
+    split: str
+    pp: str
+    data_dir: str | None = None
+    shuffle_buffer_size: int = 4096
+    classes: tuple[int | str, ...] | None = None
+    max_examples: int | None = None
+    skip_broken: bool = False
+    labels: tuple[int, ...] | None = None
+
+
+def resolve_classes(classes: Sequence[int | str], names: Sequence[str] | None, dataset: str) -> list[int]:
+    """Returns the labels of chosen classes, in the order chosen.
+
+    Args:
+      classes: each is a name, a label, or a range of labels such as "10:20" (without 20).
+      names: of all classes of the dataset by label; None if it has no label.
+      dataset: its name, for messages.
+
+    Raises:
+      ValueError: the dataset has no label, a class does not exist or is chosen twice, or none is chosen.
+    """
+    if names is None:
+        raise ValueError(f"dataset {dataset!r} has no label, so Data.classes cannot select from it: unset it")
+    numbers = {name: i for i, name in enumerate(names)}
+    labels: list[int] = []
+    for chosen in classes:
+        if chosen in numbers:
+            labels.append(numbers[chosen])
+        elif isinstance(chosen, int) and 0 <= chosen < len(names):
+            labels.append(chosen)
+        elif isinstance(chosen, str) and (found := re.fullmatch(r"(\d*):(\d*)", chosen)):
+            start, stop = int(found[1] or 0), int(found[2] or len(names))
+            if not start < stop <= len(names):
+                raise ValueError(f'Data.classes: {dataset!r} has no classes {chosen!r}, its range is "0:{len(names)}"')
+            labels.extend(range(start, stop))
+        else:
+            close = difflib.get_close_matches(str(chosen), names, 3) or names[:3]
+            raise ValueError(
+                f"Data.classes: {dataset!r} has no class {chosen!r}: it has {len(names)}, with labels 0 to "
+                f"{len(names) - 1} and names such as {', '.join(close)}"
+            )
+    if not labels:
+        raise ValueError("Data.classes is empty: choose a class, or unset it to read all")
+    for label, count in collections.Counter(labels).items():
+        if count > 1:
+            raise ValueError(f"Data.classes: class {names[label]!r} (label {label}) is chosen {count} times")
+    return labels
