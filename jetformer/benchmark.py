@@ -1,10 +1,11 @@
-"""Measure an experiment on made-up data: its training step, where time and memory go, its flow, and sampling.
+"""Measure an experiment on synthetic data: training steps, memory, the flow, and sampling.
 
     python -m jetformer.benchmark --gin_file=experiments/benchmark_cpu.gin
+    python -m jetformer.benchmark --gin_file=experiments/benchmark_cpu.gin --json=/tmp/a.json
+    python -m jetformer.benchmark --gin_file=experiments/benchmark_cpu.gin --compare=/tmp/a.json
 
-The step is the training loop's own. Beside it, in the same process and in turn with it, runs a matrix product: machines
-differ and are shared, a ratio says more than a time. `--json=FILE` keeps the figures, `--compare=FILE` sets them beside
-those of another run, `--profile=DIR` writes a trace of some steps, for TensorBoard's profiler (pip install
+A step is that of the training loop. Products of two matrices run in turn with the steps: machines differ and are
+shared, so their ratio says more than seconds. --profile=DIR writes a trace for TensorBoard's profiler (pip install
 torch-tb-profiler).
 """
 
@@ -12,7 +13,6 @@ import collections
 import contextlib
 import itertools
 import json
-import math
 import pathlib
 import platform
 import resource
@@ -24,104 +24,82 @@ import numpy as np
 import torch
 from absl import app, flags
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from jetformer import program, runtime
+from jetformer import config, objectives, prng, program, runtime
+from jetformer.experiment import Experiment
+from jetformer.loops.base import Loop
+from jetformer.models.jetformer import JetFormer
+from jetformer.models.language_model import LanguageModel
+from jetformer.models.mixture import MixtureHead
+from jetformer.sampling import decode
+from jetformer.sampling.guidance import Guidance
+from jetformer.state import State, build, make_loop
 
 flags.adopt_module_key_flags(program)
-flags.DEFINE_integer("steps", 20, "How many steps to measure.", lower_bound=1)
-flags.DEFINE_integer("warmup", 3, "How many steps to run before.", lower_bound=1)
-flags.DEFINE_integer("samples", 8, "How many images (or texts) to sample at a time; 0 for no sampling.", lower_bound=0)
-flags.DEFINE_string("json", None, "A file to write the figures to.")
-flags.DEFINE_string("compare", None, "A file that --json wrote: its figures are set beside these.")
-flags.DEFINE_string("profile", None, "A directory to write a trace of three steps to.")
+flags.DEFINE_integer("steps", 20, "Number of steps to measure.", lower_bound=1)
+flags.DEFINE_integer("warmup", 3, "Number of steps to run before.", lower_bound=1)
+flags.DEFINE_integer("samples", 8, "Number of images or texts to sample at a time; 0 for none.", lower_bound=0)
+flags.DEFINE_string("json", None, "File to write the measurements to.")
+flags.DEFINE_string("compare", None, "File of --json to compare with.")
+flags.DEFINE_string("profile", None, "Directory to write a trace of three steps to.")
 FLAGS = flags.FLAGS
 
-FORMAT = 2  # of the figures' file; another one is not compared with
+FORMAT = 3  # of the JSON file; files of another format are not compared with
 PHASES = ("data", "forward", "backward", "optimizer")
 
 
 def linear_parameters(model: nn.Module) -> int:
-    """How many parameters the weights of all linear layers and convolutions have."""
+    """Returns the number of weights of all linear layers and convolutions."""
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d))
 
 
-def model_flops(model: nn.Module, batch_size: int, text_length: int) -> int:
-    """Floating-point operations of the matrix products of a training step, by formula.
+def count_flops(experiment: Experiment, batch: dict[str, np.ndarray]) -> int:
+    """Counts the floating-point operations of the matrix products and convolutions of a training step.
 
-    A forward pass has 2 · P · T for each linear layer of P weights that T tokens go through, and 4 · W · T · S for each
-    attention of width W of T queries to S keys (masked ones too). The backward pass has twice as many. What activation
-    checkpointing computes twice counts once.
+    It counts on the meta device, which computes shapes only. Attention counts all pairs of a query and a key, masked
+    ones too. Recomputation by activation checkpointing does not count.
+
+    Args:
+      experiment: its model and objective.
+      batch: arrays `[B, ...]` by name.
     """
-    from jetformer.models.decoder import Decoder
-    from jetformer.models.jet import Jet
-    from jetformer.models.jetformer import JetFormer
-    from jetformer.models.labelled import LabelledFlow
-    from jetformer.models.language_model import LanguageModel
-
-    linear = lambda module, tokens: 2 * linear_parameters(module) * tokens
-    attention = lambda width, tokens: 4 * width * tokens * tokens
-
-    def of_flow(flow: Jet) -> int:
-        if not isinstance(flow, Jet):
-            return 0
-        total = 0
-        for coupling in flow.couplings:
-            tokens, dnn = math.prod(coupling.grid), coupling.dnn
-            total += linear(coupling, tokens)
-            if hasattr(dnn, "vit"):
-                total += len(dnn.vit.blocks) * attention(dnn.posemb.shape[-1], tokens)
-        return total
-
-    def of_labelled_flow(model: LabelledFlow) -> int:
-        total = of_flow(model.flow)
-        for coupling in model.flow.couplings:  # whose context is one token
-            tokens, key_value = math.prod(coupling.grid), coupling.dnn.cross_attn.key_value
-            total += linear(key_value, 1 - tokens) + 2 * key_value.out_features * tokens
-        return total
-
-    def of_decoder(decoder: Decoder, tokens: int) -> int:
-        widths = (block.attn.num_heads * block.attn.head_dim for block in decoder.blocks)
-        return linear(decoder, tokens) + sum(attention(width, tokens) for width in widths)
-
-    def of_jetformer(model: JetFormer) -> int:
-        image = model.num_image_tokens
-        text = text_length * model.num_vocab_repeats
-        sequence = image + text + (1 if model.boi_id is None else 2) - 1
-        total = 0 if model.flow is None else of_flow(model.flow)
-        total += of_decoder(model.decoder, sequence)
-        total += linear(model.image_emb, image) + linear(model.image_head, image)
-        return total + 2 * model.text_emb.weight.numel() * text_length
-
-    def of_language_model(model: LanguageModel) -> int:
-        return of_decoder(model.decoder, text_length) + linear(model.text_head, text_length)
-
-    of_model = {Jet: of_flow, LabelledFlow: of_labelled_flow, JetFormer: of_jetformer, LanguageModel: of_language_model}
-    return 3 * batch_size * of_model[type(model)](model)
-
-
-def counted_flops(run, batch: dict[str, np.ndarray]) -> int:
-    """What torch's FlopCounterMode counts in a training step, on the meta device, where nothing is computed."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     with torch.device("meta"):
-        model = run.model()
-    # The head adds up products in place.
+        model = experiment.model()
+    # The image head accumulates products in place, which FlopCounterMode does not know.
     in_place = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
     with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         tensors = {name: torch.tensor(array, device="meta") for name, array in batch.items()}
-        draws = run.objective.draw(model, tensors, torch.empty(run.batch_size, 2, dtype=torch.int32), train=True)
-        loss, _ = run.objective(model, tensors, draws, noise_scale=run.noise_scale)
+        keys = torch.empty(objectives.batch_size(batch), 2, dtype=torch.int32)
+        draws = experiment.objective.draw(model, tensors, keys, train=True)
+        loss, _ = experiment.objective(model, tensors, draws, noise_scale=experiment.noise_scale)
         loss.backward()
     return counter.get_total_flops()
 
 
-def text_length_of(run, model: nn.Module) -> int:
-    """How many tokens the experiment's texts have; 0 for a flow alone."""
-    return run.data.text_length() if hasattr(model, "bos_id") else 0
+def text_length_of(experiment: Experiment, model: nn.Module) -> int:
+    """Returns the number of tokens of a text; 0 for a model that reads none."""
+    return experiment.data.text_length() if hasattr(model, "first_special") else 0
+
+
+def tokens_of(model: nn.Module, text_length: int) -> int | None:
+    """Returns the number of image tokens of an image, or else of tokens of a text; None if the model does not tell."""
+    patchify = getattr(getattr(model, "flow", model), "patchify", None)
+    return getattr(model, "num_image_tokens", None) or text_length or getattr(patchify, "num_tokens", None)
 
 
 def synthetic_batch(model: nn.Module, batch_size: int, text_length: int) -> dict[str, np.ndarray]:
-    """A random batch: images uint8 `[B, H, W, C]` and texts of T tokens, whichever of these the model reads."""
+    """Returns a random batch.
+
+    Args:
+      model: `image_shape` (H, W, C) says that it reads images, `num_labels` that it reads labels, `first_special` that
+        it reads texts.
+      batch_size: B.
+      text_length: T; 0 for no texts.
+
+    Returns:
+      image uint8 `[B, H, W, C]`; label int32 `[B]`; text int32, text_mask and text_loss bool `[B, T]`.
+    """
     rng = np.random.default_rng(0)
     batch = {}
     if hasattr(model, "image_shape"):
@@ -130,13 +108,13 @@ def synthetic_batch(model: nn.Module, batch_size: int, text_length: int) -> dict
         batch["label"] = rng.integers(0, model.num_labels, batch_size, dtype=np.int32)
     if text_length:
         shape = batch_size, text_length
-        batch["text"] = rng.integers(0, model.bos_id, shape, dtype=np.int32)
+        batch["text"] = rng.integers(0, model.first_special(text_length), shape, dtype=np.int32)
         batch |= {name: np.ones(shape, bool) for name in ("text_mask", "text_loss")}
     return batch
 
 
 class Clock:
-    """Seconds by what they were spent on; waits for the device at every look."""
+    """Measures seconds by name; waits for the device at each call."""
 
     def __init__(self, synchronize: Callable[[], None]):
         self._synchronize = synchronize
@@ -147,7 +125,7 @@ class Clock:
         self._last = self._now()
 
     def __call__(self, name: str) -> None:
-        """What was done since the last look is `name`."""
+        """Adds the time since the last call to `name`."""
         now = self._now()
         self.seconds[name] += now - self._last
         self._last = now
@@ -158,10 +136,13 @@ class Clock:
 
 
 class Machine:
-    """What is measured of a device, whichever it is: time, memory, and the rate of a product of two matrices, which are
-    as large as it takes for the full rate, and of the dtype that the model multiplies in (on a CPU float32)."""
+    """Measures time and memory of a device.
 
-    def __init__(self, where: runtime.Runtime, loop, autocast_dtype: str | None):
+    Its product of two matrices is large enough for the device's full rate, and has the dtype that the model multiplies
+    in (on a CPU float32).
+    """
+
+    def __init__(self, where: runtime.Runtime, loop: Loop, autocast_dtype: str | None):
         self.runtime = where
         accelerator = where.device.type == "cuda" or _on_tpu(where)
         self.matmul_size = 8192 if accelerator else 2048
@@ -171,7 +152,7 @@ class Machine:
         self.time_matmul()
 
     def synchronize(self) -> None:
-        """Waits until the device has done what it was given."""
+        """Waits for the device."""
         device = self.runtime.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -181,7 +162,7 @@ class Machine:
             xm.wait_device_ops()
 
     def time(self, function: Callable[[], object]) -> float:
-        """Seconds that a call takes, with all that it makes the device do."""
+        """Returns the seconds that a call takes, on the host and on the device."""
         self.synchronize()
         start = time.perf_counter()
         function()
@@ -189,11 +170,11 @@ class Machine:
         return time.perf_counter() - start
 
     def time_matmul(self) -> float:
-        """Seconds that the product takes that everything is compared with."""
+        """Returns the seconds of the product."""
         return self.time(self._multiply)
 
     def peak_memory(self) -> int:
-        """Bytes: of a GPU's memory by this process's tensors; elsewhere of the process."""
+        """Returns the peak memory in bytes: of this process's tensors on a GPU, elsewhere of the process."""
         if self.runtime.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.runtime.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -207,37 +188,40 @@ def _on_tpu(where: runtime.Runtime) -> bool:
     return xr.device_type() == "TPU"
 
 
-def measure(run, where: runtime.Runtime, *, steps: int, warmup: int, samples: int, profile: str | None) -> dict:
-    """Measures a `Experiment`.
+def measure(
+    experiment: Experiment, where: runtime.Runtime, *, steps: int, warmup: int, samples: int, profile: str | None
+) -> dict:
+    """Measures an experiment.
 
     Args:
-      run: the experiment.
-      where: on which device; every process of several measures itself.
-      steps, warmup: how many training steps to measure, and to run before.
-      samples: how many images to sample at a time; 0: none.
-      profile: a directory for a trace of three more steps; None: none.
+      experiment: what to measure.
+      where: the device. Of several processes each measures itself.
+      steps: number of training steps to measure.
+      warmup: number of training steps to run before.
+      samples: number of images or texts to sample at a time; 0 for none.
+      profile: directory for a trace of three more steps; None for none.
 
     Returns:
-      A dictionary for JSON. Seconds are lists with an entry for each step: step (of the loop as it is), matmul (in turn
-      with them), and the phases data, forward, backward, optimizer (of other steps, which wait for the device after
-      each). flops is of all processes' step, by `model_flops`; bytes are of this process.
+      A dictionary for JSON. `seconds` has an entry for each step: `step`, as in training; `matmul`, in turn with the
+      steps; and the phases `data`, `forward`, `backward`, `optimizer`, of other steps that wait for the device after
+      each phase. `flops` is of the steps of all processes, see `count_flops`; `bytes` is of this process.
     """
-    from jetformer.state import build, make_loop
+    # After `runtime.initialize`: it brings TensorFlow, before which torch_xla has to be imported.
     from jetformer.trainer import training_of
 
-    run.check_mesh(where)
-    loop = make_loop(run, where)
-    machine = Machine(where, loop, run.autocast)
-    state = build(run, loop)
+    experiment.check_mesh(where)
+    loop = make_loop(experiment, where)
+    machine = Machine(where, loop, experiment.autocast)
+    state = build(experiment, loop)
     model = state.model
-    text_length = text_length_of(run, model)
-    whole = synthetic_batch(model, run.batch_size, text_length)
-    size = run.batch_size // where.process_count
+    text_length = text_length_of(experiment, model)
+    whole = synthetic_batch(model, experiment.batch_size, text_length)
+    size = experiment.batch_size // where.process_count
     local = {name: array[where.process_index * size :][:size] for name, array in whole.items()}
     clock = Clock(machine.synchronize)
 
     def training(count: int, on_phase: Callable[[str], None]) -> Iterator:
-        training = training_of(run, state, count, schedule=lambda step: 1e-3)
+        training = training_of(experiment, state, count, schedule=lambda step: 1e-3)
         return loop.train_steps(training, itertools.repeat(local), on_phase=on_phase)
 
     seconds = collections.defaultdict(list)
@@ -252,12 +236,12 @@ def measure(run, where: runtime.Runtime, *, steps: int, warmup: int, samples: in
                 seconds["matmul"].append(matmul)
                 seconds["step"].append(step)
     peak = machine.peak_memory()
-    if where.device.type != "xla":  # which runs a step as one graph
+    if where.device.type != "xla":  # there a step is one graph
         with contextlib.closing(training(steps + 1, clock)) as stepping:
             for number in range(steps + 1):
                 clock.reset()
                 next(stepping)
-                if number > 0:  # the first sets up
+                if number > 0:  # not the first, which sets up
                     for name in PHASES:
                         seconds[name].append(clock.seconds[name])
     if profile is not None:
@@ -271,32 +255,30 @@ def measure(run, where: runtime.Runtime, *, steps: int, warmup: int, samples: in
         "python": platform.python_version(),
         "dtype": str(machine.dtype).removeprefix("torch."),
         "processes": where.process_count,
-        "batch_size": run.batch_size,
+        "batch_size": experiment.batch_size,
         "parameters": sum(p.numel() for p in model.parameters()),
         "linear_parameters": linear_parameters(model),
         "examples": "images" if "image" in whole else "texts",
-        "tokens": run.batch_size * _num_tokens(model, text_length),
-        "flops": model_flops(model, run.batch_size, text_length),
-        "counted_flops": counted_flops(run, whole),
+        "flops": count_flops(experiment, whole),
         "matmul_size": machine.matmul_size,
         "seconds": dict(seconds),
         "first_step_seconds": first_step,
         "counters": loop.counters(),
-        "bytes": {"peak": peak} | _bytes_of(state, run, local, loop, where),
+        "bytes": {"peak": peak} | _bytes_of(state, experiment, local),
     }
+    if (tokens := tokens_of(model, text_length)) is not None:
+        results["tokens"] = experiment.batch_size * tokens
     model.eval()
-    flow = getattr(model, "flow", model if not text_length else None)
     with torch.no_grad(), loop.gathered(state.runner):
-        if flow is not None:
-            results["flow"] = _measure_flow(flow, size, machine, loop, steps, warmup)
-        if samples and text_length:
+        if isinstance(model, JetFormer):
+            if model.flow is not None:
+                shape = (*model.patches.grid, model.patches.dim)
+                results["flow"] = _measure_flow(model.flow, shape, size, machine, loop, steps, warmup)
+        elif hasattr(model, "inverse"):
+            results["flow"] = _measure_flow(model, model.image_shape, size, machine, loop, steps, warmup)
+        if samples and isinstance(model, JetFormer | LanguageModel):
             results["sampling"] = _measure_sampling(model, text_length, samples, machine, loop)
     return results
-
-
-def _num_tokens(model: nn.Module, text_length: int) -> int:
-    """T: image tokens of an image, or tokens of a text."""
-    return getattr(model, "num_image_tokens", text_length) or getattr(model, "flow", model).patchify.num_tokens
 
 
 def _profile(stepping: Iterator, directory: str, machine: Machine) -> None:
@@ -314,9 +296,10 @@ def _profile(stepping: Iterator, directory: str, machine: Machine) -> None:
         machine.synchronize()
 
 
-def _bytes_of(state, run, batch: dict[str, np.ndarray], loop, where: runtime.Runtime) -> dict[str, int]:
-    """What this process keeps, in bytes: parameters, gradients, optimizer, average, and what the forward pass saves
-    for the backward pass (not under XLA, which decides itself)."""
+def _bytes_of(state: State, experiment: Experiment, batch: dict[str, np.ndarray]) -> dict[str, int]:
+    """Returns the bytes that this process keeps: parameters, gradients, optimizer, moving average, and (not under XLA,
+    which decides itself) what the forward pass saves for the backward pass."""
+    loop = state.loop
     sizes = lambda tensors: sum(loop.local(x).nbytes for x in tensors)
     kept = {
         "parameters": sizes(state.model.parameters()),
@@ -324,10 +307,9 @@ def _bytes_of(state, run, batch: dict[str, np.ndarray], loop, where: runtime.Run
         "optimizer": sizes(x for values in state.optimizer.state.values() for x in values.values()),
         "average": sizes(state.ema.values()) if state.ema else 0,
     }
-    if where.device.type == "xla":
+    device = loop.runtime.device
+    if device.type == "xla":
         return kept
-    from jetformer import objectives, prng
-
     saved: dict[int, int] = {}
     own = {loop.local(p).untyped_storage().data_ptr() for p in state.model.parameters()}
 
@@ -337,49 +319,45 @@ def _bytes_of(state, run, batch: dict[str, np.ndarray], loop, where: runtime.Run
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    part = {name: array[: len(array) // run.grad_accum_steps] for name, array in batch.items()}
-    part = {name: torch.tensor(array).to(where.device) for name, array in part.items()}
-    keys = prng.example_keys(0, torch.arange(objectives.batch_size(part), dtype=torch.int32, device=where.device))
-    draws = run.objective.draw(state.model, part, keys, train=True)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        loop.autocast(),
-    ):
-        loss, _ = state.runner(run.objective, part, draws, noise_scale=run.noise_scale)
+    part = {name: array[: len(array) // experiment.grad_accum_steps] for name, array in batch.items()}
+    part = {name: torch.tensor(array).to(device) for name, array in part.items()}
+    keys = prng.example_keys(0, torch.arange(objectives.batch_size(part), dtype=torch.int32, device=device))
+    draws = experiment.objective.draw(state.model, part, keys, train=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), loop.autocast():
+        loss, _ = state.runner(experiment.objective, part, draws, noise_scale=experiment.noise_scale)
     loss.backward()  # FSDP2 expects it
     state.optimizer.zero_grad()
     return kept | {"saved_activations": sum(saved.values())}
 
 
-def _measure_flow(flow: nn.Module, batch_size: int, machine: Machine, loop, steps: int, warmup: int) -> dict:
-    """Seconds of the flow's two directions, in turn, for a batch, without gradients."""
-    x = torch.rand(batch_size, *flow.image_shape, device=machine.runtime.device) * 2 - 1
+def _measure_flow(
+    flow: nn.Module, shape: tuple[int, ...], batch_size: int, machine: Machine, loop: Loop, steps: int, warmup: int
+) -> dict:
+    """Measures the flow's two directions in turn, for a batch of inputs of a shape, without gradients."""
+    x = torch.rand(batch_size, *shape, device=machine.runtime.device) * 2 - 1
     forward, inverse = loop.compile(lambda: flow(x)[0]), loop.compile(lambda: flow.inverse(x)[0])
     pairs = [(machine.time(forward), machine.time(inverse)) for _ in range(warmup + steps)][warmup:]
     forwards, inverses = map(list, zip(*pairs, strict=True))
     return {"batch_size": batch_size, "forward_seconds": forwards, "inverse_seconds": inverses}
 
 
-def _measure_sampling(model: nn.Module, text_length: int, count: int, machine: Machine, loop) -> dict:
-    """Seconds of sampling `count` images or texts at once, five times, by guidance: token by token, and of images also
+def _measure_sampling(
+    model: JetFormer | LanguageModel, text_length: int, count: int, machine: Machine, loop: Loop
+) -> dict:
+    """Measures sampling `count` images or texts at once, five times, by guidance: token by token, and for images also
     with the flow's inverse and the likelihood."""
-    from jetformer import prng
-    from jetformer.models.mixture import MixtureHead
-    from jetformer.sampling import decode
-    from jetformer.sampling.guidance import Guidance
-
     device = machine.runtime.device
     keys = prng.example_keys(0, torch.arange(count, dtype=torch.int32)).to(device)
-    results = {"count": count, "tokens": count * _num_tokens(model, text_length)}
+    results = {"count": count, "tokens": count * tokens_of(model, text_length)}
 
-    def of_texts() -> None:
+    def sample_texts() -> None:
         none = torch.empty(count, 0, dtype=torch.int64, device=device)
-        # No token ends a text: all are of full length.
+        # No token ends a text, so all have full length.
         lengths = {"max_length": text_length, "vocab_size": model.bos_id, "eos_id": model.bos_id}
         decode.sample_text(model, keys, text=none, compile=loop.compile, **lengths)
 
-    if not hasattr(model, "image_shape"):
-        return results | {"seconds": {"none": {"tokens": _repeated(of_texts, machine)}}}
+    if isinstance(model, LanguageModel):
+        return results | {"seconds": {"none": {"tokens": _repeated(sample_texts, machine)}}}
     text = torch.zeros(count, text_length, dtype=torch.int64, device=device)
     results["seconds"] = {}
     for guidance in (Guidance(), Guidance("density", 1.0)):
@@ -394,25 +372,26 @@ def _measure_sampling(model: nn.Module, text_length: int, count: int, machine: M
 
 
 def _repeated(function: Callable[[], object], machine: Machine) -> list[float]:
-    """Seconds of five calls, after one that sets up."""
+    """Returns the seconds of five calls, after one that sets up."""
     function()
     return [machine.time(function) for _ in range(5)]
 
 
-def figures(results: dict) -> dict[str, float]:
-    """What one would compare of two measurements, by name."""
+def metrics(results: dict) -> dict[str, float]:
+    """Returns the values to compare between two measurements, by name."""
     median = {name: statistics.median(values) for name, values in results["seconds"].items()}
     rate = results["flops"] / median["step"]
     matmul_rate = 2 * results["matmul_size"] ** 3 / median["matmul"] * results["processes"]
-    simple = 6 * results["linear_parameters"] * results["tokens"] / median["step"]
     values = {f"{name} s": seconds for name, seconds in median.items()}
     values |= {
         f"{results['examples']}/s": results["batch_size"] / median["step"],
         "model GFLOP/s": rate / 1e9,
         "share of matmul": rate / matmul_rate,
-        "6PT share of matmul": simple / matmul_rate,
         "peak GB": results["bytes"]["peak"] / 1e9,
     }
+    if "tokens" in results:
+        simple = 6 * results["linear_parameters"] * results["tokens"] / median["step"]
+        values["6PT share of matmul"] = simple / matmul_rate
     if "flow" in results:
         flow = {name: statistics.median(results["flow"][f"{name}_seconds"]) for name in ("forward", "inverse")}
         values |= {f"flow {name} images/s": results["flow"]["batch_size"] / s for name, s in flow.items()}
@@ -427,8 +406,8 @@ def figures(results: dict) -> dict[str, float]:
 
 
 def report(results: dict) -> str:
-    """The figures as a table for people."""
-    values, seconds = figures(results), results["seconds"]
+    """Returns a measurement as a table."""
+    values, seconds = metrics(results), results["seconds"]
 
     def spread(name: str) -> str:
         low, median, high = (1e3 * s for s in (min(seconds[name]), values[f"{name} s"], max(seconds[name])))
@@ -438,7 +417,7 @@ def report(results: dict) -> str:
     rows = {
         "on": f"{results['on']}, torch {results['torch']}, Python {results['python']}",
         "parameters": f"{results['parameters']:,}, {results['linear_parameters']:,} of them in matrices (P)",
-        "batch": f"{results['batch_size']} {results['examples']}, {results['tokens']:,} tokens of theirs (T)",
+        "batch": f"{results['batch_size']} {results['examples']}",
         "step": spread("step"),
         "first step": f"{results['first_step_seconds']:.1f} s",
     }
@@ -446,12 +425,13 @@ def report(results: dict) -> str:
     size = results["matmul_size"]
     rows |= {
         f"{results['examples']}/s": f"{values[results['examples'] + '/s']:.1f}",
-        "model FLOPs": f"{results['flops'] / 1e9:.1f} GFLOP a step ({results['counted_flops'] / 1e9:.1f} counted), "
-        f"{values['model GFLOP/s']:.0f} GFLOP/s",
+        "model FLOPs": f"{results['flops'] / 1e9:.1f} GFLOP a step, {values['model GFLOP/s']:.0f} GFLOP/s",
         f"{size}³ product": f"{2 * size**3 / values['matmul s'] / 1e9:.0f} GFLOP/s in {results['dtype']}",
-        "share": f"{values['share of matmul']:.2f} of the product's rate; "
-        f"{values['6PT share of matmul']:.2f} counting 6 · P · T only",
+        "share": f"{values['share of matmul']:.2f} of the product's rate",
     }
+    if "tokens" in results:
+        rows["batch"] += f" with {results['tokens']:,} tokens (T)"
+        rows["share"] += f"; {values['6PT share of matmul']:.2f} counting 6 · P · T only"
     if results["counters"]:
         counters = results["counters"]
         rows["compiled"] = f"{counters['xla/compilations']:.0f} graphs in {counters['xla/compile_seconds']:.1f} s"
@@ -471,8 +451,8 @@ def report(results: dict) -> str:
 
 
 def compare(ours: dict, theirs: dict) -> str:
-    """The figures of two measurements and their ratios, as a table."""
-    a, b = figures(ours), figures(theirs)
+    """Returns the values of two measurements and their ratios as a table."""
+    a, b = metrics(ours), metrics(theirs)
     rows = {"": f"{'this':>12} {'other':>12} {'ratio':>8}"}
     rows |= {name: f"{a[name]:12.4g} {b[name]:12.4g} {a[name] / b[name]:8.3f}" for name in a if name in b}
     return _table(rows)
@@ -488,23 +468,20 @@ def main(argv: list[str]) -> None:
     with program.one_line_errors():
         theirs = None if FLAGS.compare is None else json.loads(pathlib.Path(FLAGS.compare).read_text())
         if theirs is not None and theirs.get("format") != FORMAT:
-            raise ValueError(f"--compare={FLAGS.compare}: another version has written it; measure again")
+            raise ValueError(
+                f"--compare={FLAGS.compare} has format {theirs.get('format')}, not {FORMAT}: measure again"
+            )
         where = runtime.initialize(FLAGS.device)
-        from jetformer import config
-        from jetformer.experiment import Experiment
-
         config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
-        run = config.call(Experiment)
-        results = measure(
-            run, where, steps=FLAGS.steps, warmup=FLAGS.warmup, samples=FLAGS.samples, profile=FLAGS.profile
-        )
+        options = {"steps": FLAGS.steps, "warmup": FLAGS.warmup, "samples": FLAGS.samples, "profile": FLAGS.profile}
+        results = measure(config.call(Experiment), where, **options)
         if where.process_index > 0:
             return
         if FLAGS.json is not None:
             pathlib.Path(FLAGS.json).write_text(json.dumps(results, indent=2))
         print(report(results))
         if theirs is not None:
-            print(f"\nbeside {FLAGS.compare}, on {theirs['on']}:\n{compare(results, theirs)}")
+            print(f"\ncompared with {FLAGS.compare}, on {theirs['on']}:\n{compare(results, theirs)}")
 
 
 if __name__ == "__main__":

@@ -160,12 +160,12 @@ def prepare(
         requests = images.class_requests(experiment, model, classes) if classes else [Request("sample")]
         return sampler, requests, {}, unreadable
     if task in ("caption", "text"):
-        read = run_files.texts(experiment, workdir)
+        tokenizing = run_files.texts(experiment, workdir)
         requests, num_tokens = [Request(path, image=image) for path, image in given.items()], None
         if task == "text":
-            requests, num_tokens = texts.continuation_requests(read, prompts or [""])  # "" for a whole text
+            requests, num_tokens = texts.continuation_requests(tokenizing, prompts or [""])  # "" for a whole text
         options |= {"num_tokens": num_tokens, "top_k": FLAGS.top_k, "top_p": FLAGS.top_p}
-        return texts.TextSampler(experiment, model, read, **options), requests, {}, unreadable
+        return texts.TextSampler(experiment, model, tokenizing, **options), requests, {}, unreadable
 
     mode = FLAGS.guidance or ("density" if FLAGS.guidance_weight else "none")
     guidance = Guidance(mode, FLAGS.guidance_weight, FLAGS.guidance_schedule)
@@ -202,11 +202,11 @@ def sample(experiment: Experiment, state: State, step: int, workdir: UPath, mach
       ValueError: for flags that do not fit the model; for images that cannot be read, after all others are done.
     """
     task, out = task_of(state.model), pathlib.Path(FLAGS.out)
-    sampler, requests, further, unreadable = prepare(task, experiment, state, workdir)
+    sampler, requests, more, unreadable = prepare(task, experiment, state, workdir)
     settings = {"task": task, "run": str(workdir), "step": step, "ema": state.ema is not None and FLAGS.ema}
-    settings |= sampler.settings | further
+    settings |= sampler.settings | more
     count = FLAGS.num_images or (1 if FLAGS.images is not None else 8)
-    wanted, read = repeated(requests, count, FLAGS.seed), len(requests)
+    wanted = repeated(requests, count, FLAGS.seed)
     gallery, missing = None, []
 
     def open_gallery() -> None:
@@ -216,11 +216,11 @@ def sample(experiment: Experiment, state: State, step: int, workdir: UPath, mach
         missing = [i for i, request in enumerate(wanted) if not has(request)]
 
     machine.on_first(open_gallery)
-    requests = [wanted[i] for i in machine.broadcast(missing)]
-    if len(requests) < len(wanted):
-        logging.info("%d of %d samples exist already", len(wanted) - len(requests), len(wanted))
+    lacking = [wanted[i] for i in machine.broadcast(missing)]
+    if len(lacking) < len(wanted):
+        logging.info("%d of %d samples exist already", len(wanted) - len(lacking), len(wanted))
     options = {"batch_size": FLAGS.batch_size, "ema": FLAGS.ema, "progress": True}
-    for samples in draw(sampler, requests, state, machine, **options):
+    for samples in draw(sampler, lacking, state, machine, **options):
         if gallery is not None:
             for request, drawn in samples:
                 gallery.add(request.label, request.seed, **identity(request), **drawn)
@@ -228,10 +228,8 @@ def sample(experiment: Experiment, state: State, step: int, workdir: UPath, mach
         gallery.finish()
         logging.info("%d samples in %s: open %s", len(gallery.records), out, out / PAGE_FILE)
     if unreadable:
-        raise ValueError(
-            f"{len(unreadable)} of {len(unreadable) + read} images could not be read: {', '.join(unreadable)}; the "
-            "others are done"
-        )
+        total, paths = len(unreadable) + len(requests), ", ".join(unreadable)
+        raise ValueError(f"{len(unreadable)} of {total} images could not be read: {paths}; the others are done")
 
 
 def main(argv: list[str]) -> None:

@@ -3,6 +3,10 @@
 import ast
 import graphlib
 import pathlib
+import subprocess
+import sys
+
+import pytest
 
 import jetformer
 
@@ -72,3 +76,11 @@ def test_dependencies_point_downwards():
 
 def test_the_layers_exist():
     assert set().union(*LAYERS) <= GRAPH.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["benchmark", "sample"])
+def test_programs_import_no_tensorflow(program):
+    """`runtime.initialize` has to import torch_xla before it."""
+    code = f"import sys, jetformer.{program}; assert 'tensorflow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

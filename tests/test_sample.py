@@ -1,4 +1,4 @@
-"""The sampling program: what it writes, that samples do not depend on each other, that it resumes, what it refuses."""
+"""The sampling program: its files, samples that do not depend on each other, resuming, errors."""
 
 import contextlib
 import functools
@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import pathlib
+import re
 import shutil
 import sys
 import threading
@@ -42,28 +43,28 @@ def finished(workdir, gin_file, gin_bindings):
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory, shapes_dir):
-    """A run of shapes.gin, so short that it has learned nothing."""
+    """A run of shapes.gin, too short to learn anything."""
     small = bindings(shapes_dir, train__total_steps=4, train__evaluators='{"val": @Likelihood()}', Jet__num_heads=2)
     return finished(tmp_path_factory.mktemp("captioned"), "experiments/shapes.gin", small)
 
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory, data_dir):
-    """A run of digits.gin, as short."""
+    """A run of digits.gin, likewise."""
     small = bindings(data_dir, train__total_steps=4, train__evaluators='{"val": @Likelihood()}')
     return finished(tmp_path_factory.mktemp("classes"), "experiments/digits.gin", small)
 
 
 @pytest.fixture(scope="module")
 def flow(tmp_path_factory, data_dir):
-    """A run of jet_digits_labelled.gin, as short; fast enough to tell its labels apart."""
+    """A run of jet_digits_labelled.gin, likewise, with a learning rate that tells its labels apart."""
     flow = {"train__evaluators": "{}", "train__noise_scale": 0.0, "train__ema_decay": 0.0, "make_optimizer__lr": 0.03}
     small = bindings(data_dir, train__total_steps=4, **flow)
     return finished(tmp_path_factory.mktemp("flow"), "experiments/jet_digits_labelled.gin", small)
 
 
 def sample(out, *flags, environment=None, processes=1):
-    """Runs the program; its exit code, what it said, and the records that it left."""
+    """Runs the program and returns its exit code, its log, and the records that it wrote."""
     args = [sys.executable, "-m", "jetformer.sample", "--device=cpu", f"--out={out}", *flags]
     process = start(args if processes == 1 else torchrun(args, processes), **environment or {})
     _, log = process.communicate(timeout=200)
@@ -78,7 +79,7 @@ def picture(out, record):
 
 
 def test_prompts(captioned, tmp_path):
-    """Files, page and records; samples are the same beside others, and in batches of another size."""
+    """Files, page and records; samples do not depend on other samples and on the batch size."""
     (tmp_path / "prompts.txt").write_text(f"a blue cross\n{PROMPT}\n")
     flags = [f"--workdir={captioned}", "--guidance_weight=1.5", "--guidance_schedule=linear"]
     out = tmp_path / "all"
@@ -107,32 +108,32 @@ def test_prompts(captioned, tmp_path):
     assert one["log_likelihood"] == pytest.approx(same["log_likelihood"], rel=1e-4)
 
 
-def test_it_goes_on_where_it_stopped(captioned, tmp_path):
+def test_it_resumes(captioned, tmp_path):
     flags = [f"--workdir={captioned}", f"--prompt={PROMPT}"]
     out = tmp_path / "out"
     code, log, first = sample(out, *flags, "--num_images=2")
     assert code == 0, log
-    with (out / "samples.jsonl").open("a") as file:  # cut off while it wrote
+    with (out / "samples.jsonl").open("a") as file:  # interrupted while writing
         file.write('{"prompt": "a large r')
     made = (out / first[0]["file"]).stat().st_mtime_ns
     code, log, records = sample(out, *flags, "--num_images=3")
     assert code == 0, log
-    assert "2 of 3 samples are there already" in log
+    assert "2 of 3 samples" in log
     assert [record["seed"] for record in records] == [0, 1, 2]
     assert records[:2] == first
     assert (out / first[0]["file"]).stat().st_mtime_ns == made
-    (out / "index.html").unlink()  # stopped before it had written the page
+    (out / "index.html").unlink()  # interrupted before writing the page
     code, log, again = sample(out, *flags, "--num_images=3")
     assert code == 0, log
     assert again == records
     assert (out / "index.html").exists()
     code, log, _ = sample(out, *flags, "--temperature=0.5")
     assert code == 1
-    assert log.splitlines()[-1] == f"error: {out} holds samples with temperature 1.0, not 0.5: use another --out"
+    assert log.splitlines()[-1].startswith(f"error: {out} holds samples with temperature 1.0, not 0.5: ")
 
 
 def test_captions_of_images(captioned, tmp_path):
-    """What cannot be read is named and left out, the others are done; sizes are made to fit."""
+    """Images that cannot be read are named and skipped; others are resized."""
     folder = tmp_path / "images"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -143,8 +144,9 @@ def test_captions_of_images(captioned, tmp_path):
     flags = [f"--workdir={captioned}", f"--images={folder}/*.png", "--task=caption", "--top_k=20", "--temperature=2"]
     code, log, records = sample(tmp_path / "out", *flags)
     assert code == 1
-    assert f"error: 2 of 4 images could not be read: {folder}/c.png, {folder}/d.png" in log
-    assert f"{folder}/b.png is 40 × 50, resized and cropped to 32 × 32" in log
+    assert log.splitlines()[-1].startswith("error: 2 of 4 images ")
+    assert f"{folder}/c.png, {folder}/d.png" in log.splitlines()[-1]
+    assert any(f"{folder}/b.png" in line and "40 × 50" in line and "32 × 32" in line for line in log.splitlines())
     assert [pathlib.Path(record["image"]).name for record in records] == ["a.png", "b.png"]
     for record in records:
         assert isinstance(record["text"], str)
@@ -159,12 +161,12 @@ def test_captions_of_images(captioned, tmp_path):
         (folder / f"{good}.png").unlink()
     code, log, records = sample(tmp_path / "none", *flags)
     assert code == 1
-    assert "error: 2 of 2 images could not be read" in log
+    assert "error: 2 of 2 images " in log
     assert not records
 
 
 def test_images_have_the_pixels_of_training(tmp_path):
-    """Grey of 16 bits, transparency, EXIF: by the op and by the program."""
+    """Greyscale of 16 bits, transparency, EXIF: by the op and by the program."""
     random = np.random.default_rng(0)
     ramp = np.arange(0, 1 << 16, 1 << 8, dtype=np.uint16).reshape(16, 16)
     turned = Image.Exif()
@@ -200,7 +202,7 @@ def test_a_decompression_bomb(captioned, tmp_path):
 
 
 def test_completion_of_images(captioned, tmp_path):
-    """What is given of a picture stays in it."""
+    """The given rows are kept."""
     path = tmp_path / "a.png"
     given = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     Image.fromarray(given).save(path)
@@ -214,11 +216,12 @@ def test_completion_of_images(captioned, tmp_path):
     assert abs(a - b).max() > 1
     code, log, _ = sample(tmp_path / "other", *flags, "--rows=15")
     assert code == 1
-    assert "error: 15 rows: give a multiple of the patch size, 4" in log
+    assert "error: 15 rows: " in log
+    assert "patch size 4 " in log
 
 
 def test_classes(classes, tmp_path):
-    """Also from a named checkpoint, and without the moving average."""
+    """From a checkpoint by its path, without the moving average."""
     out = tmp_path / "out"
     checkpoint = classes / "checkpoints" / "000000004"
     code, log, records = sample(out, f"--checkpoint={checkpoint}", "--classes=3,7", "--num_images=2", "--noema")
@@ -229,8 +232,8 @@ def test_classes(classes, tmp_path):
     assert records[0]["guidance"] == "none"
 
 
-def test_several_processes_are_one(classes, tmp_path):
-    """Three batches of two processes, the last of them not full; they go on with what is missing."""
+def test_several_processes_equal_one(classes, tmp_path):
+    """Three batches on two processes, the last of them not full, when resuming too."""
     one_thread = {"OMP_NUM_THREADS": "1"}
     flags = [f"--workdir={classes}", "--classes=3,7", "--batch_size=2"]
     outs = tmp_path / "one", tmp_path / "two"
@@ -256,30 +259,30 @@ def test_several_processes_are_one(classes, tmp_path):
 @pytest.mark.parametrize(
     ("run", "flags", "message"),
     [
-        ("classes", ["--classes=10"], "there is no class or token 10: the model has those from 0 to 9"),
-        ("classes", ["--classes=three"], "--classes: 'three' is no class; give numbers, as 0,1,2"),
-        ("classes", ["--prompt=a"], "the experiment reads no texts: its preprocessing string has neither caption"),
-        ("captioned", ["--prompt= "], "a prompt is empty"),
-        ("captioned", ["--classes=1"], "the model reads texts, not classes: give --prompt or --prompts"),
-        ("captioned", ["--prompt=a", "--top_k=3"], "--top_k means nothing for what is sampled here (image)"),
+        ("classes", ["--classes=10"], r"class or token 10: .* 0 to 9"),
+        ("classes", ["--classes=three"], "--classes: 'three' "),
+        ("classes", ["--prompt=a"], "caption"),
+        ("captioned", ["--prompt= "], "prompt"),
+        ("captioned", ["--classes=1"], "on texts, not on classes"),
+        ("captioned", ["--prompt=a", "--top_k=3"], r"--top_k .*\(image\)"),
         (
             "classes",
             ["--images=experiments/digits.png", "--task=complete", "--classes=1", "--temperature=0"],
-            "temperatures 0.0 and 1.0: give positive ones",
+            "temperatures 0.0 and 1.0: ",
         ),
-        ("captioned", ["--task=caption"], "--images and --task go together: give both, or neither"),
-        ("captioned", ["--images=/nowhere/*.png", "--task=caption"], "/nowhere/*.png: there is no such file"),
-        ("captioned", ["--prompt=a", "--step=3"], "has no complete checkpoint of step 3, but of 4"),
-        ("captioned", [], "nothing to sample: give --classes, --prompt, --prompts or --images"),
+        ("captioned", ["--task=caption"], "--images and --task "),
+        ("captioned", ["--images=/nowhere/*.png", "--task=caption"], r"/nowhere/\*.png: "),
+        ("captioned", ["--prompt=a", "--step=3"], "checkpoint of step 3, .* 4"),
+        ("captioned", [], "--classes, --prompt, --prompts or --images"),
         (
             "captioned",
             ["--prompt=a", "--guidance=density", "--gin_bindings=JetFormerObjective.drop_labels_prob = 0.0"],
-            "guidance density compares with the model without text, which this one does not learn",
+            "guidance density .*drop_labels_prob is 0",
         ),
         (
             "captioned",
             ["--prompt=a", "--gin_bindings=Decoder.depth = 2"],
-            "holds a run with another architecture: its Decoder.depth is 1, this one's 2",
+            "Decoder.depth is 1, .* 2;",
         ),
     ],
 )
@@ -288,15 +291,15 @@ def test_refusals(run, flags, message, tmp_path, request):
     code, log, records = sample(tmp_path / "out", f"--workdir={workdir}", *flags)
     assert code == 1
     assert log.splitlines()[-1].startswith("error: ")
-    assert message in log.splitlines()[-1]
+    assert re.search(message, log.splitlines()[-1])
     assert not records
 
 
-def test_what_is_not_learned_is_refused(captioned, tmp_path):
+def test_an_order_that_is_not_trained_is_refused(captioned, tmp_path):
     flags = [f"--workdir={captioned}", "--gin_bindings=JetFormerObjective.text_prefix_prob = 1.0"]
     code, log, _ = sample(tmp_path / "out", *flags, "--images=experiments/digits.png", "--task=caption")
     assert code == 1
-    assert "error: the model does not learn texts that come after images" in log
+    assert "text_prefix_prob is 1.0" in log.splitlines()[-1]
 
 
 def test_prompts_of_a_file(captioned, tmp_path):
@@ -304,19 +307,19 @@ def test_prompts_of_a_file(captioned, tmp_path):
     path.write_text("a red circle\n\na blue cross\n")
     code, log, _ = sample(tmp_path / "out", f"--workdir={captioned}", f"--prompts={path}")
     assert code == 1
-    assert f"error: --prompts: {path}:2 is an empty prompt" in log
+    assert f"error: --prompts: {path}:2 " in log
 
 
-def test_a_long_prompt_is_cut_and_that_is_said(captioned, tmp_path):
+def test_a_long_prompt_is_truncated_with_a_warning(captioned, tmp_path):
     long = " and ".join(["a large red circle at the left"] * 9)
     code, log, records = sample(tmp_path / "out", f"--workdir={captioned}", f"--prompt={long}", "--num_images=1")
     assert code == 0, log
-    assert "is too long; cut off: '" in log
+    assert "is too long " in log
     assert len(records) == 1
 
 
 def test_texts_of_a_language_model(tmp_path, shapes_dir):
-    """The captions of shapes as texts alone: training, likelihoods that agree, how a prompt goes on."""
+    """The captions of shapes as texts alone: training, and continuations of prompts."""
     small = bindings(
         shapes_dir,
         train__total_steps=4,
@@ -344,7 +347,7 @@ def test_texts_of_a_language_model(tmp_path, shapes_dir):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """What versions of the client ask of the Hugging Face Hub, for one repository `people/run`, from a folder."""
+    """Serves a folder as the repository `people/run` of the Hugging Face Hub, to any version of the client."""
 
     COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -402,10 +405,10 @@ def serving(folder):
 
 
 def test_a_run_on_the_hugging_face_hub(captioned, tmp_path):
-    """A workdir as a repository; the same samples as from the workdir itself."""
+    """A workdir as a repository: the same samples as from the workdir itself."""
     repository = tmp_path / "repository"
     shutil.copytree(captioned, repository, ignore=shutil.ignore_patterns("events*"))
-    ranking = [{"step": 2, "value": 5.0}, {"step": 4, "value": 6.0}]  # of the best there is no checkpoint any more
+    ranking = [{"step": 2, "value": 5.0}, {"step": 4, "value": 6.0}]  # the best one is deleted
     (repository / "best.json").write_text(json.dumps({"ranking": ranking}))
     flags = [f"--prompt={PROMPT}", "--num_images=1"]
     with serving(repository) as url:
@@ -427,7 +430,7 @@ def test_a_run_on_the_hugging_face_hub(captioned, tmp_path):
 
 
 def test_a_flow_at_two_temperatures(flow, tmp_path):
-    """A latent times the temperature; its likelihood is the objective's."""
+    """Latents are multiplied by the temperature; likelihoods are the objective's."""
     for temperature in (0.5, 1.0):
         out = tmp_path / str(temperature)
         code, log, records = sample(out, f"--workdir={flow}", "--num_images=3", f"--temperature={temperature}")
@@ -445,25 +448,25 @@ def test_a_flow_at_two_temperatures(flow, tmp_path):
             assert record["bits_per_dim"] == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_a_flow_of_classes_goes_on(flow, tmp_path):
+def test_a_flow_of_classes_resumes(flow, tmp_path):
     code, log, records = sample(tmp_path, f"--workdir={flow}", "--classes=3,7", "--num_images=2")
     assert code == 0, log
     assert [record["prompt"] for record in records] == ["class 3", "class 3", "class 7", "class 7"]
     assert (picture(tmp_path, records[0]) != picture(tmp_path, records[2])).any()
     code, log, _ = sample(tmp_path, f"--workdir={flow}", "--classes=3,7", "--num_images=3")
     assert code == 0, log
-    assert "4 of 6 samples are there already" in log
+    assert "4 of 6 samples" in log
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--classes=10"], "there is no class '10', but those below 10"),
-        (["--prompt=a"], "a flow alone reads no texts and no images"),
-        (["--top_k=3"], "--top_k means nothing for what is sampled here (flow)"),
+        (["--classes=10"], r"class or token 10: .* 0 to 9"),
+        (["--prompt=a"], r"--prompt .*\(flow\)"),
+        (["--top_k=3"], r"--top_k .*\(flow\)"),
     ],
 )
-def test_what_a_flow_cannot_sample(flow, tmp_path, flags, message):
+def test_flags_that_do_not_apply_to_a_flow(flow, tmp_path, flags, message):
     code, log, _ = sample(tmp_path, f"--workdir={flow}", *flags)
     assert code == 1
-    assert message in log.splitlines()[-1]
+    assert re.search(message, log.splitlines()[-1])

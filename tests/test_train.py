@@ -526,7 +526,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
         (STOPPING | {"Likelihood__every_steps": None}, r"train\.patience = 3.*'val'.*every_steps"),
         ({"Likelihood__num_draws": 0}, "Likelihood.num_draws = 0"),
         ({"Samples__prompts": "('3',)"}, "Samples: give num_classes or prompts"),
-        ({"Samples__num_classes": 11}, "there is no class or token 10: the model has those from 0 to 9"),
+        ({"Samples__num_classes": 11}, "there is no class or token 10: the model has 0 to 9"),
         ({"Data__eval_split": '"validation[:0]"'}, "split 'validation\\[:0\\]' of 'digits' has no examples"),
         ({"Data__pp": '"label_as_text"'}, "has strings under 'image'"),
         ({"Data__pp": '"decode(channels=1) | central_crop(9) | label_as_text"'}, "cannot be preprocessed"),

@@ -68,10 +68,9 @@ def fetch_run(repo: str, revision: str | None, step: int | str | None) -> UPath:
         with _named_errors(f"--hf_repo={repo}"):
             files = [file.split("/") for file in HfApi().list_repo_files(repo, revision=revision)]
         steps = {int(f[1]) for f in files if len(f) == 3 and f[0] == "checkpoints" and f[2] == checkpoint.MARKER}
-        order = sorted(steps, reverse=True)
-        if step == "best":
-            order = checkpoint.ranked(fetch_all(repo, revision, [checkpoint.BEST_FILE]))
-        step = next((step for step in order if step in steps), 0)
+        newest = max(steps, default=0)  # without a checkpoint, loading the workdir says so
+        best = lambda: checkpoint.best_of(fetch_all(repo, revision, [checkpoint.BEST_FILE]), steps)
+        step = (best() if step == "best" else newest) or 0
     return fetch_all(repo, revision, ["*.gin", "*.model", checkpoint.BEST_FILE, f"checkpoints/{step:09d}/*"])
 
 
