@@ -79,7 +79,7 @@ def test_every_block_says_how_it_runs_or_why_not(page):
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory):
+def programs(tmp_path_factory, shapes_dir):
     """A directory with `python` and `pip`, to put on the PATH."""
     directory = tmp_path_factory.mktemp("programs")
     preloaded = ROOT / "tests" / "preloaded.py"
@@ -97,7 +97,8 @@ exec {sys.executable} "${{start[@]}}" "$@" "${{extra[@]}}"
         (directory / name).write_text(text)
         (directory / name).chmod(0o755)
     with (directory / "log").open("w") as log:
-        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # TFDS reads its variable when it is imported.
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", "TFDS_DATA_DIR": shapes_dir}
         command = [sys.executable, preloaded, "--serve", str(directory / "socket")]
         server = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
     while not (directory / "socket").exists():
@@ -150,12 +151,12 @@ def script(page: pathlib.Path, directory: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
+RUN = [page for page in PAGES if any(block.marker and block.marker.startswith("run") for block in blocks(page))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=identify)
-def test_the_blocks_of_a_page_run(page, tmp_path, request):
-    if all(block.marker.startswith("not run") for block in blocks(page)):
-        return
-    programs = request.getfixturevalue("programs")
+@pytest.mark.parametrize("page", RUN, ids=identify)
+def test_the_blocks_of_a_page_run(page, tmp_path, programs, shapes_dir):
     (tmp_path / "tmp").mkdir()
     photographs(tmp_path / "data" / "flowers")
     environ = {
@@ -163,7 +164,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path, request):
         "PATH": f"{programs}:{os.environ['PATH']}",
         "PYTHON": str(programs / "python"),
         "SETTINGS": str(tmp_path / "settings"),
-        "TFDS_DATA_DIR": request.getfixturevalue("shapes_dir"),
+        "TFDS_DATA_DIR": shapes_dir,
         "HOME": str(tmp_path),
         "OMP_NUM_THREADS": "1",
     }
