@@ -78,7 +78,7 @@ def test_it_trains(trained):
     [
         "jetformer.evaluate",
         pytest.param("jetformer.benchmark", marks=pytest.mark.xfail(strict=True, reason="reads Jet's own attributes")),
-        pytest.param("jetformer.sample", marks=pytest.mark.xfail(strict=True, reason="asks for the package's classes")),
+        "jetformer.sample",
     ],
 )
 def test_the_other_programs_take_it(trained, run, program):
