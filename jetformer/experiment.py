@@ -223,6 +223,11 @@ class Experiment:
           ValueError: if the data do not fit the model.
         """
         model = self.check_model()
+        if isinstance(model, JetFormer) and len({model.bos_id, model.boi_id, model.nolabel_id}) < 3:
+            raise ValueError(
+                f"JetFormer.bos_id = {model.bos_id}, boi_id = {model.boi_id} and nolabel_id = {model.nolabel_id} must "
+                "differ"
+            )
         self.check_text(batch, model)
         with torch.device("meta"), torch.no_grad():
             tensors = {name: torch.tensor(array, device="meta") for name, array in batch.items()}
@@ -245,11 +250,6 @@ class Experiment:
         if not hasattr(model, "first_special") or "text" not in batch:  # a flow alone reads no text
             return
         text, name = batch["text"], type(model).__name__
-        if isinstance(model, JetFormer) and len({model.bos_id, model.boi_id, model.nolabel_id}) < 3:
-            raise ValueError(
-                f"JetFormer.bos_id = {model.bos_id}, boi_id = {model.boi_id} and nolabel_id = {model.nolabel_id} must "
-                "differ"
-            )
         first_special = model.first_special(text.shape[1])
         for token in (text.min(), text.max()):
             if not 0 <= token < first_special:

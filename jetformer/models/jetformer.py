@@ -23,8 +23,7 @@ from jetformer.models.mixture import MixtureHead, MultivariateHead
 from jetformer.models.patches import ImageShape
 from jetformer.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-# The examples that have the text first: a bool tensor [B]; or one bool for the whole batch, which saves building the
-# other order.
+# The examples that have the text first: a bool tensor [B], or one bool for all, which builds one order only.
 TextFirst = Tensor | bool
 
 
@@ -33,7 +32,7 @@ class Encoded(NamedTuple):
 
     tokens: `[B, L, D]`.
     factored: `[B, L, F]`, the factored-out dimensions.
-    logdet: `[B]`, log-determinants in nats.
+    logdet: `[B]`, log-determinants of the map from image to latents, in nats.
     flow_logdet: `[B]`, the flow's part of them.
     """
 
@@ -54,7 +53,8 @@ class JetFormer(nn.Module):
       bos_id: token that begins a text.
       boi_id: token that begins an image; None omits it.
       nolabel_id: token that replaces a dropped prefix.
-      flow: a flow such as `Jet`, called with (rows, columns, channels) of the patches; None for none.
+      flow: a flow such as `Jet`, called with (rows, columns, patch dimension): its image is the grid
+        of patches. None for none.
       before_flow, after_flow: flows that the patches go through first and last, such as `LearnedProjection` and
         `PCAProjection`, called likewise; None for none.
       out_dim: D. The other dimensions of the patches are factored out as standard Gaussian noise. None models all.
@@ -68,8 +68,8 @@ class JetFormer(nn.Module):
       scale_init: standard deviation that the mixture's components start with, in the same units.
       kmeans_init: start the components at clusters of the first batch's tokens, see `MixtureHead.start_at_clusters`;
         `scale_init` is then in units of the clusters' standard deviations.
-      image_posemb: add a learned embedding of an image token's place in the image, which rotary embeddings do not tell
-        if the texts before it differ in length. The reference has none.
+      image_posemb: add learned position embeddings to image tokens: rotary positions shift with the length of a
+        preceding text. The reference has none.
       num_vocab_repeats: R, number of times that the text is embedded, each time by another embedding (for class labels,
         which are texts of one token).
       causal_mask_on_prefix: if false, every token attends to the whole prefix.
@@ -205,8 +205,8 @@ class JetFormer(nn.Module):
         latents = torch.cat((tokens, factored), dim=-1)
         logdet = 0.0
         for step in reversed(self._flows()):
-            latents, flow_logdet = step.inverse(latents.unflatten(1, self.patches.grid))
-            latents, logdet = latents.flatten(1, 2), logdet + flow_logdet
+            latents, step_logdet = step.inverse(latents.unflatten(1, self.patches.grid))
+            latents, logdet = latents.flatten(1, 2), logdet + step_logdet
         image, patches_logdet = self.patches.inverse(latents)
         return image, logdet + patches_logdet
 
@@ -217,38 +217,33 @@ class JetFormer(nn.Module):
     # Sequences.
 
     def _embed_ids(self, ids: Tensor) -> Tensor:
-        """`[B, T]` to `[B, R · T, E]`."""
+        """Embeds ids R times in sequence, `[B, T]` to `[B, R · T, E]`."""
         offsets = torch.arange(self.num_vocab_repeats, device=ids.device) * self.vocab_size
         return self.text_emb((ids[:, None] + offsets[:, None]).flatten(1))
 
-    def embed_image_tokens(self, tokens: Tensor, places: Tensor) -> Tensor:
+    def embed_image_tokens(self, tokens: Tensor, indices: Tensor) -> Tensor:
         """Embeds image tokens.
 
         Args:
           tokens: `[B, N, D]`.
-          places: int64 `[N]`, their places in the image, in 0..L-1.
+          indices: int64 `[N]`, their places in the image, 0 to L - 1.
 
         Returns:
           `[B, N, E]`.
         """
         x = self.image_emb(tokens)
-        return x if self.image_posemb is None else x + self.image_posemb.index_select(0, places)
+        return x if self.image_posemb is None else x + self.image_posemb.index_select(0, indices)
 
     def first_special(self, text_length: int) -> int:
         """Returns the lowest special token; the tokens below it are classes, or a tokenizer's.
 
         Args:
-          text_length: T. Texts of several tokens may end in `boi_id`, which is not special then; labels, of one token,
-            may not.
+          text_length: T. With T > 1 `boi_id` may be the tokenizer's end of text, and does not count.
         """
         special = [self.bos_id, self.nolabel_id]
         if text_length == 1 and self.boi_id is not None:
             special.append(self.boi_id)
         return min(special)
-
-    def _special(self, token: int, batch_size: int) -> Tensor:
-        """Returns the embedding `[B, 1, E]` of one token."""
-        return self.text_emb.weight[token].expand(batch_size, 1, -1)
 
     def embed(
         self,
@@ -274,10 +269,9 @@ class JetFormer(nn.Module):
           Embeddings `[B, S, E]`; the attention mask, bool `[B, S, S]`, or None for plain causal attention; positions
           `[B, S]`, which count valid tokens only.
         """
-        batch_size = len(text)
-        repeats = self.num_vocab_repeats
-        places = torch.arange(image_tokens.shape[1], device=image_tokens.device)
-        x_text, x_image = self._embed_ids(text), self.embed_image_tokens(image_tokens, places)
+        batch_size, valid = len(text), None
+        indices = torch.arange(image_tokens.shape[1], device=image_tokens.device)
+        x_text, x_image = self._embed_ids(text), self.embed_image_tokens(image_tokens, indices)
         if isinstance(text_first, bool):
             dropped_text = drop_prefix if text_first else None
             dropped_image = None if text_first else drop_prefix
@@ -285,7 +279,7 @@ class JetFormer(nn.Module):
             dropped_text = None if drop_prefix is None else drop_prefix & text_first
             dropped_image = None if drop_prefix is None else drop_prefix & ~text_first
         if text_mask is not None:
-            text_mask = text_mask.repeat(1, repeats)
+            text_mask = text_mask.repeat(1, self.num_vocab_repeats)
         nolabel = self._embed_ids(text.new_full((1, text.shape[1] or 1), self.nolabel_id))
         if dropped_text is not None and text.shape[1]:
             x_text = torch.where(dropped_text[:, None, None], nolabel, x_text)
@@ -294,59 +288,48 @@ class JetFormer(nn.Module):
         if dropped_image is not None:
             x_image = torch.where(dropped_image[:, None, None], nolabel[:, :1], x_image)
 
-        bos = self._special(self.bos_id, batch_size)
-        if self.boi_id is None:
-            orders = {True: (bos, x_text, x_image), False: (bos, x_image, x_text)}
-        else:
-            boi = self._special(self.boi_id, batch_size)
-            orders = {True: (bos, x_text, boi, x_image), False: (boi, x_image, bos, x_text)}
-        x = self._select(text_first, {k: torch.cat(parts, dim=1) for k, parts in orders.items()})
-        mask = self._input_mask(text_mask, batch_size, x_image.shape[1], text_first, x)
+        bos, boi = (
+            None if token is None else self.text_emb.weight[token].expand(batch_size, 1, -1)
+            for token in (self.bos_id, self.boi_id)
+        )
+        x = self._arrange(text_first, x_text, x_image, bos, boi)
+        if text_mask is not None:
+            one, image = text_mask.new_ones(batch_size, 1), text_mask.new_ones(x_image.shape[:2])
+            valid = self._arrange(text_first, text_mask, image, one, None if boi is None else one)
         if shift:
-            x, mask = x[:, :-1], None if mask is None else mask[:, :-1]
+            x, valid = x[:, :-1], None if valid is None else valid[:, :-1]
 
         length = x.shape[1]
         index = torch.arange(length, device=x.device)
-        if mask is None:
+        if valid is None:
             positions = index.expand(batch_size, length)
             if self.causal_mask_on_prefix:
                 return x, None, positions
-            mask = torch.ones_like(positions, dtype=torch.bool)
+            valid = torch.ones_like(positions, dtype=torch.bool)
         else:
-            positions = mask.long().cumsum(1) - 1
-        attention = (index[:, None] >= index).expand(batch_size, -1, -1)
+            positions = valid.long().cumsum(1) - 1
+        mask = (index[:, None] >= index).expand(batch_size, -1, -1)
         if not self.causal_mask_on_prefix:
-            prefix_length = {True: x_text.shape[1], False: x_image.shape[1]}
-            in_prefix = {k: (index <= n).expand(batch_size, length) for k, n in prefix_length.items()}
-            attention = attention | self._select(text_first, in_prefix)[:, None]
-        return x, attention & mask[:, None], positions
+            # One special token precedes the prefix.
+            in_prefix = (index <= part.shape[1] for part in (x_text, x_image))
+            mask = mask | self._select(text_first, *(part.expand(batch_size, length) for part in in_prefix))[:, None]
+        return x, mask & valid[:, None], positions
+
+    @classmethod
+    def _arrange(cls, text_first: TextFirst, text: Tensor, image: Tensor, bos: Tensor, boi: Tensor | None) -> Tensor:
+        """Concatenates the parts `[B, n, ...]` of the sequences in the order of each example."""
+        order = (bos, text, image) if boi is None else (bos, text, boi, image)
+        other = (bos, image, text) if boi is None else (boi, image, bos, text)
+        if isinstance(text_first, bool):
+            return torch.cat(order if text_first else other, dim=1)
+        return cls._select(text_first, torch.cat(order, dim=1), torch.cat(other, dim=1))
 
     @staticmethod
-    def _select(text_first: TextFirst, orders: dict[bool, Tensor]) -> Tensor:
-        """Selects for each example the tensor `[B, ...]` of its order of modalities."""
+    def _select(text_first: TextFirst, if_text: Tensor, if_image: Tensor) -> Tensor:
+        """Selects for each example the tensor `[B, ...]` of its first modality."""
         if isinstance(text_first, bool):
-            return orders[text_first]
-        where = text_first.view(-1, *[1] * (orders[True].ndim - 1))
-        return torch.where(where, orders[True], orders[False])
-
-    def _input_mask(
-        self,
-        text_mask: Tensor | None,
-        batch_size: int,
-        image_length: int,
-        text_first: TextFirst,
-        x: Tensor,
-    ) -> Tensor | None:
-        """Returns the valid tokens of the sequence, bool `[B, S]`; None if all are."""
-        if text_mask is None:
-            return None
-        special = 1 if self.boi_id is None else 2  # valid tokens around the text
-        valid = lambda n: torch.ones(batch_size, n, dtype=torch.bool, device=x.device)
-        orders = {
-            True: torch.cat((valid(1), text_mask, valid(special - 1 + image_length)), dim=1),
-            False: torch.cat((valid(special + image_length), text_mask), dim=1),
-        }
-        return self._select(text_first, orders)
+            return if_text if text_first else if_image
+        return torch.where(text_first.view(-1, *[1] * (if_text.ndim - 1)), if_text, if_image)
 
     def run_decoder(self, x: Tensor, **kwargs) -> Tensor:
         """Runs the decoder, and the final norm if both modalities share it; arguments as in `Decoder.forward`."""
@@ -379,18 +362,15 @@ class JetFormer(nn.Module):
         )
         x = self.run_decoder(x, mask=mask, positions=positions, dropout_keys=dropout_keys)
         text_length, image_length = text.shape[1], image_tokens.shape[1]
-        # The token before predicts a token, so a begin-of-image token shifts the tokens after it by one.
+        # Position i predicts token i + 1: the first modality starts at 0, and boi shifts what follows it by one. Of R
+        # embeddings of a text the first T positions predict it.
         boi = 0 if self.boi_id is None else 1
-        image_start = self.num_vocab_repeats * text_length + boi
-        text_start = image_length + boi
-        text_hidden = {
-            True: x[:, :text_length],
-            False: x[:, text_start : text_start + text_length],
-        }
-        image_hidden = {True: x[:, image_start:], False: x[:, :image_length]}
+        text_start, image_start = image_length + boi, self.num_vocab_repeats * text_length + boi
+        text_hidden = x[:, :text_length], x[:, text_start : text_start + text_length]
+        image_hidden = x[:, image_start:], x[:, :image_length]
         return (
-            self.text_norm(self._select(text_first, text_hidden)),
-            self.image_norm(self._select(text_first, image_hidden)),
+            self.text_norm(self._select(text_first, *text_hidden)),
+            self.image_norm(self._select(text_first, *image_hidden)),
         )
 
     def text_logits(self, hidden: Tensor) -> Tensor:
