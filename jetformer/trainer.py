@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -63,12 +64,13 @@ def train(
     schedule = experiment.build_schedule()
     in_training = {name: e for name, e in experiment.evaluators.items() if e.every_steps is not None}
     latest = runtime.broadcast(checkpoint.latest(workdir))
+    # Complete: at the last step, or stopped early and still out of patience.
     ended = latest is not None and run_files.saved_facts(workdir).get("stopped_at") == latest
     complete = latest == total_steps or runtime.broadcast(ended and _is_out_of_patience(experiment, workdir, latest))
     if latest is not None:
         run_files.check_changes(experiment, workdir, latest, allow_changes or complete)
     if complete and runtime.broadcast(all(latest in evaluated_steps(workdir, name) for name in in_training)):
-        runtime.on_first(lambda: checkpoint.Checkpoint(workdir, latest))
+        runtime.on_first(lambda: checkpoint.Checkpoint(workdir, latest))  # raises if it is damaged
         logging.info("The run in %s is already complete at step %d: nothing to do", workdir, latest)
         return
 
@@ -113,10 +115,10 @@ def train(
         if complete:
             return
         run_files.write(experiment, state.model, runtime, workdir, start_step)
-        # After run.json, from which an evaluation job learns that its results of later steps do not count.
+        # After run.json, whose start_steps tell evaluation jobs which results to discard.
         forget(workdir, start_step)
         if experiment.keep_best is None:
-            best.rewrite(workdir)  # an evaluation job's
+            best.rewrite(workdir)  # written by an evaluation job
         else:
             evaluations.write_best()
 
@@ -131,7 +133,7 @@ def train(
         start_step=start_step,
         total_steps=total_steps,
     )
-    written.writer.write_texts(start_step, {"config": _preformatted(gin.operative_config_str())})
+    written.writer.write_texts(start_step, {"config": textwrap.indent(gin.operative_config_str(), "    ")})
     metrics.log_parameters(state.model)
     num_examples = experiment.data.num_train_examples()
     logging.info(
@@ -147,6 +149,7 @@ def train(
         )
 
     # The steps.
+    preemption = Preemption()
     progress = metrics.create_progress(written.writer, total_steps)
     meter = Meter(experiment.batch_size, state.model, loop, written.writer)
     training = loop.train_steps(
@@ -205,7 +208,7 @@ def train(
         )
         return True
 
-    with Preemption() as preemption, closing(training):
+    with preemption, closing(training):
         try:
             if start_step > 0:
                 evaluate_due(start_step, missing=True)
@@ -294,7 +297,7 @@ def _checked(experiment: Experiment, model: nn.Module, batches: Iterator[dict[st
 class Meter:
     """Collects the metrics of the steps between two logs, writes their means, and checks that the loss is finite.
 
-    A thread of its own brings metrics to the host, so training continues meanwhile.
+    A background thread copies metrics to the host; training does not wait for it.
 
     Args:
       batch_size: examples a step, over all processes.
@@ -312,7 +315,7 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Excludes from the throughput what is done while the context lasts."""
+        """Excludes the time in this context from the throughput."""
         start = time.perf_counter()
         yield
         self._since += time.perf_counter() - start
@@ -337,7 +340,7 @@ class Meter:
         Raises:
           NonFiniteLoss: as `check`, for the steps of earlier calls.
         """
-        # Those are done by now; and several processes that wait for them stop at the same step.
+        # These are on the host by now. Raising here, not in the thread, makes all processes stop at the same step.
         self._raise_pending()
         norm = self._loop.global_norm(self._model.parameters())
         self._pending.append(self._thread.submit(self._write, list(self._steps), last, norm, self._since))
@@ -361,7 +364,7 @@ class Meter:
             terms = ", ".join(
                 dict.fromkeys(name for name, ok in zip(measured[first].names, finite[first], strict=True) if not ok)
             )
-            # A gradient may be infinite where the loss is not; the parameters are not numbers then.
+            # A gradient may overflow where the loss is finite; the next parameters are then NaN.
             raise NonFiniteLoss(
                 f"not finite at step {measured[first].number}: {terms}. The last checkpoint is from before; lower the "
                 "learning rate, or inspect the batch of that step"
@@ -384,8 +387,3 @@ class Meter:
         for name in last.seconds:
             scalars[f"{name}_fraction"] = sum(step.seconds[name] for step in measured) / elapsed
         self._writer.write_scalars(last.number, scalars | self._loop.counters())
-
-
-def _preformatted(text: str) -> str:
-    """Returns Markdown that TensorBoard shows as it is."""
-    return "\n".join(f"    {line}" for line in text.splitlines())

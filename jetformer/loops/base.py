@@ -1,4 +1,4 @@
-"""What a training loop is: its interface, and the computation of one training step.
+"""The interface of a training loop, and the computation of one training step.
 
 `TorchLoop` drives GPUs and CPUs, `XlaLoop` TPUs. Each shows what is its own: placing a model on devices, feeding
 batches, synchronizing gradients, cutting off graphs. What a step computes stands here, once.
@@ -48,7 +48,7 @@ class Runner(nn.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """What the steps of a run are made of.
+    """Inputs of `Loop.train_steps`.
 
     Attributes:
       runner: the model, as `Loop.place` returns it.
@@ -79,7 +79,7 @@ class Training:
 
 @dataclasses.dataclass
 class Step:
-    """What a step leaves behind.
+    """Result of a training step.
 
     Attributes:
       number: number of steps done, this one included.
@@ -111,7 +111,7 @@ class Loop(abc.ABC):
       cache_dir: local directory of compiled graphs, for a loop that keeps them; None for none.
 
     Attributes:
-      shares: number of processes among which a batch's loss and gradients are split: each adds up its own part.
+      shares: number of processes over which the loss and the gradients of a batch are split; 1 with XLA.
     """
 
     shares = 1
@@ -179,7 +179,7 @@ class Loop(abc.ABC):
         device.
 
         Args:
-          training: what the steps are made of.
+          training: see `Training`.
           batches: this process's part of each batch, from `start_step` on.
           start_step: number of steps done before.
           on_phase: called with the part of a step that was just done: "data", "forward", "backward" (both for each part
@@ -293,7 +293,7 @@ class Loop(abc.ABC):
         """Computes one training step: draws, forward and backward passes, clipping, optimizer, moving average.
 
         Args:
-          training: what the step is made of.
+          training: see `Training`.
           runner: `training.runner`, as the loop wraps it.
           score: `training.objective`, as the loop compiles it.
           batch: this step's inputs, on the device, see `inputs`.
@@ -333,7 +333,8 @@ class Loop(abc.ABC):
         if training.ema is not None:
             optim.update_ema(training.ema, model, ema_weight)
         on_phase("optimizer")
-        # All processes have the same norm: each adds its share of it. Loss and terms are partial sums.
+        # Values and counts are summed over processes. Loss and terms are partial sums; the norm is equal on all, so
+        # each contributes its share. The counts of both add up to 1.
         share = torch.full_like(loss, 1 / self.shares)
         names, values = pack({"loss": (loss, share), "grad_norm": (grad_norm * share, share), **sums})
         return names, self.sum_over_processes(values)
@@ -349,7 +350,7 @@ def pack(sums: objectives.Sums) -> tuple[tuple[str, ...], Tensor]:
 def means(names: tuple[str, ...], values: np.ndarray) -> dict[str, float]:
     """Returns the mean of each metric over packed values `[N, 2, n]`; 0 for one that counts no example.
 
-    A mixture's responsibilities and their entropy become what `count_components` makes of them, if any counted.
+    A mixture's responsibilities and their entropy are replaced by the metrics of `count_components`, if any counted.
     """
     totals, counts = values.astype(np.float64).sum(0)
     averages = totals / counts.clip(min=1)

@@ -29,8 +29,7 @@ from jetformer.loops import base
 from jetformer.models.mixture import MixtureHead, MultivariateHead
 from jetformer.runtime import resolve_mesh
 
-# A function runs this often as it is before `Graphed` captures it: libraries and torch.compile set themselves up at
-# first use, and a function that is called no more often is not worth a graph.
+# Eager calls before `Graphed` captures a function: libraries initialize in them, and fewer do not pay for a graph.
 CALLS_BEFORE_CAPTURE = 8
 
 
@@ -65,7 +64,7 @@ class TorchLoop(base.Loop):
         mesh = init_device_mesh(self.runtime.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         if sizes["data"] == 1:
             mesh = mesh["fsdp"]
-        # Blocks are gathered in autocast's dtype. Their inputs stay as they are: the flow is inverted later.
+        # Blocks are gathered in autocast's dtype. Their inputs are not cast: the flow must stay exactly invertible.
         dtype = None if self.autocast_dtype is None else getattr(torch, self.autocast_dtype)
         block_policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         exact_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -81,7 +80,7 @@ class TorchLoop(base.Loop):
 
     @torch.no_grad()
     def swap(self, model: nn.Module, ema: dict[str, Tensor]) -> None:
-        # In place: FSDP2 does not notice another tensor.
+        # In place: FSDP2 keeps references to its tensors.
         for name, parameter in model.named_parameters():
             ours, theirs = self.local(parameter.detach()), self.local(ema[name])
             kept = ours.clone()
@@ -211,22 +210,22 @@ def _check_compiler(device: torch.device) -> None:
 def _resharded(runner: base.Runner) -> Iterator[list[FSDPModule]]:
     """Reshards all FSDP modules on exit, also after an error; yields these modules.
 
-    Without it the root stays gathered until a backward pass, and after an error any module may be. What comes next, as
-    swapping the moving average back, takes parameters as shards.
+    Without it the root stays gathered until a backward pass, and after an error any module may be. Later code, such as
+    swapping the moving average back, expects sharded parameters.
     """
     modules = [module for module in runner.modules() if isinstance(module, FSDPModule)]
     try:
         yield modules
     finally:
         for module in modules:
-            module.set_reshard_after_forward(True, recurse=False)  # else one that failed in its forward pass would not
+            module.set_reshard_after_forward(True, recurse=False)  # also where a forward pass failed
             module.reshard()
             module.set_reshard_after_forward(module is not runner, recurse=False)
 
 
 def _on_device(batches: Iterator[dict[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Yields batches on the device as they are: 8-bit images travel as such. To a GPU each is copied while the step
-    before it computes, by a stream of its own."""
+    """Yields batches on the device, not cast: images stay uint8. A side stream copies each to a GPU while the step
+    before it computes."""
     if device.type != "cuda":
         yield from ({name: tensor.to(device) for name, tensor in batch.items()} for batch in batches)
         return

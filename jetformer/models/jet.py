@@ -9,10 +9,10 @@ Dimensions: B batch, H × W × C image, N tokens, D token dimension, M context t
 Notable:
   - a permutation is an index gather, and its backward pass an index scatter (the reference multiplies by one-hot
     matrices);
-  - a spatial coupling cuts each token of its half in two, so every ViT sees `[B, N, D / 2]`;
+  - a spatial coupling selects N / 2 tokens and splits each in two, so every ViT sees `[B, N, D / 2]`;
   - the last layer of each ViT starts at zero, so a new coupling scales its half by `scale_factor / 2`: with the default
     of 2 the flow starts as the identity;
-  - what the paper compares Jet with is in `flow_ablations.py`.
+  - the paper's ablations are in `flow_ablations.py`.
 """
 
 import itertools
@@ -31,7 +31,7 @@ from jetformer.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class Gather(torch.autograd.Function):
-    """`index_select` by a permutation. The backward pass scatters; PyTorch's own would accumulate."""
+    """`index_select` by a permutation. The backward pass of PyTorch's own accumulates, which is slower."""
 
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, permutation: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def spatial_permutation(kind: str, grid: tuple[int, int]) -> Tensor:
     rows, columns = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
     flat = rows * grid[1] + columns
     parity = {
-        # As in the reference, patterns follow the flat index where the number of columns is odd.
+        # As in the reference, an odd number of columns exchanges checkerboard and vstripes.
         "checkerboard": (flat + rows) % 2,
         "vstripes": flat % 2,
         "hstripes": rows % 2,
@@ -159,7 +159,7 @@ class Predictor(nn.Module):
         y = self.init_proj(x) + self.posemb
         if context is not None:
             y = y + self.cross_attn(y, context)
-        # Back to the precision of x, for autocast may have lowered it: the affine map has to be invertible.
+        # Autocast may compute these in bfloat16; the affine map keeps the dtype of x, so that it can be inverted.
         shift, raw_scale = self.final_proj(self.vit(y)).to(x.dtype).chunk(2, dim=-1)
         return shift, raw_scale
 
@@ -184,7 +184,7 @@ class Coupling(nn.Module):
     ):
         super().__init__()
         self.kind, self.projection, self.grid, self.scale_factor = kind, projection, grid, scale_factor
-        with torch.device("cpu"):  # also when the model is built on the meta device: names impossible halves now
+        with torch.device("cpu"):  # also when the model is built on the meta device: raises if it cannot be halved
             size = len(self._order(dim, torch.Generator()))
         self.register_buffer("permutation", torch.empty(size, dtype=torch.int64))
         self.dnn = dnn

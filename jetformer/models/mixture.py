@@ -20,12 +20,12 @@ from jetformer.models import initializers
 from jetformer.models.autocast import without_autocast
 from jetformer.models.mixture_nll import LOG_2PI, TokenScores, mixture_nll
 
-CLUSTERED_TOKENS = 20_000  # enough for k-means, which takes seconds for them
+CLUSTERED_TOKENS = 20_000  # that k-means clusters, in seconds
 _MIN_SCALE_INIT = 1e-3  # of a component that starts at a cluster
 
 
 def square_plus(x: Tensor) -> Tensor:
-    """Returns (x + sqrt(x² + 4)) / 2, a positive function like softplus."""
+    """Returns (x + sqrt(x² + 4)) / 2, a positive function like softplus: the standard deviations' activation."""
     return (x + (x.square() + 4).sqrt()) / 2
 
 
@@ -97,7 +97,7 @@ def count_components(responsibilities: np.ndarray, entropy: float) -> dict[str, 
     """Counts the components that a mixture uses.
 
     Args:
-      responsibilities: `[K]`, posterior probabilities of the components, averaged over tokens.
+      responsibilities: `[K]`, posterior probabilities of the components, summed or averaged over tokens.
       entropy: entropy in nats of a token's responsibilities, averaged over the same tokens.
 
     Returns:
@@ -268,7 +268,7 @@ class MixtureHead(_Head):
         """Returns the mixture that `logits` `[..., P]` describe; see `mixture_from_logits`."""
         return mixture_from_logits(logits, self.num_mixtures, self.scale_tol, **temperatures)
 
-    # Sampling reads the parameters of one component for each token: with 1024 components about 500 bytes a megabyte.
+    # Sampling projects to the log-weights, and then to one component per token, not to all P logits.
 
     def component_logits(self, hidden: Tensor) -> Tensor:
         """`[B, E]` to the components' unnormalized log-weights `[B, K]`."""

@@ -1,6 +1,6 @@
 """The fused likelihood of a mixture: projection, log-likelihood and gradients in one pass, a block of tokens at a time.
 
-The numbers that describe a mixture are many: 1024 mixtures of 128 dimensions take P = 263,168 numbers a token. So
+A mixture has many parameters: 1024 mixtures of 128 dimensions take P = 263,168 numbers a token. So
 training never holds the logits of more than a block of tokens.
 
 Dimensions: B batch, L image tokens, n tokens of a block, K mixtures, D token dimension, E width of the hidden states,
