@@ -76,7 +76,7 @@ register_text = functools.partial(register_keyed, key="text")
 
 
 def parse(pp: str) -> Op:
-    """Returns the function of a preprocessing string, for `map_examples`.
+    """Returns the function of a preprocessing string, for `tf.data.Dataset.map`.
 
     Args:
       pp: ops separated by `|`, e.g. `decode|resize(32)|flip_lr`. "" does nothing.
@@ -91,6 +91,7 @@ def parse(pp: str) -> Op:
     """
     ops = [_build(call, pp) for call in pp_string.calls(pp)]
 
+    @tf.autograph.experimental.do_not_convert  # see `map_examples`
     def preprocess(example: Example) -> Example:
         seed = example.get("_seed")
         for position, op in enumerate(ops):

@@ -61,7 +61,7 @@ def read_texts(name: str, split: str, key: str, *, lower: bool = False, data_dir
     partial = functools.reduce(lambda inner, part: {part: inner}, reversed(key.split("/")), True)
     ds = builder.as_dataset(split=split, decoders=tfds.decode.PartialDecoding(partial))
     pp = f"flatten|reshape([-1], inkey={key!r}, outkey='text')" + ("|lower" if lower else "")
-    ds = preprocess.map_examples(ds, preprocess.parse(f"{pp}|keep('text')"), num_parallel_calls=1)
+    ds = ds.map(preprocess.parse(f"{pp}|keep('text')"))
     return (text for example in ds.as_numpy_iterator() for text in example["text"])
 
 
