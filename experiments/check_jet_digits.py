@@ -1,11 +1,11 @@
-"""Measures a run of jet_digits.gin against mixtures of Gaussians.
+"""Compares a run of jet_digits.gin with mixtures of Gaussians.
 
     python experiments/check_jet_digits.py --workdir=/tmp/jet_digits
 
-Prints the bits per dim of the test split under the flow beside those under two mixtures of 10 Gaussians with full
-covariance, fitted by scikit-learn to the training split: one as it comes, and one with the regularization that is best
-on the validation split. All are densities of the same pixels, with the same dequantization noise.
-Exits with 1 where the flow is not better than both.
+Prints the bits per dim of the test split under the flow and under two mixtures of 10 Gaussians with full covariance,
+fitted by scikit-learn to the training split: one with default regularization, one with the best on the validation
+split. All are densities of the same pixels, with the same dequantization noise. Exits with 1 if the flow is not better
+than both.
 """
 
 import math

@@ -1,15 +1,15 @@
-"""How fast examples come, on images that it makes: the figures of the README's "Your own data".
+"""Measures the input pipeline on images that it makes; results are in experiments/README.md.
 
     python experiments/data_rate.py --dir=/tmp/data_rate
 
-- `png`: a TFDS data set of 32 × 32 PNGs, flipped and not resized;
-- `jpeg`: one of 500 × 375 JPEGs to 256 pixels by resize_small and central_crop, beside `tf.io.decode_and_crop_jpeg` and
-  one resize of the same records and nothing else, in turn;
+- `png`: a TFDS dataset of 32 × 32 PNGs, flipped and not resized;
+- `jpeg`: one of 500 × 375 JPEGs to 256 pixels by resize_small and central_crop, in turn with
+  `tf.io.decode_and_crop_jpeg` and one resize of the same records;
 - `folder`: starting on a folder of 100,000 images, the first and the second time;
-- `resume`: the first batch of step 100,000 of a data set of a million examples.
+- `resume`: the first batch of step 100,000 of a dataset of a million examples.
 
-Each says what it took of the wall clock and of the processor: on a machine that does other things too, examples per two
-processor seconds say what two free cores would do.
+Each prints wall-clock time and CPU time. On a busy machine, examples per two CPU seconds estimate what two free cores
+would do.
 """
 
 import io

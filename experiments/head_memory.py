@@ -1,9 +1,9 @@
-"""Memory of the image head in training, for 256 and 4,096 tokens: peak of the process beyond weights, hidden states,
-targets and their gradients.
+"""Measures the memory of the image head in training, for 256 and 4,096 tokens: the peak of the process beyond weights,
+hidden states, targets and their gradients.
 
     python experiments/head_memory.py
 
-Each number of tokens, and each way, runs in a process of its own. Measured results are in experiments/README.md.
+Each case runs in a process of its own. Results are in experiments/README.md.
 """
 
 import resource
@@ -19,7 +19,7 @@ WIDTH, DIM, MIXTURES = 64, 128, 1024
 
 
 def peak() -> int:
-    """The most that this process has held so far, in bytes."""
+    """Returns the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -2,18 +2,18 @@
 
     PJRT_DEVICE=CPU python experiments/xla_compile_times.py --depths=8,16,32
 
-Runs forward and backward of a stack of decoder blocks, or of couplings, as one graph, four ways:
-  - unrolled: a Python loop over the blocks, as the models have it;
-  - scan: `torch_xla.experimental.scan` over weights that are held stacked, one body for all blocks;
+Runs forward and backward of a stack of decoder blocks, or of couplings, as one graph, in four ways:
+  - unrolled: a Python loop over the blocks, as in the models;
+  - scan: `torch_xla.experimental.scan` over stacked weights, with one body for all blocks;
   - scan_stacking: the same, with a weight for each block, stacked in every step as `scan_layers` does;
   - assume_pure: a loop over `torch_xla.experimental.assume_pure` of the block, traced once by JAX.
 
-Prints a row of a Markdown table for every case, each of which has a process of its own:
-  - trace: median seconds to build the graph of a step that is compiled already;
-  - compile: seconds in XLA's compiler, and how many graphs it was given in all steps (one is right);
-  - first step: seconds of the whole of it: trace, lowering, compilation and execution;
-  - gradients: their largest distance from unrolled's, relative to each weight's largest, and "ok" up to 1e-4;
-or why the case did not run.
+Runs each case in a process of its own and prints a row of a Markdown table:
+  - trace: median seconds to build the graph of a compiled step;
+  - compile: seconds in XLA's compiler, and the number of graphs in all steps (one is right);
+  - first step: seconds of tracing, lowering, compilation and execution;
+  - gradients: their largest difference from unrolled's, relative to each weight's largest, and "ok" up to 1e-4;
+or the reason why the case did not run.
 """
 
 import functools

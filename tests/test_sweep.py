@@ -1,4 +1,4 @@
-"""launch/sweep.sh: a run for each argument, that go on where they stopped, by any launcher."""
+"""launch/sweep.sh: one run for each argument, which resumes where it stopped, by any launcher."""
 
 import json
 import os
