@@ -80,7 +80,7 @@ def test_triton_comes_before_tensorflow(tmp_path):
     process = run("import tensorflow, jetformer")
     _, log = process.communicate(timeout=100)
     assert process.returncode == 1
-    assert log.endswith("ImportError: Triton has to be imported before TensorFlow: import jetformer first\n")
+    assert log.endswith("ImportError: Triton must be imported before TensorFlow: import jetformer first\n")
 
 
 @pytest.mark.parametrize(

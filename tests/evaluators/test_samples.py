@@ -91,7 +91,7 @@ def test_prompts(tmp_path, shapes_dir):
         ({}, "give num_classes or prompts"),
         ({"prompts": "a"}, "give a tuple of prompts"),
         ({"prompts": ()}, "give a tuple of prompts"),
-        ({"num_classes": 2, "guidance_weights": (1.0,)}, "a guidance weight of 1.0 without guidance"),
+        ({"num_classes": 2, "guidance_weights": (1.0,)}, "guidance weight 1.0 without guidance"),
     ],
 )
 def test_invalid_arguments(arguments, message):
