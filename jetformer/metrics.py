@@ -24,6 +24,7 @@ from torch import nn
 from upath import UPath
 
 WANDB_ID_FILE = "wandb_id"  # in the workdir: the ID of its W&B run
+_LOGGED = ("/bits_per_dim", "/text_bits_per_token", "/effective_components")  # of an evaluation, at normal verbosity
 WANDB_INIT_SECONDS = 60.0  # limit for starting a W&B run
 WANDB_FINISH_SECONDS = 30.0  # limit for uploading what is left at the end
 
@@ -102,10 +103,11 @@ class LogWriter:
         self._origin, self._is_first = (start_step, time.monotonic()), True
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Logs loss, bits, examples/s and the time left; or an evaluation's bits, or if it has none its metrics."""
+        """Logs loss, bits, examples/s and the time left; or bits and components of an evaluation, or all its metrics if
+        it has none of these."""
         if "train/loss" not in scalars:
             whole = [tag for tag in scalars if tag.count("/") == 1]  # not of a single class or layer
-            tags = [tag for tag in whole if tag.endswith(("/bits_per_dim", "/text_bits_per_token"))] or whole
+            tags = [tag for tag in whole if tag.endswith(_LOGGED)] or whole
             if tags:
                 values = ", ".join(f"{tag} {float(scalars[tag]):.5g}" for tag in tags)
                 logging.info("step %s: %s", f"{step:,}", values)

@@ -141,7 +141,10 @@ def test_the_log_is_one_line_for_each_write(tmp_path, caplog, verbosity):
     scalars = {"train/loss": 123.456, "train/bits_per_dim": 3.25, "train/text_bits_per_token": 1.75}
     scalars |= {"examples_per_sec": 1234.4, "grad_norm": 0.5}
     written.writer.write_scalars(2000, scalars)
-    written.writer.write_scalars(2000, {"val/bits_per_dim": 3.5, "val_ema/bits_per_dim": 3.25, "val/logdet": 0.125})
+    written.writer.write_scalars(
+        2000,
+        {"val/bits_per_dim": 3.5, "val_ema/bits_per_dim": 3.25, "val/effective_components": 14.5, "val/logdet": 0.125},
+    )
     written.writer.write_scalars(3000, {"probe/accuracy": 0.25, "probe/accuracy/class_1": 0.75})
     written.writer.write_images(2000, {"samples": np.zeros((1, 4, 4, 3), np.uint8)})
     written.writer.write_scalars(4000, {"train/loss": 100.0})
@@ -151,7 +154,7 @@ def test_the_log_is_one_line_for_each_write(tmp_path, caplog, verbosity):
     for value in ("2,000 of 4,000", "123.46", bits, "1,234 examples/s", "left"):
         assert value in train
     assert "0.5" not in train
-    assert "2,000: val/bits_per_dim 3.5, val_ema/bits_per_dim 3.25" in likelihood
+    assert "2,000: val/bits_per_dim 3.5, val_ema/bits_per_dim 3.25, val/effective_components 14.5" in likelihood
     assert "logdet" not in likelihood
     assert "3,000: probe/accuracy 0.25" in probe
     assert "class_1" not in probe
