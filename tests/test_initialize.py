@@ -179,9 +179,9 @@ def test_weights_are_those_of_the_checkpoint_named(tmp_path, data_dir):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"Jet__depth": 3}, r"couplings\.2\.\S+ is absent there, \S+\[\d.* here"),
-        ({"Jet__depth": 1}, r"couplings\.1\.\S+ is \w+\[.*\] there, absent here"),
-        ({"Jet__emb_dim": 32}, r"posemb is float32\[1, 16, 16\] there, float32\[1, 16, 32\] here"),
+        ({"Jet__depth": 3}, r"\w+\.2\.\S+ is absent there, \S+\[\d.* here"),
+        ({"Jet__depth": 1}, r"\w+\.1\.\S+ is \w+\[.*\] there, absent here"),
+        ({"Jet__emb_dim": 32}, r"couplings\.\S+ is float32\[.*16.*\] there, float32\[.*32.*\] here"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(finished, tmp_path, data_dir, overrides, message):
