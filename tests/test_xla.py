@@ -406,8 +406,11 @@ torch.save(results, sys.argv[2])
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ({"train__batch_size": 18}, r"train\.batch_size = 18\b.* 4 devices"),
         ({"train__batch_size": 24, "train__grad_accum_steps": 4}, r"grad_accum_steps = 6\b.* 4 devices"),
+        ({"train__eval_batch_size": 10}, r"train\.eval_batch_size = 10\b.* 4 devices"),
         ({"train__mesh": "{'data': 3}"}, r"{'data': 3}.* 4 device"),
+        ({"train__mesh": "{'model': 4}"}, r"{'model': 4}.*'data'.*'fsdp'"),
     ],
 )
 def test_bad_input_ends_in_one_line(tmp_path, data_dir, overrides, message):
