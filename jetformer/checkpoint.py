@@ -468,7 +468,7 @@ class Checkpoint:
         for part in ("model", "ema"):  # the latter wins
             names = [name for name in self._entries if name.startswith(f"{part}.")]
             theirs |= {name.removeprefix(f"{part}."): part for name in names}
-        for name in tensors.keys() | theirs.keys():
+        for name in dict.fromkeys([*tensors, *theirs]):  # in the model's order: the first is named
             found, expected = _describe(self._entries, f"{theirs.get(name)}.{name}"), _describe(tensors, name)
             if found != expected:
                 raise ValueError(

@@ -132,8 +132,8 @@ def task_of(model: nn.Module) -> str:
         raise ValueError(f"--images does not apply to a {type(model).__name__}, only to a JetFormer")
     else:
         task = "text" if isinstance(model, LanguageModel) else "flow"
-    for name in {name for names in _FLAGS_OF.values() for name in names} - set(_FLAGS_OF[task]):
-        if FLAGS[name].present:
+    for name in dict.fromkeys(name for names in _FLAGS_OF.values() for name in names):
+        if FLAGS[name].present and name not in _FLAGS_OF[task]:
             raise ValueError(f"--{name} does not apply to this task ({task})")
     for name, tasks in (("classes", ("image", "complete", "flow")), ("prompt", ("image", "complete", "text"))):
         if (FLAGS[name].value or (name == "prompt" and FLAGS.prompts)) and task not in tasks:
