@@ -1,9 +1,14 @@
 """Small runs of the training program, for tests."""
 
+import atexit
+import functools
 import json
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import torch
@@ -75,14 +80,32 @@ def command(workdir, gin_bindings, gin_file="experiments/digits.gin", *more) -> 
 
 
 def torchrun(args, processes) -> list[str]:
-    """A command line of `python -m …`, in several processes of this host."""
-    return [*args[:2], "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *args[1:]]
+    """A command line of `python …`, in several processes of this host."""
+    flags = ["--standalone", f"--nproc-per-node={processes}", "--no-python"]
+    return [sys.executable, "-m", "torch.distributed.run", *flags, *preloaded(args)]
 
 
-def start(args, **environment) -> subprocess.Popen:
-    """Starts a program, with its output in pipes."""
+def start(args, fresh=False, **environment) -> subprocess.Popen:
+    """Starts a program, with its output in pipes; of `python …` only the imports, unless `fresh`, are not its own."""
+    if args[0] == sys.executable and args[2] != "torch.distributed.run" and not fresh:
+        args = preloaded(args)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(args, **pipes, env={**os.environ, **environment})
+
+
+def preloaded(args) -> list[str]:
+    """A command line that does the same as `python …` without the seconds that imports take."""
+    return [sys.executable, "-IS", str(pathlib.Path(__file__).with_name("preloaded.py")), servers(), *args[1:]]
+
+
+@functools.cache
+def servers() -> str:
+    """The directory of this process's servers of `preloaded.py`."""
+    parent = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, parent, ignore_errors=True)
+    directory = pathlib.Path(parent, str(os.getpid()))
+    directory.mkdir()
+    return str(directory)
 
 
 def scalars(workdir) -> dict[str, dict[int, float]]:

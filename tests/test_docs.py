@@ -22,11 +22,12 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from runs import preloaded
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -79,34 +80,22 @@ def test_every_block_says_how_it_runs_or_why_not(page):
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory, shapes_dir):
+def programs(tmp_path_factory):
     """A directory with `python` and `pip`, to put on the PATH."""
     directory = tmp_path_factory.mktemp("programs")
-    preloaded = ROOT / "tests" / "preloaded.py"
+    start = " ".join(preloaded([sys.executable]))
     python = f"""#!/usr/bin/env bash
 extra=()
 [[ $1 != -m || ! -e $SETTINGS/$2 ]] || mapfile -t extra <"$SETTINGS/$2"
 case "$1 $2" in
-  "-m jetformer"*) start=(-IS {preloaded} {directory}/socket) ;;
-  "$SETTINGS"/*) start=(-IS {preloaded} {directory}/socket) ;;
-  *) start=() ;;
+  "-m jetformer"* | "$SETTINGS"/*) exec {start} "$@" "${{extra[@]}}" ;;
+  *) exec {sys.executable} "$@" ;;
 esac
-exec {sys.executable} "${{start[@]}}" "$@" "${{extra[@]}}"
 """
     for name, text in {"python": python, "pip": "#!/bin/sh\n"}.items():
         (directory / name).write_text(text)
         (directory / name).chmod(0o755)
-    with (directory / "log").open("w") as log:
-        # TFDS reads its variable when it is imported.
-        environ = {**os.environ, "OMP_NUM_THREADS": "1", "TFDS_DATA_DIR": shapes_dir}
-        command = [sys.executable, preloaded, "--serve", str(directory / "socket")]
-        server = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
-    while not (directory / "socket").exists():
-        assert server.poll() is None, (directory / "log").read_text()
-        time.sleep(0.1)
-    yield directory
-    server.kill()
-    server.wait()
+    return directory
 
 
 def photographs(directory: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from flows import assert_invertible
 from jetformer import config
-from runs import scalars
+from runs import preloaded, scalars
 
 ROOT = pathlib.Path(__file__).parent.parent
 BLOCKS = dict(re.findall(r"^```(python|gin|bash)\n(.*?)^```$", (ROOT / "docs" / "models.md").read_text(), re.M | re.S))
@@ -45,7 +45,12 @@ def run(project, data_dir):
         more = [*SHORT[program], *more, f'--gin_bindings=Data.data_dir = "{data_dir}"']
         environ = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.run(
-            [sys.executable, *args, *more], cwd=project, env=environ, capture_output=True, text=True, timeout=600
+            preloaded([sys.executable, *args, *more]),
+            cwd=project,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=600,
         )
 
     return run

@@ -24,6 +24,7 @@ from upath import UPath
 
 from jetformer import report
 from jetformer.report import charts, page, read
+from runs import start
 
 CONFIG = """# Macros:
 # ==============================================================================
@@ -510,8 +511,9 @@ def test_workdirs_may_be_urls(tmp_path):
 def run_program(*flags):
     """Runs the program; returns its exit code and stderr."""
     args = [sys.executable, "-m", "jetformer.report", *flags]
-    process = subprocess.run(args, capture_output=True, text=True, timeout=100)
-    return process.returncode, process.stderr
+    process = start(args)
+    _, log = process.communicate(timeout=100)
+    return process.returncode, log
 
 
 @pytest.mark.slow

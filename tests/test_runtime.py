@@ -57,7 +57,7 @@ def test_torch_xla_of_another_torch(tmp_path):
     (tmp_path / "torch_xla-2.8.0.dist-info").mkdir()
     (tmp_path / "torch_xla-2.8.0.dist-info" / "METADATA").write_text("Name: torch_xla\nVersion: 2.8.0\n")
     args = [sys.executable, "-m", "jetformer.main", "--device=xla", "--gin_file=x", f"--workdir={tmp_path}/run"]
-    process = start(args, PYTHONPATH=os.pathsep.join((str(tmp_path), *sys.path)))
+    process = start(args, fresh=True, PYTHONPATH=os.pathsep.join((str(tmp_path), *sys.path)))
     _, log = process.communicate(timeout=100)
     assert process.returncode == 1
     lines = [line for line in log.splitlines() if line.startswith("error: ")]
@@ -73,7 +73,9 @@ def test_triton_comes_before_tensorflow(tmp_path):
         (tmp_path / name / "__init__.py").write_text(text)
     (tmp_path / "triton-3.10.1.dist-info").mkdir()
     (tmp_path / "triton-3.10.1.dist-info" / "METADATA").write_text("Name: triton\nVersion: 3.10.1\n")
-    run = lambda code: start([sys.executable, "-c", code], PYTHONPATH=os.pathsep.join((str(tmp_path), *sys.path)))
+    run = lambda code: start(
+        [sys.executable, "-c", code], fresh=True, PYTHONPATH=os.pathsep.join((str(tmp_path), *sys.path))
+    )
     process = run("import jetformer, tensorflow, triton")
     _, log = process.communicate(timeout=100)
     assert process.returncode == 0, log

@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from runs import preloaded
+
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / "launch/sweep.sh"
 BASE = "experiments/jet_digits.gin"
@@ -181,7 +183,7 @@ def test_with_the_training_program(sweep, data_dir):
         "--gin_bindings=Jet.depth = 1",
         "--gin_bindings=train.evaluators = {}",
     ]
-    launcher = {"LAUNCHER": f"{sys.executable} -m jetformer.main"}
+    launcher = {"LAUNCHER": " ".join(preloaded([sys.executable, "-m", "jetformer.main"]))}
     runs = ["experiments/ablations/cnn.gin", "wide: Jet.emb_dim = 128"]
     sweep(*runs, "--", *common, **launcher)
     for name in ("cnn", "wide"):

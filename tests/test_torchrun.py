@@ -287,8 +287,7 @@ app.run(main.main)
 def run_failing(tmp_path, data_dir, failing, **overrides):
     (tmp_path / "failing.py").write_text(FAILING)
     flags = command(tmp_path / "run", bindings(data_dir, **SIZES, **overrides))[3:]
-    args = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            str(tmp_path / "failing.py"), failing, *flags]  # fmt: skip
+    args = torchrun([sys.executable, str(tmp_path / "failing.py"), failing, *flags], 2)
     process = start(args, OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR", PYTHONPATH=".")
     _, log = process.communicate(timeout=200)
     assert process.returncode == 1, log

@@ -10,7 +10,6 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -432,7 +431,9 @@ keys = prng.example_keys(3, torch.arange(5, dtype=torch.int32, device=device))
 drawn = keys, prng.bits(keys, (7, 3)), prng.uniform(keys, ()), prng.normal(keys, (9,))
 torch.save([x.cpu() for x in drawn], sys.argv[1])
 """
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.pt")], check=True, timeout=200)
+    process = start([sys.executable, "-c", code, str(tmp_path / "x.pt")], PJRT_DEVICE="CPU")
+    _, log = process.communicate(timeout=200)
+    assert process.returncode == 0, log
     keys = prng.example_keys(3, torch.arange(5, dtype=torch.int32))
     expected = [keys, prng.bits(keys, (7, 3)), prng.uniform(keys, ()), prng.normal(keys, (9,))]
     actual = torch.load(tmp_path / "x.pt")
@@ -451,6 +452,7 @@ assert loop.counters()["xla/fallbacks"] == 0
 torch.ones(3, device=machine.device).sum().item()  # waits for the device
 assert loop.counters()["xla/fallbacks"] == 1
 """
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
-    assert process.returncode == 0, process.stderr
-    assert "_local_scalar_dense (1 times)" in process.stderr
+    process = start([sys.executable, "-c", code], PJRT_DEVICE="CPU")
+    _, log = process.communicate(timeout=200)
+    assert process.returncode == 0, log
+    assert "_local_scalar_dense (1 times)" in log

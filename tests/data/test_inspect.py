@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -14,6 +13,7 @@ from jetformer import config
 from jetformer.data import inspect
 from jetformer.data.dataset import Data, MixtureData
 from jetformer.experiment import Experiment
+from runs import start
 
 PP = "decode|resize(16)|label_as_text|keep('image', 'text')"
 
@@ -75,12 +75,14 @@ def test_program(data, tmp_path):
     ]
     command = [sys.executable, "-m", "jetformer.data.inspect", "--gin_file=experiments/digits.gin"]
     command += [f"--gin_bindings={binding}" for binding in gin]
-    done = subprocess.run([*command, f"--out={tmp_path}/a.png"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1  # an image is broken
-    assert "train/dog/003.png" in done.stderr.splitlines()[-1]
-    assert "Data.skip_broken = True" in done.stderr.splitlines()[-1]
+    process = start([*command, f"--out={tmp_path}/a.png"])
+    _, log = process.communicate(timeout=300)
+    assert process.returncode == 1  # an image is broken
+    assert "train/dog/003.png" in log.splitlines()[-1]
+    assert "Data.skip_broken = True" in log.splitlines()[-1]
     command += ["--gin_bindings=Data.skip_broken = True", f"--out={tmp_path}/a.png"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "examples per second" in done.stdout
+    process = start(command)
+    printed, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log
+    assert "examples per second" in printed
     assert Image.open(tmp_path / "a.png").width > 100
