@@ -55,6 +55,7 @@ def start_job(workdir: pathlib.Path) -> subprocess.Popen:
         f"--workdir={workdir}",
         "--device=cpu",
         "--poll_seconds=0.1",
+        "--wait_seconds=600",  # for a run that is killed before it has begun
         job,
     ]
     return start(args, OMP_NUM_THREADS="1")

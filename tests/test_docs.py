@@ -89,7 +89,7 @@ extra=()
 [[ $1 != -m || ! -e $SETTINGS/$2 ]] || mapfile -t extra <"$SETTINGS/$2"
 case "$1 $2" in
   "-m jetformer"* | "$SETTINGS"/*) exec {start} "$@" "${{extra[@]}}" ;;
-  *) exec {sys.executable} "$@" ;;
+  *) exec {sys.executable} "$@" "${{extra[@]}}" ;;
 esac
 """
     for name, text in {"python": python, "pip": "#!/bin/sh\n"}.items():
