@@ -52,6 +52,19 @@ def add_fact(workdir: UPath, name: str, value: Any) -> None:
     write_whole(workdir / RUN_FILE, json.dumps(saved_facts(workdir) | {name: value}, indent=1))
 
 
+def check_present(workdir: UPath) -> None:
+    """Checks that a workdir is still what `write` made it.
+
+    Raises:
+      FileNotFoundError: if it was deleted, or unmounted: a checkpoint alone is no run.
+    """
+    if not (workdir / RUN_FILE).exists():
+        raise FileNotFoundError(
+            f"{workdir} has disappeared during the run (it has no {RUN_FILE}), nothing more is saved: restore it, or "
+            "start again"
+        )
+
+
 @contextmanager
 def locked(workdir: UPath) -> Iterator[None]:
     """Locks a workdir while the context lasts. The operating system unlocks it when the process ends, however it ends.

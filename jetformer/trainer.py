@@ -165,6 +165,7 @@ def train(
         nonlocal saved
         meter.check()  # what is not finite is not saved
         with meter.paused(), progress.timed("checkpoint", wait_jax_async_dispatch=False):
+            runtime.on_first(lambda: run_files.check_present(workdir))
             written.publish()  # before the checkpoint: a run that is killed after it does not repeat these steps
             checkpointer.save(done, state.tensors(), info={"architecture": config.architecture()})
         saved = done

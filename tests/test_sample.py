@@ -232,6 +232,21 @@ def test_classes(classes, tmp_path):
     assert records[0]["guidance"] == "none"
 
 
+def test_paths_of_a_configuration_are_not_used(classes, tmp_path):
+    """It may come from elsewhere: sampling neither reads nor writes what it names."""
+    workdir = tmp_path / "run"
+    shutil.copytree(classes, workdir)
+    bound = ("Data.data_dir", "Fid.save_statistics", "PatchPCA.path", "train.init_from", "train.compilation_cache")
+    with (workdir / "config.gin").open("a") as file:
+        file.writelines(f"{name} = '{tmp_path}/elsewhere/of_{name}'\n" for name in bound)
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    code, log, records = sample(tmp_path / "out", f"--workdir={workdir}", "--classes=1", "--num_images=1")
+    assert code == 0, log
+    assert len(records) == 1
+    assert not (tmp_path / "elsewhere").exists()
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
 def test_several_processes_equal_one(classes, tmp_path):
     """Three batches on two processes, the last of them not full, when resuming too."""
     one_thread = {"OMP_NUM_THREADS": "1"}

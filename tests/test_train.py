@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -168,6 +169,24 @@ def test_a_full_disk_leaves_the_checkpoints(finished, tmp_path, data_dir):
     assert checkpoint.steps(workdir) == [12]
     after = checkpoint_tensors(workdir, 12)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_a_workdir_that_disappears(tmp_path, data_dir, monkeypatch):
+    """It is deleted during the evaluation at step 6, before the checkpoint at step 8, which is not written."""
+    workdir, per_example = tmp_path / "run", TorchLoop.per_example
+
+    def deletes(*args, **kwargs):
+        shutil.rmtree(workdir)
+        (workdir / "eval_val").mkdir(parents=True)
+        monkeypatch.undo()
+        return per_example(*args, **kwargs)
+
+    monkeypatch.setattr(TorchLoop, "per_example", deletes)
+    with pytest.raises(FileNotFoundError, match=re.escape(str(workdir))) as error:
+        run(workdir, data_dir)
+    assert "\n" not in str(error.value)
+    assert not (workdir / "checkpoints").exists()
 
 
 @pytest.mark.slow
