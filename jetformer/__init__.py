@@ -15,9 +15,10 @@ def _interrupted(signum: int, frame) -> None:
     os._exit(128 + signal.SIGINT)
 
 
-# Programs (`python -m jetformer.…`) take seconds to import. Until `program.one_line_errors` handles Ctrl-C, there is
-# nothing to lose: it ends them in one line, without a traceback from an import.
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+# Programs take seconds to import. Until `program.one_line_errors` handles Ctrl-C, there is nothing to lose: it ends
+# them in one line, without a traceback from an import.
+_is_program = sys.argv and os.path.basename(sys.argv[0]) in ("-m", "jetformer")  # python -m jetformer.…, jetformer …
+if _is_program and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted)
 
 # torch for GPUs imports Triton when it first needs it. From Triton 3.7 on that is a segmentation fault if TensorFlow
