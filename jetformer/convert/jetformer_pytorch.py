@@ -293,7 +293,7 @@ class _Config:
         return self.get(key, example)
 
     def saved(self, key: str, default: Any) -> Any:
-        """Like `need` for formats 5 and 6, which save all values; like `get` for earlier ones, which leave out some."""
+        """Returns the value of a key that formats 5 and 6 need and earlier ones may leave out; see `need` and `get`."""
         return self.get(key, default) if self.version is None else self.need(key, default)
 
 
@@ -341,8 +341,8 @@ def experiment(
     out_dim, dim = config.need("patch_pca.model.codeword_dim", 0), 3 * patch_size**2
     num_classes = config.need("input.num_classes", 0)
     if config.has_new_keys:
-        tokens = {"vocab_size": num_classes + 3, "bos_id": num_classes, "boi_id": num_classes + 1}
-        tokens["nolabel_id"] = num_classes + 2
+        names = ("bos_id", "boi_id", "nolabel_id", "vocab_size")
+        tokens = dict(zip(names, range(num_classes, num_classes + 4), strict=True))
     else:
         tokens = {name: config.need(f"model.{name}", 0) for name in ("vocab_size", "bos_id", "nolabel_id")}
         tokens["boi_id"] = None if (boi_id := config.saved("model.boi_id", -1)) < 0 else boi_id
