@@ -280,9 +280,8 @@ def check_jetformer(model, tolerance=2e-4):
         assert_output(terms["bits_per_dim"][0].mean(), expected["image_bits_per_dim"], tolerance)
 
 
-def read_jetformer(**changes):
-    """The golden checkpoint, with its YAML changed: `model__width=8` sets model.width, None removes a key."""
-    tree = yaml.safe_load(JETFORMER_YAML.read_text())
+def changed(tree, **changes):
+    """A configuration with changes: `model__width=8` sets model.width, None removes a key."""
     for name, value in changes.items():
         *parents, key = name.split("__")
         node = tree
@@ -291,6 +290,12 @@ def read_jetformer(**changes):
         node[key] = value
         if value is None:
             del node[key]
+    return tree
+
+
+def read_jetformer(**changes):
+    """The golden checkpoint, with its YAML changed."""
+    tree = changed(yaml.safe_load(JETFORMER_YAML.read_text()), **changes)
     weights = jetformer_pytorch.experiment(tree, "its YAML", ema=False, step=None)
     weights.tensors = jetformer_pytorch.read(str(JETFORMER_PT)).tensors
     return weights
@@ -456,12 +461,180 @@ def test_other_files_are_refused(tmp_path):
     torch.save({"model_state_dict": {"a": torch.zeros(1)}}, tmp_path / "y.pt")
     with pytest.raises(ValueError, match=r"has no config: .*--yaml"):
         jetformer_pytorch.read(str(tmp_path / "y.pt"))
-    torch.save({"model_state_dict": {"a": torch.zeros(1)}, "format_version": 6}, tmp_path / "z.pt")
-    with pytest.raises(ValueError, match=r"format_version 6, .*6bdd607"):
-        jetformer_pytorch.read(str(tmp_path / "z.pt"))
+    for version in (4, 7, "6"):
+        torch.save({"model_state_dict": {"a": torch.zeros(1)}, "format_version": version}, tmp_path / "z.pt")
+        with pytest.raises(ValueError, match=rf"z.pt .*format_version {version}: .*5, 6 or none"):
+            jetformer_pytorch.read(str(tmp_path / "z.pt"))
     (tmp_path / "no.yaml").write_text("a: [1")
     with pytest.raises(ValueError, match=r"no.yaml is not YAML"):
         jetformer_pytorch.read(str(JETFORMER_PT), str(tmp_path / "no.yaml"))
+
+
+# alexojica/JetFormer, formats 5 and 6.
+
+
+VERSIONED_PT = {version: DIRECTORY / f"convert_jetformer_pytorch_{version}.pt" for version in (5, 6)}
+
+
+def check_versioned(model, tolerance=2e-4):
+    """The model computes what alexojica/JetFormer 0.1 does."""
+    file = Golden(DIRECTORY / "convert_jetformer_pytorch_6.npz")
+    inputs, expected = file.tensors("in"), file.tensors("out")
+    image = inputs["image_uint8_nchw"].permute(0, 2, 3, 1)
+    text, drop = inputs["label"][:, None], inputs["drop_condition"]
+    order = image_head_order(model.image_head.num_mixtures, model.out_dim)
+    with torch.no_grad():
+        tokens, factored, logdet, _ = model.encode_image(image.float() / 127.5 - 1)
+        assert_output(torch.cat((tokens, factored), dim=-1), expected["latents"], tolerance)
+        assert_log(logdet, expected["logdet"])
+        pixels, _ = model.decode_image(*(0.9 * expected["latents"]).split((model.out_dim, model.factored_dim), dim=-1))
+        assert_output(model.patches(pixels)[0], expected["inverse"], tolerance)
+        for drop_prefix, logits in ((None, "image_logits"), (drop, "image_logits_dropped")):
+            _, hidden = model(text, tokens, text_first=True, drop_prefix=drop_prefix)
+            assert_output(model.image_head.logits(hidden), expected[logits][..., order], tolerance)
+        batch = {"image": image, "text": text, "text_loss": torch.ones_like(text, dtype=torch.bool)}
+        objective = JetFormerObjective(text_prefix_prob=1.0, loss_on_prefix=False, dequantize=False)
+        _, terms = objective(model, batch, {}, train=False)
+        assert_output(terms["bits_per_dim"][0], expected["bits_per_dim"], tolerance)
+
+
+def read_versioned(version, **changes):
+    """The golden checkpoint of a format, with its configuration changed."""
+    tree = changed(torch.load(VERSIONED_PT[version], weights_only=True)["config"], **changes)
+    weights = jetformer_pytorch.experiment(tree, "its config", ema=False, step=None, version=version)
+    weights.tensors = jetformer_pytorch.read(str(VERSIONED_PT[version])).tensors
+    return weights
+
+
+@pytest.mark.parametrize("version", VERSIONED_PT)
+def test_formats_5_and_6_of_jetformer_pytorch(version):
+    weights = jetformer_pytorch.read(str(VERSIONED_PT[version]))
+    assert not weights.notes
+    assert not weights.needs
+    assert weights.step == 30
+    check_versioned(converted(jetformer_pytorch, weights))
+    assert jetformer_pytorch.read(str(VERSIONED_PT[version]), step=7).step == 7
+
+
+def test_format_5_with_a_configuration_of_format_6(tmp_path):
+    """As its own package takes it."""
+    tree = torch.load(VERSIONED_PT[6], weights_only=True)["config"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    weights = jetformer_pytorch.read(str(VERSIONED_PT[5]), str(tmp_path / "config.yaml"))
+    check_versioned(converted(jetformer_pytorch, weights))
+
+
+@pytest.mark.parametrize(
+    "binding",
+    [
+        *('Decoder.gelu = "exact"', 'Decoder.activated = "up"', 'Jet.gelu = "exact"', "Jet.norm_eps = 1e-5"),
+        *('Patchify.order = "chw"', "JetFormer.scale_tol = 0.9", "Jet.num_heads = 4"),
+    ],
+)
+def test_the_numerics_of_formats_5_and_6_are_the_references(binding):
+    """Each other choice shows in the golden values at a small tolerance."""
+    check_versioned(converted(jetformer_pytorch, read_versioned(6)), 2e-5)
+    with pytest.raises(AssertionError):
+        check_versioned(converted(jetformer_pytorch, read_versioned(6), binding), 2e-5)
+
+
+def test_the_published_model_of_format_6():
+    """The configuration of mojique/jetformer-cifar10-32-42m has the architecture of its experiment."""
+    published = {
+        **{"input__input_size": [32, 32], "image__ar_dim": 8, "flow__depth": 32, "flow__block_depth": 1},
+        **{"flow__emb_dim": 192, "flow__num_heads": 3, "flow__kinds": ["channels"], "model__width": 384},
+        **{"flow__spatial_coupling_projs": ["checkerboard", "checkerboard-inv"], "model__num_class_repeats": 16},
+        **{"model__depth": 12, "model__mlp_dim": 1536, "model__num_heads": 6, "model__num_kv_heads": 1},
+        **{"model__num_mixtures": 256, "model__scale_tol": 1e-6},
+    }
+    model = parsed(read_versioned(6, **published))
+    assert sum(p.numel() for p in model.parameters()) == 42_222_080
+    assert gin.query_parameter("Data.pp_eval").startswith("decode | label_as_text")
+    assert gin.query_parameter("Data.eval_split") == "test"
+    found = config.architecture()
+    gin.clear_config()
+    gin.parse_config_file("experiments/cifar10_seed.gin")
+    differing = {name for name, value in config.architecture().items() if found[name] != value}
+    assert differing <= {"JetFormer.head_dtype"}
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "message"),
+    [
+        (5, {"model__per_modality_final_norm": True}, "its config: model.per_modality_final_norm = True "),
+        (5, {"model__causal_mask_on_prefix": False}, "its config: model.causal_mask_on_prefix = False "),
+        (5, {"use_adaptor": False}, "its config: use_adaptor = False "),
+        (5, {"adaptor__model__actnorm": True}, "its config: adaptor.model.actnorm = True "),
+        (5, {"adaptor__model__kinds": None}, "its config has no adaptor.model.kinds"),
+        (5, {"model__bos_id": None}, "its config has no model.bos_id"),
+        (5, {"model__attn_logits_softcap": 30.0}, "its config: model.attn_logits_softcap is unknown"),
+        (6, {"image": None}, "its config has no image.patch_size"),
+        (6, {"image__ar_dim": "all"}, "its config: image.ar_dim = 'all': .*int"),
+        (6, {"flow__num_heads": None}, "its config has no flow.num_heads"),
+        (6, {"model__num_class_repeats": None}, "its config has no model.num_class_repeats"),
+        (6, {"flow__levels": 2}, "its config: flow.levels is unknown"),
+    ],
+)
+def test_unsupported_configurations_of_formats_5_and_6_are_refused(version, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_versioned(version, **changes)
+
+
+def test_unknown_keys_of_format_6_outside_of_its_model_are_noted():
+    weights = read_versioned(6, cluster__nodes=3)
+    (note,) = weights.notes
+    assert note.endswith(": cluster.nodes")
+    check_versioned(converted(jetformer_pytorch, weights))
+
+
+@pytest.mark.parametrize(
+    ("version", "change", "message"),
+    [
+        (6, lambda s: s.pop("token_emb.weight"), r"token_emb.weight is missing: JetFormer .*\[39, 16\]"),
+        (
+            6,
+            lambda s: s.pop("blocks.1.attention.qkv.weight"),
+            r"blocks.1.attention.qkv.weight is missing: JetFormer .*\[32, 16\]",
+        ),
+        (6, lambda s: s.pop("flow.couplings.2.permutation"), r"flow.couplings.2.permutation is missing: .*\[48\]"),
+        (
+            6,
+            lambda s: s.update({"flow.couplings.1.permutation": torch.zeros(16, dtype=torch.int64)}),
+            "flow.couplings.1.permutation is not a permutation of 0 to 15",
+        ),
+        (
+            6,
+            lambda s: s.update({"flow.couplings.0.net.posemb": torch.zeros(1, 4, 8)}),
+            r"flow.couplings.0.net.posemb .*\[1, 4, 8\].* JetFormer .*\[1, 16, 8\]",
+        ),
+        (6, lambda s: s.update({"text_norm.scale": torch.zeros(16)}), r"text_norm.scale .*JetFormer"),
+        (5, lambda s: s.pop("transformer.0.norm1.scale"), r"transformer.0.norm1.scale is missing: .*\[16\]"),
+        (
+            5,
+            lambda s: s.pop("adaptor.flow.couplings.0.permutation"),
+            r"adaptor.flow.couplings.0.permutation is missing: .*\[48\]",
+        ),
+        (5, lambda s: s.update({"patch_pca.pca_proj": 2 * torch.eye(48)}), "patch_pca.pca_proj .*identity"),
+        (5, lambda s: s.update({"patch_pca.pca_mean": torch.ones(48)}), "patch_pca.pca_mean .*identity"),
+    ],
+)
+def test_tensors_of_formats_5_and_6_that_do_not_fit_are_named(version, change, message, tmp_path):
+    content = torch.load(VERSIONED_PT[version], weights_only=True)
+    change(content["model_state_dict"])
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=message):
+        converted(jetformer_pytorch, jetformer_pytorch.read(str(tmp_path / "x.pt")))
+
+
+def test_a_moving_average_of_format_5_is_noted(tmp_path):
+    content = torch.load(VERSIONED_PT[5], weights_only=True)
+    content["ema_state_dict"] = {"shadow": {}}
+    torch.save(content, tmp_path / "x.pt")
+    weights = jetformer_pytorch.read(str(tmp_path / "x.pt"))
+    assert weights.ema is None
+    (note,) = weights.notes
+    assert "ema_state_dict" in note
+    check_versioned(converted(jetformer_pytorch, weights))
 
 
 # big_vision's files.

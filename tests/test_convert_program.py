@@ -25,7 +25,17 @@ from jetformer.runtime import Runtime
 from jetformer.state import load, restore
 from jetformer.trainer import train
 from runs import bindings, results, start
-from test_convert import JET_BINDINGS, JETFORMER_PT, JETFORMER_YAML, Malicious, check_jet, check_jetformer, write_bv
+from test_convert import (
+    JET_BINDINGS,
+    JETFORMER_PT,
+    JETFORMER_YAML,
+    VERSIONED_PT,
+    Malicious,
+    check_jet,
+    check_jetformer,
+    check_versioned,
+    write_bv,
+)
 from test_sample import Hub
 
 pytestmark = pytest.mark.slow
@@ -156,6 +166,43 @@ def test_jetformer_pytorch(jetformer, tmp_path):
     assert 4 < record["val/bits_per_dim"] < 40
 
 
+def test_format_6_from_the_hub_to_safetensors_and_back(tmp_path):
+    """It has the golden file's outputs on each way, and can be sampled; format 5 makes the same workdir."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    shutil.copy(VERSIONED_PT[6], repository / "jetformer.pt")
+    content = torch.load(VERSIONED_PT[6], weights_only=True)
+    (repository / "config.yaml").write_text(yaml.safe_dump(content["config"]))
+    (repository / "samples.png").touch()
+    with storing(repository) as (_, url):
+        environment = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        flags = ("--from=jetformer_pytorch", "--hf_repo=people/run", f"--out={tmp_path}/six")
+        code, log = convert(*flags, environment=environment)
+        assert code == 0, log
+    for flags in (
+        ("--from=jetformer_pytorch", f"--path={VERSIONED_PT[5]}", f"--out={tmp_path}/five"),
+        ("--to=safetensors", f"--workdir={tmp_path}/six", f"--out={tmp_path}/shared"),
+        ("--from=safetensors", f"--path={tmp_path}/shared", f"--out={tmp_path}/again"),
+    ):
+        code, log = convert(*flags)
+        assert code == 0, log
+    for name in ("six", "five", "again"):
+        assert checkpoint.latest(tmp_path / name) == 30
+        _, state = loaded(tmp_path / name)
+        assert state.ema is None
+        check_versioned(state.model)
+    configs = [(tmp_path / name / "config.gin").read_text() for name in ("six", "five", "again")]
+    assert configs[0] == configs[1] == configs[2]
+    code, log = convert(
+        *(f"--workdir={tmp_path}/six", "--classes=3", "--num_images=1", f"--out={tmp_path}/samples", "--device=cpu"),
+        *("--guidance_weight=2", "--temperature=0.7"),
+        program="sample",
+    )
+    assert code == 0, log
+    (record,) = map(json.loads, (tmp_path / "samples" / "samples.jsonl").read_text().splitlines())
+    assert record["step"] == 30
+
+
 def test_jet_pytorch_from_the_hub(jet_file, tmp_path):
     """It has the golden file's outputs; each hyperparameter that the weights do not determine must be given."""
     repository = tmp_path / "repository"
@@ -275,6 +322,10 @@ def test_refusals(tmp_path, jet_file, jetformer):
     (foreign / "config.gin").write_text(
         f"from __gin__ import dynamic_registration\nimport os\ntrain.data = @os.mkdir()\nos.mkdir.path = '{marker}'\n"
     )
+    content = torch.load(VERSIONED_PT[6], weights_only=True)
+    torch.save(content | {"format_version": 7}, tmp_path / "seven.pt")
+    del content["model_state_dict"]["flow.couplings.3.net.posemb"]
+    torch.save(content, tmp_path / "incomplete.pt")
     out = f"--out={tmp_path}/out"
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     big_vision = ["--from=big_vision", "--gin_file=experiments/jet_digits.gin", out]
@@ -286,6 +337,11 @@ def test_refusals(tmp_path, jet_file, jetformer):
         (["--from=jet_pytorch", f"--path={tmp_path}/x.pt", out], "more than tensors"),
         ([*big_vision, f"--path={DIRECTORY}/jet_mixed.npz"], "[12, 12], but Jet needs [4, 4]"),
         (["--from=jet_pytorch", f"--path={jet_file}", f"--out={jetformer}"], f"--out={jetformer}"),
+        (["--from=jetformer_pytorch", f"--path={tmp_path}/seven.pt", out], "format_version 7: expected 5, 6 or none"),
+        (
+            ["--from=jetformer_pytorch", f"--path={tmp_path}/incomplete.pt", out],
+            "flow.couplings.3.net.posemb is missing: JetFormer needs it with shape [1, 16, 8]",
+        ),
         (["--from=safetensors", f"--path={foreign}", out], "imports __gin__.dynamic_registration"),
         (
             ["--from=jet_pytorch", f"--path={jet_file}", out, *bound(*JET_BINDINGS, *PATCHES)],

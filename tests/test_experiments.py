@@ -14,6 +14,7 @@ DIRECTORY = pathlib.Path(__file__).parent.parent / "experiments"
 PARAMETERS = {
     "digits": 530_736,
     "cifar10": 77_102_976,
+    "cifar10_seed": 42_222_080,
     "benchmark_cpu": 23_734_528,
     "benchmark_flow": 13_314_432,
     "benchmark_head": 29_095_776,

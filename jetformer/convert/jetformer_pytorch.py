@@ -1,11 +1,17 @@
-"""Checkpoints of alexojica/JetFormer as they were up to its commit 6bdd607 (on the Hub: `mojique/jetformer-cifar10`).
+"""Checkpoints of alexojica/JetFormer.
 
-Files are a `.pt` with `model_state_dict`, `config` and sometimes `ema_state_dict`, and the `config` as YAML.
-Differences from the reference: GELU is exact; the gated MLP activates its other branch; LayerNorm's epsilon is 1e-5; a
-token holds its patch channel by channel; RMSNorm multiplies by the weight instead of 1 + weight; channel couplings do
-not permute, so each changes the same half.
+Files are a `.pt` with `model_state_dict`, `config` and sometimes `ema_state_dict`, and the `config` as YAML. There are
+three formats:
+  - no `format_version`, up to its commit 6bdd607 (on the Hub: `mojique/jetformer-cifar10`). Differences from the
+    reference: GELU is exact; the gated MLP activates its other branch; LayerNorm's epsilon is 1e-5; a token holds its
+    patch channel by channel; RMSNorm multiplies by the weight instead of 1 + weight; channel couplings do not permute,
+    so each changes the same half;
+  - `format_version` 5, from before its package of 2026-09: it computes what the reference does, and saves permutations;
+  - `format_version` 6, of its versions 0.1 (on the Hub: `mojique/jetformer-cifar10-32-42m`): it computes what format 5
+    does, has other names of tensors and of the configuration's keys, and one tensor for projections of one input.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,6 +39,27 @@ _LAYERS = {
     "mlp.fc2": "mlp.fc2.{}",
 }
 
+# Parts of names in format 6, by those of the formats before it; "" if it leaves them out. Tensors that have one name in
+# format 6 are one tensor there, in this order.
+_PARTS_6 = {
+    **{"text_emb": "token_emb", "img_head": "image_head", "transformer": "blocks", "adaptor": "", "dnn": "net"},
+    **{"w_q": "qkv", "w_k": "qkv", "w_v": "qkv", "w_o": "out", "w_gate": "gate_up", "w_up": "gate_up"},
+    **{"w_linear": "down", "vit_encoder": "", "layers": "blocks", "out_proj": "out"},
+    **{"in_proj_weight": "qkv.weight", "in_proj_bias": "qkv.bias"},
+}
+
+# Likewise, keys of the configuration.
+_KEYS_6 = {
+    "patch_pca.model.patch_size": "image.patch_size",
+    "patch_pca.model.codeword_dim": "image.ar_dim",
+    "patch_pca.model.add_dequant_noise": "image.dequant_noise",
+    "model.num_vocab_repeats": "model.num_class_repeats",
+    **{
+        f"adaptor.model.{key}": f"flow.{key}"
+        for key in ("depth", "block_depth", "emb_dim", "num_heads", "kinds", "spatial_coupling_projs")
+    },
+}
+
 # TFDS names by the YAML's names of datasets.
 _DATA = {"cifar10": "cifar10", "imagenet64_tfds": "imagenet_resized/64x64", "imagenet1k_hf": "imagenet2012"}
 
@@ -47,11 +74,22 @@ _ONLY: dict[str, tuple[Any, str]] = {
     "patch_pca.model.depth_to_seq": (1, "cuts tokens into several"),
 }
 
-# Keys that do not change what the model computes.
-_SECTIONS = ("optimizer", "schedule", "training", "sampling", "eval", "wandb", "accelerator", "input")
+# The same, for formats 5 and 6 alone.
+_ONLY_VERSIONED: dict[str, tuple[Any, str]] = {
+    "use_adaptor": (True, "leaves out the flow"),
+    "adaptor.kind": ("jet", "uses another flow"),
+    "model.causal_mask_on_prefix": (True, "lets tokens attend to the whole prefix"),
+    "model.per_modality_final_norm": (False, "normalizes text and images separately"),
+    "model.untie_output_vocab": (False, "adds a text head"),
+}
+
+# Keys that do not change what the model computes, and sections of such keys.
+_SECTIONS = ("optimizer", "schedule", "training", "sampling", "eval", "logging", "wandb", "accelerator", "input")
 _HARMLESS = {
     *("num_epochs", "torch_compile", "advanced_metrics", "batch_size", "grad_accum_steps", "ema_decay"),
     *("log_every_batches", "grad_logging", "resume_from", "wandb_run_id", "use_adaptor", "adaptor.kind"),
+    *("seed", "max_run_epochs", "torch_compile_mode", "init_from", "resume_optimizer", "output_dir"),
+    *("model.grad_checkpoint", "flow.grad_checkpoint", "flow.seed"),
     *("adaptor.model.flow_grad_checkpoint", "adaptor.model.channels_coupling_projs"),
     *("adaptor.model.spatial_coupling_projs", "adaptor.latent_noise_dim"),
     *("model.remat_policy", "model.max_seq_len", "model.rope_skip_pad", "model.right_align_inputs"),
@@ -59,14 +97,24 @@ _HARMLESS = {
     *("patch_pca.model.input_size", "patch_pca.model.noise_std", "patch_pca.model.eps", "patch_pca.model.whiten"),
 }
 
+# Sections of keys that do change it.
+_MODEL_SECTIONS = ("model", "image", "flow", "patch_pca", "adaptor")
 
-def read(path: str, yaml_path: str | None = None, step: int | None = None) -> Weights:
+
+@dataclasses.dataclass
+class VersionedWeights(Weights):
+    """Weights and the `format_version` of their file, None if it has none."""
+
+    version: int | None = None
+
+
+def read(path: str, yaml_path: str | None = None, step: int | None = None) -> VersionedWeights:
     """Reads a `.pt` and its YAML.
 
     Args:
       path: of the `.pt`.
       yaml_path: of the YAML; None: use the configuration in the `.pt`.
-      step: of training; None: unknown.
+      step: of training; None: that of the file, if it has one.
 
     Raises:
       ValueError: if a file cannot be read, is not of this implementation, or has a value that is not supported.
@@ -74,25 +122,31 @@ def read(path: str, yaml_path: str | None = None, step: int | None = None) -> We
     content = load_pt(path)
     if "model_state_dict" not in content:
         raise ValueError(f"{path} is not a checkpoint of alexojica/JetFormer: it has no model_state_dict")
-    if "format_version" in content:
-        raise ValueError(
-            f"{path} has format_version {content['format_version']}, from after commit 6bdd607: not supported"
-        )
+    version = content.get("format_version")
+    if version not in (None, 5, 6):
+        raise ValueError(f"{path} has format_version {version}: expected 5, 6 or none")
+    if version is not None and step is None and isinstance(content.get("global_step"), int):
+        step = content["global_step"]
     config = content.get("config") if yaml_path is None else _read_yaml(yaml_path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} has no config: give the YAML with --yaml")
     where = yaml_path or f"the config in {path}"
-    weights = experiment(config, where, bool(content.get("ema_state_dict")), step)
+    ema = content.get("ema_state_dict")
+    weights = experiment(config, where, bool(ema) and version is None, step, version)
     weights.tensors = _without_aliases(state_dict(content["model_state_dict"], f"{path}: model_state_dict"))
-    if content.get("ema_state_dict"):
-        weights.ema = _without_aliases(state_dict(content["ema_state_dict"], f"{path}: ema_state_dict"))
+    for name, x in weights.tensors.items():
+        if name.startswith("patch_pca.") and not torch.equal(x, torch.eye(len(x)).to(x) if x.ndim == 2 else 0 * x):
+            raise ValueError(f"{path}: {name} is not that of an identity: a PCA of patches is not supported")
+    if ema and version is None:
+        weights.ema = _without_aliases(state_dict(ema, f"{path}: ema_state_dict"))
+    elif ema:
+        weights.notes.append(f"{path}: ema_state_dict is ignored: its layout in format {version} is not known")
     return weights
 
 
-def table(model: JetFormer, weights: Weights) -> tuple[Table, set[str]]:
+def table(model: JetFormer, weights: VersionedWeights) -> tuple[Table, set[str]]:
     """Returns the source of each tensor of a model, and the names in the source to ignore."""
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    plus_one = lambda weight: weight - 1
     head = model.image_head
     order = image_head_order(head.num_mixtures, model.out_dim)
     found: Table = {
@@ -127,17 +181,47 @@ def table(model: JetFormer, weights: Weights) -> tuple[Table, set[str]]:
             f"{here}.mlp.linear.weight": Source({f"{there}.feed_forward.w_linear.weight": (width, mlp_dim)}),
         }
         norms |= {f"{here}.pre_attention_norm": f"{there}.norm1", f"{here}.pre_mlp_norm": f"{there}.norm2"}
-    found |= {f"{ours}.weight": Source({f"{theirs}.weight": (width,)}, plus_one) for ours, theirs in norms.items()}
+    norm_source = lambda name: (
+        Source({f"{name}.weight": (width,)}, lambda weight: weight - 1)
+        if weights.version is None
+        else Source({f"{name}.scale": (width,)})
+    )
+    found |= {f"{ours}.weight": norm_source(theirs) for ours, theirs in norms.items()}
     if isinstance(model.flow, Jet):
         for i, (coupling, dnn) in enumerate(zip(model.flow.couplings, predictors(model.flow), strict=True)):
-            found[f"flow.couplings.{i}.permutation"] = torch.arange(len(coupling.permutation))
+            size = len(coupling.permutation)
+            found[f"flow.couplings.{i}.permutation"] = (
+                torch.arange(size)
+                if weights.version is None
+                else Source({f"adaptor.flow.couplings.{i}.permutation": (size,)}, _permutation)
+            )
             prefixes = f"flow.couplings.{i}.dnn", f"adaptor.flow.couplings.{i}.dnn"
             names = {"posemb": "posemb", "norm": "vit_encoder.norm", "blocks": "vit_encoder.layers"}
             found |= predictor_table(*prefixes, dnn, **names, layers=_LAYERS)
         # Without a context, cross-attention is unused. Older versions share position embeddings, which are unused too.
         unused |= {name for name in (*weights.tensors, *(weights.ema or ())) if ".dnn.cross_attn." in name}
         unused |= {"adaptor.flow.pos_emb_full", "adaptor.flow.pos_emb_half"}
+    if weights.version is not None:
+        # The former follow from permutations, the latter are the identity (see `read`).
+        unused = {x for x in weights.tensors if x.endswith(".inverse_permutation") or x.startswith("patch_pca.")}
+    if weights.version == 6:
+        found = {name: _in_format_6(x) if isinstance(x, Source) else x for name, x in found.items()}
     return found, unused
+
+
+def _in_format_6(source: Source) -> Source:
+    """Returns a source with the names of format 6."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (rows, *rest) in source.shapes.items():
+        new = ".".join(filter(None, (_PARTS_6.get(part, part) for part in name.split("."))))
+        shapes[new] = (rows + (shapes[new][0] if new in shapes else 0), *rest)
+    return Source(shapes, source.convert)
+
+
+def _permutation(order: Tensor) -> Tensor:
+    if sorted(order.tolist()) != list(range(len(order))):
+        raise ValueError(f"is not a permutation of 0 to {len(order) - 1}")
+    return order
 
 
 def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -152,14 +236,29 @@ def _without_aliases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Config:
-    """A nested configuration by dotted keys, which records the keys that were read."""
+    """A nested configuration by dotted keys, which records the keys that were read.
 
-    def __init__(self, config: Mapping[str, Any], where: str):
-        self._values, self.where = dict(_leaves(config)), where
+    Args:
+      config: nested dictionaries.
+      where: their place, for messages.
+      version: the checkpoint's `format_version`; None: it has none.
+
+    Attributes:
+      has_new_keys: the keys are those of format 6. The methods take those of the formats before it.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str, version: int | None):
+        self._values, self.where, self.version = dict(_leaves(config)), where, version
+        # Also a configuration that was written for a checkpoint of format 5 later.
+        self.has_new_keys = version == 6 or (version == 5 and "image" in config)
         self.asked: set[str] = set()
 
     def keys(self) -> Iterator[str]:
-        return iter(self._values)
+        """Yields the keys that have a value."""
+        return (key for key, value in self._values.items() if value is not None)
+
+    def _own(self, key: str) -> str:
+        return _KEYS_6.get(key, key) if self.has_new_keys else key
 
     def get(self, key: str, default: Any) -> Any:
         """Returns the value of a key in the default's type, or the default if it is missing or null.
@@ -167,6 +266,7 @@ class _Config:
         Raises:
           ValueError: if it has another type.
         """
+        key = self._own(key)
         self.asked.add(key)
         value = self._values.get(key)
         if value is None:
@@ -188,9 +288,13 @@ class _Config:
         Raises:
           ValueError: if it is missing or has another type.
         """
-        if self._values.get(key) is None:
-            raise ValueError(f"{self.where} has no {key}, which the model needs")
+        if self._values.get(self._own(key)) is None:
+            raise ValueError(f"{self.where} has no {self._own(key)}, which the model needs")
         return self.get(key, example)
+
+    def saved(self, key: str, default: Any) -> Any:
+        """Returns the value of a key that formats 5 and 6 need and earlier ones may leave out; see `need` and `get`."""
+        return self.get(key, default) if self.version is None else self.need(key, default)
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -208,7 +312,9 @@ def _read_yaml(path: str) -> Any:
         raise ValueError(f"{path} is not YAML: {error}") from error
 
 
-def experiment(values: Mapping[str, Any], where: str, ema: bool, step: int | None) -> Weights:
+def experiment(
+    values: Mapping[str, Any], where: str, ema: bool, step: int | None, version: int | None = None
+) -> VersionedWeights:
     """Returns the experiment that a configuration describes, as weights without tensors.
 
     Args:
@@ -216,12 +322,13 @@ def experiment(values: Mapping[str, Any], where: str, ema: bool, step: int | Non
       where: their place, for messages.
       ema: whether there is a moving average.
       step: of training; None: unknown.
+      version: the checkpoint's `format_version`; None: it has none.
 
     Raises:
       ValueError: for a value that is missing, of another type, or not supported.
     """
-    config = _Config(values, where)
-    for key, (only, effect) in _ONLY.items():
+    config = _Config(values, where, version)
+    for key, (only, effect) in (_ONLY if version is None else _ONLY | _ONLY_VERSIONED).items():
         if (value := config.get(key, only)) != only:
             raise ValueError(f"{where}: {key} = {value!r} {effect}, which is not supported: only {only!r} is")
     if not config.get("patch_pca.model.skip_pca", False) and config.get("patch_pca.model.pca_init_file", ""):
@@ -233,6 +340,12 @@ def experiment(values: Mapping[str, Any], where: str, ema: bool, step: int | Non
     width, num_heads = config.need("model.width", 0), config.need("model.num_heads", 0)
     out_dim, dim = config.need("patch_pca.model.codeword_dim", 0), 3 * patch_size**2
     num_classes = config.need("input.num_classes", 0)
+    if config.has_new_keys:
+        names = ("bos_id", "boi_id", "nolabel_id", "vocab_size")
+        tokens = dict(zip(names, range(num_classes, num_classes + 4), strict=True))
+    else:
+        tokens = {name: config.need(f"model.{name}", 0) for name in ("vocab_size", "bos_id", "nolabel_id")}
+        tokens["boi_id"] = None if (boi_id := config.saved("model.boi_id", -1)) < 0 else boi_id
     notes = []
     if config.get("model.head_dim", width // num_heads) != width // num_heads:
         notes.append(f"{where}: model.head_dim is ignored: it is width / num_heads = {width // num_heads}")
@@ -244,39 +357,36 @@ def experiment(values: Mapping[str, Any], where: str, ema: bool, step: int | Non
         "JetFormer.image_shape": (*size, 3),
         "JetFormer.patches": "@Patchify",
         "JetFormer.decoder": "@Decoder",
-        "JetFormer.vocab_size": config.need("model.vocab_size", 0),
-        "JetFormer.bos_id": config.need("model.bos_id", 0),
-        "JetFormer.boi_id": None if (boi_id := config.get("model.boi_id", -1)) < 0 else boi_id,
-        "JetFormer.nolabel_id": config.need("model.nolabel_id", 0),
+        **{f"JetFormer.{name}": token for name, token in tokens.items()},
         "JetFormer.out_dim": out_dim,
         "JetFormer.num_mixtures": config.need("model.num_mixtures", 0),
-        "JetFormer.scale_tol": config.get("model.scale_tol", 1e-6),
+        "JetFormer.scale_tol": config.saved("model.scale_tol", 1e-6),
         "JetFormer.head_dtype": "bfloat16" if config.get("model.head_dtype", "fp32") == "bfloat16" else "float32",
-        "JetFormer.num_vocab_repeats": config.get("model.num_vocab_repeats", 1),
+        "JetFormer.mean_init_std": config.get("model.gmm_mean_init_std", 0.0),
+        "JetFormer.num_vocab_repeats": config.saved("model.num_vocab_repeats", 1),
         "JetFormer.causal_mask_on_prefix": config.get("model.causal_mask_on_prefix", True),
         "JetFormer.untie_output_vocab": config.get("model.untie_output_vocab", False),
         "JetFormer.per_modality_final_norm": config.get("model.per_modality_final_norm", False),
         "Patchify.patch_size": patch_size,
-        "Patchify.order": "chw",
         "Decoder.width": width,
         "Decoder.depth": config.need("model.depth", 0),
         "Decoder.mlp_dim": config.need("model.mlp_dim", 0),
         "Decoder.num_heads": num_heads,
-        "Decoder.num_kv_heads": config.get("model.num_kv_heads", 1),
+        "Decoder.num_kv_heads": config.saved("model.num_kv_heads", 1),
         "Decoder.head_dim": width // num_heads,
         "Decoder.dropout": config.get("model.dropout", 0.1),
-        "Decoder.gelu": "exact",
-        "Decoder.activated": "up",
         "JetFormerObjective.text_prefix_prob": config.get("training.text_prefix_prob", 1.0),
         "JetFormerObjective.loss_on_prefix": config.get("training.loss_on_prefix", False),
         "JetFormerObjective.drop_labels_prob": config.get("model.drop_labels_probability", 0.0),
         "JetFormerObjective.input_noise_std": config.get("training.input_noise_std", 0.0),
-        "JetFormerObjective.dequantize": config.get("patch_pca.model.add_dequant_noise", False),
+        "JetFormerObjective.dequantize": config.saved("patch_pca.model.add_dequant_noise", False),
     }
-    if config.get("use_adaptor", False) and config.get("adaptor.kind", "jet") == "jet":
+    if version is None:
+        bindings |= {"Patchify.order": "chw", "Decoder.gelu": "exact", "Decoder.activated": "up"}
+    if version is not None or (config.get("use_adaptor", False) and config.get("adaptor.kind", "jet") == "jet"):
         bindings |= _flow_experiment(config)
         noise = config.get("adaptor.latent_noise_dim", 0)
-        if out_dim + noise < dim:
+        if version is None and out_dim + noise < dim:
             notes.append(
                 f"{where}: {dim - out_dim - noise} of a token's {dim} dimensions are missing from the original "
                 "likelihood and are standard Gaussian noise here: bits per dim differ"
@@ -288,26 +398,36 @@ def experiment(values: Mapping[str, Any], where: str, ema: bool, step: int | Non
         for key in config.keys()  # noqa: SIM118 (no mapping)
         if key not in config.asked | _HARMLESS and key.partition(".")[0] not in _SECTIONS
     ]
+    changing = [key for key in unknown if key.partition(".")[0] in _MODEL_SECTIONS]
+    if version is not None and changing:
+        raise ValueError(f"{where}: {changing[0]} is unknown and may change what the model computes: not supported")
     if unknown:
         notes.append(f"{where}: {len(unknown)} unknown keys are ignored: {', '.join(unknown)}")
-    return Weights({}, gin_text(bindings), notes=notes)
+    return VersionedWeights(
+        {}, gin_text(bindings), step=None if version is None else step, notes=notes, version=version
+    )
 
 
 def _flow_experiment(config: _Config) -> dict[str, Any]:
-    depth = config.get("adaptor.model.depth", 8)
-    kinds = config.get("adaptor.model.kinds", ("channels", "channels", "spatial"))
+    depth = config.saved("adaptor.model.depth", 8)
+    kinds = config.saved("adaptor.model.kinds", ("channels", "channels", "spatial"))
+    bindings = {
+        "JetFormer.flow": "@Jet",
+        "Jet.depth": depth,
+        "Jet.block_depth": config.saved("adaptor.model.block_depth", 2),
+        "Jet.emb_dim": config.saved("adaptor.model.emb_dim", 256),
+        "Jet.num_heads": config.saved("adaptor.model.num_heads", 4),
+        "Jet.ps": 1,
+    }
+    if config.version is not None:
+        projections = config.need("adaptor.model.spatial_coupling_projs", ())
+        return bindings | {"Jet.kinds": kinds, "Jet.spatial_coupling_projs": projections}
     if "spatial" in kinds[:depth]:
         raise ValueError(
             f"{config.where}: adaptor.model.kinds = {list(kinds)}: spatial couplings are not supported (the original "
             "code cannot run them either)"
         )
-    return {
-        "JetFormer.flow": "@Jet",
-        "Jet.depth": depth,
-        "Jet.block_depth": config.get("adaptor.model.block_depth", 2),
-        "Jet.emb_dim": config.get("adaptor.model.emb_dim", 256),
-        "Jet.num_heads": config.get("adaptor.model.num_heads", 4),
-        "Jet.ps": 1,
+    return bindings | {
         "Jet.kinds": ("channels",),
         "Jet.channels_coupling_projs": ("halves",),
         "Jet.gelu": "exact",
