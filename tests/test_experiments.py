@@ -24,6 +24,7 @@ PARAMETERS = {
     "coco_captions_1p3b": 2_731_184_387,
     "shapes": 2_396_866,
     "folder": 2_686_624,
+    "folder_captions": 3_251_146,
     "tinystories": 62_694_145,
     "imagenet64": 396_212_224,
     "imagenet256": 1_068_477_440,
@@ -76,9 +77,9 @@ def test_on_photo_patches(name, bindings, count):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_experiment(name, monkeypatch, tmp_path):
-    # Otherwise it would be downloaded.
+    # The first would be downloaded, the second is the user's own.
     here = (DIRECTORY / "shapes.model").as_uri()
-    monkeypatch.setattr(tokenizer, "PUBLIC", {"c4_en": (here, None)})
+    monkeypatch.setattr(tokenizer, "PUBLIC", {"c4_en": (here, None), "captions.model": (here, None)})
     monkeypatch.setattr(tokenizer, "load", functools.partial(tokenizer.load, cache_dir=str(tmp_path)))
     config.parse([str(DIRECTORY / f"{name}.gin")], [])
     run = config.call(Experiment)

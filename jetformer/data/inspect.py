@@ -2,7 +2,8 @@
 
     python -m jetformer.data.inspect --gin_file=experiments/….gin --out=/tmp/data.png
 
-Prints sizes, shapes, label counts, lengths of texts and examples per second, and writes a picture of training images.
+Prints sizes, shapes, label counts, captions, lengths of texts and examples per second, and writes a picture of training
+images.
 """
 
 import collections
@@ -84,6 +85,7 @@ def _about_split(title: str, reader: Reader, names: Sequence[str] | None, count:
             heights, widths = zip(*sizes, strict=True)
             shown = f"{min(heights)} to {max(heights)} × {min(widths)} to {max(widths)}"
         lines.append(f"  image sizes in the dataset, height × width, of {sizes.total():,}: {shown}")
+    lines += [f"  captions in the dataset: {_several(list(map(repr, several)))}" for several in reader.captions(_TEXTS)]
     labels = reader.labels() if reader.num_examples <= _MAX_COUNTED else None
     return lines if labels is None else lines + _counts(labels, names, "  labels")
 

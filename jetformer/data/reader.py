@@ -145,6 +145,15 @@ class Reader:
         found = np.concatenate([np.zeros(0, np.int64), *parts])
         return found if self._new_labels is None else np.where(found < 0, found, self._new_labels[found])
 
+    def captions(self, count: int) -> list[list[str]]:
+        """Returns the captions of the first `count` examples; [] if the dataset has none."""
+        records = self.source.read(self.shards).take(count)
+        ds = preprocess.map_examples(records, lambda record: preprocess.flatten()(self.source.deserialize(record)), 1)
+        key = next((k for k in ("captions", "captions/text") if k in ds.element_spec), None)
+        if key is None:
+            return []
+        return [[text.decode() for text in several] for several in ds.map(lambda e: e[key]).as_numpy_iterator()]
+
     def image_sizes(self, count: int) -> list[tuple[int, int]]:
         """Returns (height, width) of the first `count` images as the dataset has them, without broken ones."""
         records = self.source.read(self.shards).take(count)

@@ -334,8 +334,8 @@ class TfdsSource(Source):
 class FolderSource(Source):
     """A folder of images, see `folder.Folder`.
 
-    An example has `image`, `label` and `filename`. Since files can be read in any order, an epoch is shuffled as a
-    whole, without a buffer.
+    An example has `image` and `filename`; with classes `label`; and with captions `captions`, strings [n]. Since files
+    can be read in any order, an epoch is shuffled as a whole, without a buffer.
     """
 
     def __init__(self, name: str, data_dir: str | None):
@@ -343,8 +343,8 @@ class FolderSource(Source):
         self.directory = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser() / "folder"
         self.folder = Folder(name.removeprefix(FOLDER), os.fspath(self.directory))
         self.full_name = f"{name}@{self.folder.fingerprint}"
-        self.class_names = self.folder.classes
-        self.label_key = "label"
+        self.class_names = self.folder.classes or None
+        self.label_key = "label" if self.folder.classes else None
         template = tfds.core.ShardedFileTemplate(data_dir=self.directory, template="{SPLIT}", split=None)
         self.splits = tfds.core.splits.SplitDict(
             [
@@ -357,9 +357,10 @@ class FolderSource(Source):
         )
         directories = [os.path.join(os.fsencode(self.folder.root), os.fsencode(d)) for d in self.folder.directories()]
         self._directories = tf.constant(directories)
-        self._labels = tf.constant(self.folder.labels_of_directories())
+        self._labels = tf.constant(self.folder.labels_of_directories()) if self.folder.classes else None
         self._names = tf.constant(self.folder.names())
-        self._files = {split: [tf.constant(a) for a in self.folder.files(split)] for split in self.splits}
+        arrays = lambda split: self.folder.files(split) + (self.folder.captions(split) if self.folder.captioned else ())
+        self._files = {split: [tf.constant(array) for array in arrays(split)] for split in self.splits}
 
     def state(self):
         return self.folder.state()
@@ -381,34 +382,37 @@ class FolderSource(Source):
         order = tf.random.experimental.stateless_shuffle(self._numbers(shards), seed)
         return tf.data.Dataset.from_tensor_slices(order).map(tf.strings.as_string)
 
-    def _path(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the path of a record's file, and its label."""
+    def _known(self, record: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Returns what the index knows of a record: all of its example except the image."""
         number = tf.strings.to_number(record, tf.int64)
         place, split = number // len(self._files), number % len(self._files)
 
-        def in_split(directory_of, starts, lengths):
+        def in_split(directory_of, starts, lengths, captions=None, firsts=None):
             name = tf.strings.substr(self._names, starts[place], lengths[place], unit="BYTE")
-            return tf.strings.join([self._directories[directory_of[place]], name], "/"), self._labels[
-                directory_of[place]
-            ]
+            known = {"filename": tf.strings.join([self._directories[directory_of[place]], name], "/")}
+            if self._labels is not None:
+                known["label"] = self._labels[directory_of[place]]
+            if captions is not None:
+                known["captions"] = captions[firsts[place] : firsts[place + 1]]
+            return known
 
         return tf.switch_case(
             tf.cast(split, tf.int32), [functools.partial(in_split, *arrays) for arrays in self._files.values()]
         )
 
     def deserialize(self, record):
-        path, label = self._path(record)
-        return {"image": tf.io.read_file(path), "label": label, "filename": path}
+        known = self._known(record)
+        return {"image": tf.io.read_file(known["filename"]), **known}
 
     def describe(self, record):
-        return os.fsdecode(self._path(record)[0].numpy())
+        return os.fsdecode(self._known(record)["filename"].numpy())
 
     def decode(self, record):
         return preprocess.decode()(self.deserialize(record))
 
     def places(self, shard, numbers):
         records = self.read([shard.part(number, number + 1) for number in numbers])
-        return [os.fsdecode(self._path(record)[0].numpy()) for record in records]
+        return [self.describe(record) for record in records]
 
     def labels(self, shard):
         return self.folder.labels(shard.filename)[shard.skip :][: shard.take]

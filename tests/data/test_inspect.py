@@ -1,6 +1,7 @@
 """The program that inspects data."""
 
 import dataclasses
+import pathlib
 import re
 import sys
 
@@ -63,6 +64,19 @@ def test_texts(shapes_dir):
     )
     assert text.count("  text: '") == 4
     assert picture is not None
+
+
+def test_captions(data):
+    """As they are in the dataset, beside the tokens that the model sees."""
+    root = pathlib.Path(data.name.removeprefix("folder:"))
+    for image in root.rglob("*.png"):
+        image.with_suffix(".txt").write_text(f"A Small {image.parent.name.upper()}\nanother")
+    data.prepare()
+    captioned = dataclasses.replace(data, pp="decode|resize(16)|label_as_text|keep('image', 'text')")
+    lines, _ = inspect.report(captioned, batch_size=4, seed=0, count=8)
+    found = [line for line in lines if "captions" in line]
+    assert len(found) == 4 + 4  # of the first examples of both splits
+    assert all(re.search(r": 'A Small (CAT|DOG)', 'another'$", line) for line in found)
 
 
 @pytest.mark.slow
