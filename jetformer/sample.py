@@ -208,16 +208,15 @@ def sample(experiment: Experiment, state: State, step: int, workdir: UPath, mach
     settings |= sampler.settings | more
     count = FLAGS.num_images or (1 if FLAGS.images is not None else 8)
     wanted = repeated(requests, count, FLAGS.seed)
-    gallery, missing = None, []
+    gallery = None
 
-    def open_gallery() -> None:
-        nonlocal gallery, missing
+    def open_gallery() -> list[int]:
+        nonlocal gallery
         gallery = Gallery(out, settings, key="prompt" if FLAGS.images is None else "image")
         has = lambda request: gallery.has(request.label, request.seed, **identity(request))
-        missing = [i for i, request in enumerate(wanted) if not has(request)]
+        return [i for i, request in enumerate(wanted) if not has(request)]
 
-    machine.on_first(open_gallery)
-    lacking = [wanted[i] for i in machine.broadcast(missing)]
+    lacking = [wanted[i] for i in machine.on_first(open_gallery)]
     if len(lacking) < len(wanted):
         logging.info("%d of %d samples exist already", len(wanted) - len(lacking), len(wanted))
     options = {"batch_size": FLAGS.batch_size, "ema": FLAGS.ema, "progress": True}

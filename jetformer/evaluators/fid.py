@@ -163,9 +163,8 @@ class Fid(Evaluator):
         numbers = np.arange(self.num_images, dtype=np.int32)
         rows = {name: array[numbers % len(array)] for name, array in texts.items()}
         generated = self._generate(context, extract, rows | {"number": numbers}, metrics)
-        scalars = {}
 
-        def compare() -> None:
+        def compare() -> dict[str, float]:
             nonlocal real
             if self.statistics is not None:
                 real = self._read_statistics(context)
@@ -174,10 +173,9 @@ class Fid(Evaluator):
             if self.save_statistics is not None:
                 saved = {name: real[name] for name in ("mu", "sigma", "features")}
                 write_arrays(UPath(self.save_statistics), saved | {"extractor": np.array(self.features.name(context))})
-            scalars.update(self._scalars(metrics, generated, real, rows["text"]))
+            return self._scalars(metrics, generated, real, rows["text"])
 
-        context.loop.runtime.on_first(compare)  # eigenvalues of large matrices use all cores of a host
-        return Results(scalars=context.loop.runtime.broadcast(scalars))
+        return Results(context.loop.runtime.on_first(compare))  # eigenvalues of large matrices use all cores of a host
 
     def _read_split(self, context: Context, extract: Function, metrics: tuple[str, ...]) -> tuple[Rows, Rows]:
         """Returns texts `[M, T]` of the split's examples and, if needed, features `[M, F]`; reads a split once."""

@@ -157,13 +157,13 @@ class JetFormer(nn.Module):
         initializers.init_on_cpu(self)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        initializers.normal_(self.text_emb.weight, 1.0, generator)
+        nn.init.normal_(self.text_emb.weight, std=1.0, generator=generator)
         initializers.lecun_normal_(self.image_emb.weight, generator)
         nn.init.zeros_(self.image_emb.bias)
         if self.image_posemb is not None:
-            initializers.normal_(self.image_posemb, 1 / math.sqrt(self.decoder.width), generator)
+            nn.init.normal_(self.image_posemb, std=1 / math.sqrt(self.decoder.width), generator=generator)
         if self.text_head is not None:
-            initializers.normal_(self.text_head.weight, 1.0, generator)
+            nn.init.normal_(self.text_head.weight, std=1.0, generator=generator)
             nn.init.zeros_(self.text_head.bias)
 
     # Images and soft tokens.

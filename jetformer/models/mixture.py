@@ -16,7 +16,6 @@ from scipy import special
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jetformer.models import initializers
 from jetformer.models.autocast import without_autocast
 from jetformer.models.mixture_nll import LOG_2PI, TokenScores, mixture_nll
 
@@ -191,7 +190,7 @@ class MixtureHead(_Head):
         nn.init.zeros_(self.linear.bias)
         _, means, raw_scales = self._parts(self.linear.bias)
         if self.mean_init_std:
-            initializers.normal_(means, self.mean_init_std, generator)
+            nn.init.normal_(means, std=self.mean_init_std, generator=generator)
         nn.init.constant_(raw_scales, square_plus_inverse(self.scale_init))
 
     def parameters_from_data(self) -> list[nn.Parameter]:
