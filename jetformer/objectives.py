@@ -74,6 +74,30 @@ def labels_of(batch: dict[str, Any], argument: str = "Data.pp") -> Any:
     )
 
 
+def check_tokens(tokens: Any, model: nn.Module, remedy: str = "") -> None:
+    """Checks that class labels `[B, 1]`, or text tokens `[B, T]`, are in the model's vocabulary and no special token.
+
+    (A device would take the embedding of another token, or abort.)
+
+    Args:
+      tokens: a tensor or an array.
+      model: `first_special` says that it reads texts, `num_labels` that it reads labels.
+      remedy: ends the message.
+
+    Raises:
+      ValueError: if one is not, or the model reads neither.
+    """
+    if hasattr(model, "first_special"):
+        count = model.first_special(tokens.shape[1])
+    elif hasattr(model, "num_labels"):
+        count = model.num_labels
+    else:
+        raise ValueError(f"{type(model).__name__} is not conditional on classes: sample without classes")
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= token < count:
+            raise ValueError(f"there is no class or token {token}: the model has 0 to {count - 1}{remedy}")
+
+
 def batch_size(batch: Batch) -> int:
     """Returns B."""
     return len(next(iter(batch.values())))

@@ -74,9 +74,8 @@ def report(data: Data | MixtureData, batch_size: int, seed: int, count: int) -> 
 
 
 def _about_split(title: str, reader: Reader, names: Sequence[str] | None, count: int) -> list[str]:
-    selection = reader.selection
-    skipped = f", {reader.num_skipped} more skipped" if selection.skip_broken else ""
-    lines = [f"{title}: {reader.num_examples:,} examples of {selection.name}, {selection.split}{skipped}"]
+    skipped = f", {reader.num_skipped} more skipped" if reader.data.skip_broken else ""
+    lines = [f"{title}: {reader.num_examples:,} examples of {reader.data.name}, {reader.split}{skipped}"]
     sizes = collections.Counter(reader.image_sizes(count))
     if sizes:
         shown = ", ".join(f"{h}×{w} ({n})" for (h, w), n in sizes.most_common(_SHOWN))

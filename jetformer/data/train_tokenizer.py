@@ -39,7 +39,7 @@ def read_texts(name: str, split: str, key: str, *, lower: bool = False, data_dir
     """Returns the texts of a TFDS dataset, in file order. Prepares the dataset if that has not been done.
 
     Args:
-      name: of the dataset, see `Selection.name`.
+      name: of the dataset, see `Data.name`.
       split: TFDS split.
       key: of a feature of strings of any shape: a text, or several. `a/b` is `b` in the feature `a`.
       lower: lower-cases them, as the op `lower` does.

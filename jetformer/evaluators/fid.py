@@ -26,10 +26,10 @@ from jetformer.evaluators.features import (
 from jetformer.evaluators.samples import sampling_function
 from jetformer.loops.base import Rows
 from jetformer.models.jetformer import JetFormer
+from jetformer.objectives import check_tokens
 from jetformer.ranges import PositiveFloat, PositiveInt
 from jetformer.sampling import grid
 from jetformer.sampling.guidance import Guidance
-from jetformer.sampling.images import check_tokens
 
 _SEED = 6
 _READ_SEED = 0  # nothing is drawn
@@ -128,7 +128,7 @@ class Fid(Evaluator):
                 raise ValueError("Fid.metrics: class_accuracy needs classes, and this run has texts: remove it")
         batch = next(context.batches(self.data, self.split))
         context.check_batch(batch)
-        check_tokens(torch.tensor(batch["text"]), model)
+        check_tokens(batch["text"], model)
         self.features.check(context)
         if self.statistics is not None:
             self._read_statistics(context)

@@ -11,11 +11,10 @@ from jetformer.evaluators.base import Evaluator, Results
 from jetformer.evaluators.context import Context
 from jetformer.loops.base import Rows
 from jetformer.models.jetformer import JetFormer
-from jetformer.objectives import to_unit_range
+from jetformer.objectives import check_tokens, to_unit_range
 from jetformer.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from jetformer.sampling import decode, grid
 from jetformer.sampling.guidance import Guidance
-from jetformer.sampling.images import check_tokens
 
 _SEED, _ROUND_TRIP_SEED = 3, 4
 
@@ -89,7 +88,7 @@ class Samples(Evaluator):
         if self.prompts is not None:
             context.data.texts().check_whole("Samples.prompts", self.prompts)
         _, rows = self.conditions(context)
-        check_tokens(torch.from_numpy(rows["text"]), model)
+        check_tokens(rows["text"], model)
         if self.num_round_trips:
             context.check_batch(next(context.batches()))
 
