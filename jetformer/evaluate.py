@@ -45,8 +45,6 @@ FLAGS = flags.FLAGS
 
 
 def main() -> None:
-    if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.INFO)
     check_flags()
     machine = runtime.initialize(FLAGS.device)
     if machine.process_index > 0 and not FLAGS["verbosity"].present:  # process 0 alone reports progress
@@ -87,4 +85,4 @@ def check_flags() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, verbose=True)

@@ -54,8 +54,12 @@ class StepParser(flags.ArgumentParser):
         return argument if argument == "best" else int(argument)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], verbose: bool = False) -> None:
     """Parses the flags, runs a program, and ends the process; see `one_line_errors`.
+
+    Args:
+      main: the program.
+      verbose: log at INFO, unless --verbosity sets another level.
 
     Raises:
       UsageError: if the command line has more than flags.
@@ -64,6 +68,8 @@ def run(main: Callable[[], None]) -> None:
     def run_main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}")
+        if verbose and not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.INFO)
         with one_line_errors():
             main()
 

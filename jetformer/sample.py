@@ -233,8 +233,6 @@ def sample(experiment: Experiment, state: State, step: int, workdir: UPath, mach
 
 
 def main() -> None:
-    if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.INFO)
     machine = runtime.initialize(FLAGS.device)
     if machine.process_index > 0:  # process 0 logs
         logging.set_verbosity(logging.ERROR)
@@ -252,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, verbose=True)

@@ -103,12 +103,6 @@ def build(experiment: Experiment, loop: Loop, initialize: Callable[[nn.Module], 
     return state
 
 
-def build_to_load(experiment: Experiment, loop: Loop) -> State:
-    """Returns a state without optimizer, whose weights a checkpoint is to fill: they are not initialized, so what
-    initializes them (a file of a PCA) need not be on this machine."""
-    return _place(experiment, loop, experiment.check_model().to_empty(device="cpu"))
-
-
 def _place(experiment: Experiment, loop: Loop, model: nn.Module) -> State:
     """Moves a model from the CPU to the devices; returns the state without optimizer."""
     remat.set_policy(model, experiment.activation_checkpointing)
@@ -326,7 +320,8 @@ def load_state(
     experiment = dataclasses.replace(experiment, mesh={"fsdp": -1})
     step = checkpoint.find(workdir, step)
     loop = make_loop(experiment, runtime, compilation_cache(experiment, workdir))
-    state = build_to_load(experiment, loop)
+    # The checkpoint fills the weights: what initializes them (a file of a PCA) need not be on this machine.
+    state = _place(experiment, loop, experiment.check_model().to_empty(device="cpu"))
     return experiment, state, restore(workdir, state, step, verify)
 
 

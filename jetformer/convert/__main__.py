@@ -228,8 +228,6 @@ def to_safetensors(machine: runtime.Runtime) -> None:
 
 
 def main() -> None:
-    if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.INFO)
     source = check_flags()
     machine = runtime.initialize("cpu")
     if machine.process_count > 1:
@@ -241,4 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, verbose=True)

@@ -132,7 +132,7 @@ class Fid(Evaluator):
         self.features.check(context)
         if self.statistics is not None:
             self._read_statistics(context)
-        elif self._num_examples(context) < _MIN_IMAGES:
+        elif self._data(context).num_examples(self._split(context)) < _MIN_IMAGES:
             raise ValueError(f"Fid: split {self._split(context)!r} has fewer than {_MIN_IMAGES} images: use another")
 
     def _data(self, context: Context) -> Data:
@@ -140,9 +140,6 @@ class Fid(Evaluator):
 
     def _split(self, context: Context) -> str:
         return self.split or self._data(context).eval_split
-
-    def _num_examples(self, context: Context) -> int:
-        return self._data(context).num_examples(self._split(context))
 
     def _has_classes(self, context: Context) -> bool:
         data = self._data(context)

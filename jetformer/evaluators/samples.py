@@ -124,13 +124,8 @@ class Samples(Evaluator):
             tokens, factored, _, _ = model.encode_image(image)
             back, _ = model.decode_image(tokens, factored)
             coarse, _ = model.decode_image(tokens, torch.zeros_like(factored))
-            return {
-                "image": batch["image"],
-                "error": (back - image).abs().flatten(1).amax(1) * 127.5,
-                "back": decode.to_uint8(back),
-                "coarse": decode.to_uint8(coarse),
-                "latents": torch.cat((tokens, factored), dim=-1),
-            }
+            latents = torch.cat((tokens, factored), dim=-1)
+            return round_trip(batch, image, latents, back) | {"coarse": decode.to_uint8(coarse)}
 
         first = context.first_examples(self.num_round_trips, ("image",))
         rows = context.per_example(reconstruct, context.batches_of(first), seed=_ROUND_TRIP_SEED, averaged=self.ema)
@@ -138,6 +133,12 @@ class Samples(Evaluator):
         if not context.model.factored_dim:
             del shown["from tokens alone"]
         add_round_trip(results, rows, shown | {"latents": _tokens_as_images(rows["latents"], context.model)})
+
+
+def round_trip(batch: dict[str, Tensor], image: Tensor, latents: Tensor, back: Tensor) -> dict[str, Tensor]:
+    """Returns what `add_round_trip` reads of images: of the batch; `image` and `back`, before and after, in [-1, 1]."""
+    error = (back - image).abs().flatten(1).amax(1) * 127.5
+    return {"image": batch["image"], "back": decode.to_uint8(back), "error": error, "latents": latents}
 
 
 def add_round_trip(results: Results, rows: Rows, shown: dict[str, np.ndarray]) -> None:

@@ -20,8 +20,6 @@ flags.DEFINE_list("metrics", None, "The metrics to draw, as train/loss,val/bits_
 
 
 def main() -> None:
-    if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.INFO)
     if (FLAGS.workdir is None) == (FLAGS.compare is None):
         raise ValueError("give one of --workdir and --compare")
     if FLAGS.compare is not None and len(FLAGS.compare) < 2:
@@ -32,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, verbose=True)
