@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -27,17 +27,16 @@ flags.DEFINE_enum(
     ["auto", "cpu", "cuda", "xla"],
     "Device to run on: xla is all TPUs, or what PJRT_DEVICE names; auto is a TPU or a GPU if there is one.",
 )
-flags.DEFINE_list(
+flags.DEFINE_boolean("verify", True, "Compare the checksums of a checkpoint's files before loading it.")
+
+# Arguments of `flags.DEFINE_list`, for programs that read a configuration of others.
+TRUST_IMPORTS = (
     "trust_imports",
     [],
     "Modules that the configuration of a workdir, a directory or the Hub may import, which runs their code.",
 )
-flags.DEFINE_boolean("verify", True, "Compare the checksums of a checkpoint's files before loading it.")
-
 _PACKAGE = os.path.dirname(__file__) + os.sep
 _STORE_TIMEOUT = datetime.timedelta(seconds=5)
-
-
 FLAGS = flags.FLAGS
 
 
@@ -53,6 +52,28 @@ class StepParser(flags.ArgumentParser):
           ValueError: for anything else.
         """
         return argument if argument == "best" else int(argument)
+
+
+def run(main: Callable[[], None], verbose: bool = False) -> None:
+    """Parses the flags, runs a program, and ends the process; see `one_line_errors`.
+
+    Args:
+      main: the program.
+      verbose: log at INFO, unless --verbosity sets another level.
+
+    Raises:
+      UsageError: if the command line has more than flags.
+    """
+
+    def run_main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}")
+        if verbose and not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.INFO)
+        with one_line_errors():
+            main()
+
+    app.run(run_main)
 
 
 @contextmanager
@@ -143,13 +164,3 @@ def _say(message: str) -> None:
 def _stop(signum: int, frame) -> None:
     del frame
     raise preemption.Preempted(signum)
-
-
-def no_arguments(argv: list[str]) -> None:
-    """Checks that the command line has flags only.
-
-    Raises:
-      UsageError: for anything else.
-    """
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")

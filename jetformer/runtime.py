@@ -63,20 +63,22 @@ class Runtime:
         if any(other != values[0] for other in values):
             raise ValueError(f"{name} differs between processes: {values}; use a --workdir that all hosts share")
 
-    def on_first(self, action: Callable[[], None]) -> None:
-        """Calls a function on process 0 only; the others wait until it returns.
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Calls a function on process 0 only, and returns its value on all processes.
 
         Raises:
           ValueError, OSError: on all processes, what the function raises.
         """
-        error = None
+        value = error = None
         if self.process_index == 0:
             try:
-                action()
+                value = action()
             except (ValueError, OSError) as raised:
                 error = raised
-        if (error := self.broadcast(error)) is not None:
+        value, error = self.broadcast((value, error))
+        if error is not None:
             raise error
+        return value
 
     def together(self, action: Callable[[], T]) -> T:
         """Calls a function on every process and waits until all have returned.

@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import pathlib
 
-from absl import app, flags, logging
+from absl import flags, logging
 from torch import nn
 from upath import UPath
 
@@ -37,6 +37,7 @@ from jetformer.sampling.sampler import Request, Sampler, draw, repeated
 from jetformer.state import State, load
 
 flags.adopt_module_key_flags(program)
+flags.DEFINE_list(*program.TRUST_IMPORTS)
 flags.DEFINE_string("workdir", None, "The workdir of a run.")
 flags.DEFINE(
     program.StepParser(), "step", None, "Checkpoint of the workdir or repository: a step, or best; default: the newest."
@@ -207,16 +208,15 @@ def sample(experiment: Experiment, state: State, step: int, workdir: UPath, mach
     settings |= sampler.settings | more
     count = FLAGS.num_images or (1 if FLAGS.images is not None else 8)
     wanted = repeated(requests, count, FLAGS.seed)
-    gallery, missing = None, []
+    gallery = None
 
-    def open_gallery() -> None:
-        nonlocal gallery, missing
+    def open_gallery() -> list[int]:
+        nonlocal gallery
         gallery = Gallery(out, settings, key="prompt" if FLAGS.images is None else "image")
         has = lambda request: gallery.has(request.label, request.seed, **identity(request))
-        missing = [i for i, request in enumerate(wanted) if not has(request)]
+        return [i for i, request in enumerate(wanted) if not has(request)]
 
-    machine.on_first(open_gallery)
-    lacking = [wanted[i] for i in machine.broadcast(missing)]
+    lacking = [wanted[i] for i in machine.on_first(open_gallery)]
     if len(lacking) < len(wanted):
         logging.info("%d of %d samples exist already", len(wanted) - len(lacking), len(wanted))
     options = {"batch_size": FLAGS.batch_size, "ema": FLAGS.ema, "progress": True}
@@ -232,26 +232,22 @@ def sample(experiment: Experiment, state: State, step: int, workdir: UPath, mach
         raise ValueError(f"{len(unreadable)} of {total} images could not be read: {paths}; the others are done")
 
 
-def main(argv: list[str]) -> None:
-    program.no_arguments(argv)
-    if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.INFO)
-    with program.one_line_errors():
-        machine = runtime.initialize(FLAGS.device)
-        if machine.process_index > 0:  # process 0 logs
-            logging.set_verbosity(logging.ERROR)
-        if machine.process_count > 1 and machine.device.type == "xla":
-            raise ValueError("jetformer.sample with --device=xla runs in one process: start it on one host")
-        if "://" in FLAGS.out:
-            raise ValueError(f"--out={FLAGS.out}: expected a local directory")
-        workdir, step = source()
-        # Each process loads and runs the whole model, so that none waits for another within a batch.
-        alone = machine if machine.process_count == 1 else runtime.Runtime(machine.device)
-        experiment, state, step = load(
-            workdir, FLAGS.gin_file, FLAGS.gin_bindings, alone, step, FLAGS.trust_imports, FLAGS.verify
-        )
-        sample(experiment, state, step, workdir, machine)
+def main() -> None:
+    machine = runtime.initialize(FLAGS.device)
+    if machine.process_index > 0:  # process 0 logs
+        logging.set_verbosity(logging.ERROR)
+    if machine.process_count > 1 and machine.device.type == "xla":
+        raise ValueError("jetformer.sample with --device=xla runs in one process: start it on one host")
+    if "://" in FLAGS.out:
+        raise ValueError(f"--out={FLAGS.out}: expected a local directory")
+    workdir, step = source()
+    # Each process loads and runs the whole model, so that none waits for another within a batch.
+    alone = machine if machine.process_count == 1 else runtime.Runtime(machine.device)
+    experiment, state, step = load(
+        workdir, FLAGS.gin_file, FLAGS.gin_bindings, alone, step, FLAGS.trust_imports, FLAGS.verify
+    )
+    sample(experiment, state, step, workdir, machine)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, verbose=True)

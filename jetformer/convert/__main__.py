@@ -15,7 +15,7 @@ import tempfile
 from types import ModuleType
 
 import gin
-from absl import app, flags, logging
+from absl import flags, logging
 from torch import Tensor, nn
 from upath import UPath
 
@@ -27,6 +27,7 @@ from jetformer.experiment import Experiment
 from jetformer.state import load
 
 flags.adopt_module_key_flags(program)
+flags.DEFINE_list(*program.TRUST_IMPORTS)
 flags.DEFINE_string("from", None, "Format of the weights: big_vision, jet_pytorch, jetformer_pytorch or safetensors.")
 flags.DEFINE_string("to", None, "Format to convert the run in --workdir to: safetensors.")
 flags.DEFINE_string("path", None, "File or directory of the weights.")
@@ -226,20 +227,16 @@ def to_safetensors(machine: runtime.Runtime) -> None:
             logging.info("Uploaded to %s", FLAGS.push_to)
 
 
-def main(argv: list[str]) -> None:
-    program.no_arguments(argv)
-    if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.INFO)
-    with program.one_line_errors():
-        source = check_flags()
-        machine = runtime.initialize("cpu")
-        if machine.process_count > 1:
-            raise ValueError("jetformer.convert runs in one process: start it with python, on one host")
-        if source is not None:
-            to_workdir(source)
-        else:
-            to_safetensors(machine)
+def main() -> None:
+    source = check_flags()
+    machine = runtime.initialize("cpu")
+    if machine.process_count > 1:
+        raise ValueError("jetformer.convert runs in one process: start it with python, on one host")
+    if source is not None:
+        to_workdir(source)
+    else:
+        to_safetensors(machine)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, verbose=True)
