@@ -103,10 +103,16 @@ def build(experiment: Experiment, loop: Loop, initialize: Callable[[nn.Module], 
     return State(loop, runner, optimizer, _new_ema(experiment, loop, model))
 
 
-def build_to_load(experiment: Experiment, loop: Loop) -> State:
-    """Returns a state without optimizer, whose weights a checkpoint is to fill: they are not initialized, so what
-    initializes them (a file of a PCA) need not be on this machine."""
+def build_to_load(experiment: Experiment, loop: Loop, fill: Callable[[nn.Module], None] = lambda model: None) -> State:
+    """Returns a state without optimizer, whose weights a checkpoint or `fill` is to set: they are not initialized, so
+    what initializes them (a file of a PCA) need not be on this machine.
+
+    Args:
+      experiment, loop: as in `build`.
+      fill: called with the model while it is on the CPU.
+    """
     model = experiment.check_model().to_empty(device="cpu")
+    fill(model)
     return State(loop, _place(experiment, loop, model), None, _new_ema(experiment, loop, model))
 
 
