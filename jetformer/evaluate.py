@@ -17,7 +17,7 @@ import contextlib
 from absl import app, flags, logging
 from upath import UPath
 
-from jetformer import program, runtime
+from jetformer import program
 
 flags.adopt_module_key_flags(program)
 flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
@@ -49,6 +49,8 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.INFO)
     with program.one_line_errors():
         check_flags()
+        from jetformer import runtime
+
         machine = runtime.initialize(FLAGS.device)
         if machine.process_index > 0 and not FLAGS["verbosity"].present:  # process 0 alone reports progress
             logging.set_verbosity(logging.ERROR)

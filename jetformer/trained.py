@@ -120,6 +120,16 @@ class Trained:
                 self.state = dataclasses.replace(self.state, loop=make_loop(self.experiment, machine))
         return self
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Sets what the model needs of the process, precision and current device, while the context lasts. The other
+        methods do so themselves."""
+        device = self.state.loop.runtime.device
+        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with _kept_precision(), on_device:
+            torch.set_float32_matmul_precision(self.experiment.matmul_precision)
+            yield
+
     # Samples
 
     def sample(
@@ -436,15 +446,6 @@ class Trained:
     def _dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.module.parameters()), torch.get_default_dtype())  # a flow may have none
 
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        """Sets what the model needs of the process while the context lasts: precision and device."""
-        device = self.state.loop.runtime.device
-        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-        with _kept_precision(), on_device:
-            torch.set_float32_matmul_precision(self.experiment.matmul_precision)
-            yield
-
     def _jetformer(self, method: str) -> JetFormer:
         if not isinstance(self.module, JetFormer):
             raise ValueError(f"{method} does not apply to a {type(self.module).__name__}, only to a JetFormer")
@@ -490,7 +491,7 @@ class Trained:
     def _per_example(self, function: Function, rows: dict[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
         _check_at_least(1, batch_size=batch_size)
         context = evaluator_context(self.experiment, self.state, self.step or 0, "api", self.directory)
-        with self._running():
+        with self.running():
             return context.per_example(function, context.batches_of(rows, batch_size), seed=likelihood.SEED)
 
     def _draw(
@@ -500,7 +501,7 @@ class Trained:
         _check_at_least(1, **{name: count, "batch_size": batch_size})
         _check_at_least(0, seed=seed)
         wanted, machine = repeated(requests, count, seed), self.state.loop.runtime
-        with self._running():
+        with self.running():
             batches = draw(sampler, wanted, self.state, machine, batch_size=batch_size, progress=progress)
             return [sample for batch in batches for _, sample in batch]
 
