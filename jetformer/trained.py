@@ -167,7 +167,7 @@ class Trained:
           ValueError: for arguments that do not fit the model.
         """
         requests = self._requests(classes, prompts)
-        options = {"temperature": temperature, "compile": self.state.loop.compile}
+        options: dict[str, Any] = {"temperature": temperature, "compile": self.state.loop.compile}
         sampler: Sampler
         if isinstance(self.module, JetFormer):
             if not requests:
@@ -424,7 +424,7 @@ class Trained:
         if not np.issubdtype(given.dtype, np.floating):
             raise ValueError(f"latents are {given.dtype}: expected floating-point numbers")
 
-        def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
+        def function(model: Any, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
             del keys
             z = batch["latents"].to(dtype)
             if isinstance(model, JetFormer):
@@ -514,8 +514,8 @@ class Trained:
         batch_size: int,
         progress: bool,
     ) -> list[str]:
-        options["compile"] = self.state.loop.compile
-        sampler = TextSampler(self.experiment, self.module, self._texts, **options)
+        model: Any = self.module
+        sampler = TextSampler(self.experiment, model, self._texts, compile=self.state.loop.compile, **options)
         drawn = self._draw(sampler, requests, count, seed, batch_size, progress)
         return [sample["text"] for sample in drawn]
 
@@ -550,13 +550,15 @@ def load(
     """
     machine = runtime.initialize(str(device), alone=True)
     directory, step = locate(os.fspath(source), step)
+    found: int | None
     with config.separate(), _kept_precision():
         experiment = configured(saved_config(directory), _listed(gin_files), _listed(gin_bindings), trust_imports)
-        if checkpoint.steps(directory) or not (directory / sharing.MODEL_FILE).exists():
+        if checkpoint.steps(str(directory)) or not (directory / sharing.MODEL_FILE).exists():
             experiment, state, found = load_state(experiment, directory, machine, step, verify)
-            averaged = ema and state.ema is not None
-            if averaged:
+            averaged = False
+            if ema and state.ema is not None:
                 state.loop.swap(state.model, state.ema)
+                averaged = True
         else:
             if step is not None:
                 raise ValueError(f"{directory} holds safetensors of one step: leave step = {step!r} out")
@@ -642,17 +644,15 @@ def _kept_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _context(model: nn.Module, batch: dict[str, Tensor]) -> Tensor | None:
+def _context(model: Any, batch: dict[str, Tensor]) -> Tensor | None:
     """Returns what a flow is conditional on; None for nothing."""
     return model.context(batch["label"]) if "label" in batch else None
 
 
 def _stacked(requests: Sequence[Request]) -> dict[str, np.ndarray]:
     """Returns the inputs text `[N, T]`, and text_mask `[N, T]` of prompts."""
-    rows = {"text": np.stack([request.text for request in requests])}
-    if requests[0].text_mask is not None:
-        rows["text_mask"] = np.stack([request.text_mask for request in requests])
-    return rows
+    columns = {"text": [r.text for r in requests], "text_mask": [r.text_mask for r in requests]}
+    return {name: np.stack(rows) for name, column in columns.items() if (rows := [x for x in column if x is not None])}
 
 
 def _like(given: Any, found: np.ndarray) -> Any:
@@ -667,7 +667,9 @@ def _checked(name: str, given: Any, shape: tuple[int, ...]) -> np.ndarray:
     if given.ndim != len(shape) + 1 or tuple(given.shape[1:]) != shape or not len(given):
         expected = ", ".join(map(str, ("N", *shape)))
         raise ValueError(f"{name} have shape {list(given.shape)}: expected [{expected}], with N of at least 1")
-    return given.detach().cpu().numpy() if isinstance(given, Tensor) else given
+    if isinstance(given, np.ndarray):
+        return given
+    return (given.float() if given.dtype == torch.bfloat16 else given).detach().cpu().numpy()
 
 
 def _numbers(classes: Classes | None) -> list[int]:
