@@ -78,7 +78,7 @@ def drawn_by_program(out, workdir, *flags):
     """Images, or texts, that `jetformer.sample` draws."""
     program("sample", "--device=cpu", f"--workdir={workdir}", f"--out={out}", *flags)
     records = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    if "file" not in records[0]:
+    if "text" in records[0]:
         return [record["text"] for record in records]
     images = []
     for record in records:

@@ -71,8 +71,10 @@ def fetch_run(repo: str, revision: str | None, step: int | str | None) -> UPath:
         steps = {int(f[1]) for f in files if len(f) == 3 and f[0] == "checkpoints" and f[2] == checkpoint.MARKER}
         if not steps:  # and without safetensors, loading the workdir says so
             return fetch_all(repo, revision, ["*.gin", "*.model", "*.safetensors"])
-        best = lambda: checkpoint.best_of(fetch_all(repo, revision, [checkpoint.BEST_FILE]), steps)
-        step = (best() if step == "best" else max(steps)) or 0
+        if step == "best":  # 0 for none: loading the workdir says so
+            step = checkpoint.best_of(fetch_all(repo, revision, [checkpoint.BEST_FILE]), steps) or 0
+        else:
+            step = max(steps)
     return fetch_all(repo, revision, ["*.gin", "*.model", checkpoint.BEST_FILE, f"checkpoints/{step:09d}/*"])
 
 
