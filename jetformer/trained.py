@@ -526,8 +526,8 @@ def load(
     step: int | str | None = None,
     ema: bool = True,
     device: str | torch.device = "auto",
-    gin_files: Sequence[str] = (),
-    gin_bindings: Sequence[str] = (),
+    gin_files: str | Sequence[str] = (),
+    gin_bindings: str | Sequence[str] = (),
     trust_imports: Sequence[str] = (),
     verify: bool = True,
 ) -> Trained:
@@ -549,7 +549,7 @@ def load(
       ValueError: if there is no run or checkpoint, it is damaged, or it does not fit; the message is one line.
     """
     machine = runtime.initialize(str(device), alone=True)
-    directory, step = locate(os.fspath(source), step)
+    directory, step = _locate(str(source), step)
     found: int | None
     with config.separate(), _kept_precision():
         experiment = configured(saved_config(directory), _listed(gin_files), _listed(gin_bindings), trust_imports)
@@ -569,7 +569,7 @@ def load(
     return Trained(experiment, state, found, directory, text, averaged)
 
 
-def locate(source: str, step: int | str | None) -> tuple[UPath, int | str | None]:
+def _locate(source: str, step: int | str | None) -> tuple[UPath, int | str | None]:
     """Returns the directory of a run, downloaded from the Hub if it is there, and the step of its checkpoint.
 
     Args:
