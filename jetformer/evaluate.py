@@ -17,7 +17,7 @@ import contextlib
 from absl import flags, logging
 from upath import UPath
 
-from jetformer import program, runtime
+from jetformer import program
 
 flags.adopt_module_key_flags(program)
 flags.DEFINE_list(*program.TRUST_IMPORTS)
@@ -46,6 +46,8 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     check_flags()
+    from jetformer import runtime
+
     machine = runtime.initialize(FLAGS.device)
     if machine.process_index > 0 and not FLAGS["verbosity"].present:  # process 0 alone reports progress
         logging.set_verbosity(logging.ERROR)

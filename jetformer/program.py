@@ -1,7 +1,8 @@
 """Flags and error handling that all programs share.
 
-A program imports this and `runtime` first, and the rest of the package after `runtime.initialize`: torch_xla must be
-imported before TensorFlow, which the rest brings.
+A program imports this first, and the rest of the package after `runtime.initialize`: torch_xla must be imported before
+TensorFlow, which the rest brings. Nothing here imports torch before the flags are parsed: it takes seconds, which
+--help need not wait for.
 """
 
 import datetime
@@ -12,12 +13,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from absl import app, flags, logging
 from clu import asynclib
 
-from jetformer import preemption, runtime
+if TYPE_CHECKING:
+    from jetformer.runtime import Runtime
 
 flags.DEFINE_multi_string("gin_file", [], "A gin file; can be given several times, later files override earlier ones.")
 flags.DEFINE_multi_string("gin_bindings", [], "A gin binding such as 'train.total_steps = 100'.")
@@ -82,6 +84,8 @@ def one_line_errors() -> Iterator[None]:
     file that cannot be read or written, a diverged run, a lost process, or a signal. Of several processes one prints
     it. --verbosity=1 shows the traceback.
     """
+    from jetformer import preemption, runtime
+
     # While it trains, `preemption.Preemption` handles signals, and saves first.
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:
@@ -119,7 +123,7 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(1)
 
 
-def initialize(device: str | None = None) -> runtime.Runtime:
+def initialize(device: str | None = None) -> "Runtime":
     """Returns the runtime of this process, and sets up logging.
 
     Without --verbosity, process 0 logs what this package says at INFO, the other processes errors; libraries are heard
@@ -128,6 +132,8 @@ def initialize(device: str | None = None) -> runtime.Runtime:
     Args:
       device: see `runtime.initialize`; None: --device.
     """
+    from jetformer import runtime
+
     chosen = FLAGS["verbosity"].present
     if not chosen:
         logging.set_verbosity(logging.INFO)
@@ -149,6 +155,8 @@ def _is_not_raised_again(record: std_logging.LogRecord) -> bool:
 
 def _say(message: str) -> None:
     """Prints a line, unless another process of the same torchrun has printed it."""
+    import torch.distributed as dist
+
     if "TORCHELASTIC_RUN_ID" in os.environ:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
@@ -162,5 +170,7 @@ def _say(message: str) -> None:
 
 
 def _stop(signum: int, frame) -> None:
+    from jetformer import preemption
+
     del frame
     raise preemption.Preempted(signum)

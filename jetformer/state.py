@@ -103,6 +103,19 @@ def build(experiment: Experiment, loop: Loop, initialize: Callable[[nn.Module], 
     return state
 
 
+def build_to_load(experiment: Experiment, loop: Loop, fill: Callable[[nn.Module], None] = lambda model: None) -> State:
+    """Returns a state without optimizer, whose weights a checkpoint or `fill` is to set: they are not initialized, so
+    what initializes them (a file of a PCA) need not be on this machine.
+
+    Args:
+      experiment, loop: as in `build`.
+      fill: called with the model while it is on the CPU.
+    """
+    model = experiment.check_model().to_empty(device="cpu")
+    fill(model)
+    return _place(experiment, loop, model)
+
+
 def _place(experiment: Experiment, loop: Loop, model: nn.Module) -> State:
     """Moves a model from the CPU to the devices; returns the state without optimizer."""
     remat.set_policy(model, experiment.activation_checkpointing)
@@ -320,8 +333,7 @@ def load_state(
     experiment = dataclasses.replace(experiment, mesh={"fsdp": -1})
     step = checkpoint.find(workdir, step)
     loop = make_loop(experiment, runtime, compilation_cache(experiment, workdir))
-    # The checkpoint fills the weights: what initializes them (a file of a PCA) need not be on this machine.
-    state = _place(experiment, loop, experiment.check_model().to_empty(device="cpu"))
+    state = build_to_load(experiment, loop)
     return experiment, state, restore(workdir, state, step, verify)
 
 

@@ -132,7 +132,8 @@ class FlowSampler(Sampler):
         self, model: nn.Module, batch: dict[str, Tensor], keys: Tensor, on_token: Callable[[], None]
     ) -> list[dict[str, Any]]:
         def sample() -> tuple[Tensor, Tensor]:
-            latents = prng.normal(keys, model.image_shape) * self._temperature
+            dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())  # a flow may have none
+            latents = (prng.normal(keys, model.image_shape) * self._temperature).to(dtype)
             context = model.context(batch["text"][:, 0]) if "text" in batch else None
             image, logdet = model.inverse(latents, context)
             nats = -objectives.standard_normal_nll(latents) - logdet
