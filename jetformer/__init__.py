@@ -1,12 +1,29 @@
-"""JetFormer (arXiv 2411.19722) and Jet (arXiv 2412.15129) in PyTorch."""
+"""JetFormer (arXiv 2411.19722) and Jet (arXiv 2412.15129) in PyTorch.
 
+`jetformer.load` loads a trained model, `jetformer.train` trains one; see docs/python.md. `__init__.pyi` declares both.
+"""
+
+import importlib
 import importlib.metadata
 import importlib.util
 import os
 import signal
 import sys
+from typing import Any
 
 __version__ = "0.1.0"
+__all__ = ["Trained", "__version__", "load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is offered when it is first used: programs import this package, and need not wait for torch."""
+    if name in ("Trained", "load", "train"):
+        return getattr(importlib.import_module("jetformer.trained"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def _interrupted(signum: int, frame) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from absl import app, flags
+from absl import flags
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -463,26 +463,22 @@ def _table(rows: dict[str, str]) -> str:
     return "\n".join(f"{name:>{width}}  {value}" for name, value in rows.items())
 
 
-def main(argv: list[str]) -> None:
-    program.no_arguments(argv)
-    with program.one_line_errors():
-        theirs = None if FLAGS.compare is None else json.loads(pathlib.Path(FLAGS.compare).read_text())
-        if theirs is not None and theirs.get("format") != FORMAT:
-            raise ValueError(
-                f"--compare={FLAGS.compare} has format {theirs.get('format')}, not {FORMAT}: measure again"
-            )
-        where = runtime.initialize(FLAGS.device)
-        config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
-        options = {"steps": FLAGS.steps, "warmup": FLAGS.warmup, "samples": FLAGS.samples, "profile": FLAGS.profile}
-        results = measure(config.call(Experiment), where, **options)
-        if where.process_index > 0:
-            return
-        if FLAGS.json is not None:
-            pathlib.Path(FLAGS.json).write_text(json.dumps(results, indent=2))
-        print(report(results))
-        if theirs is not None:
-            print(f"\ncompared with {FLAGS.compare}, on {theirs['on']}:\n{compare(results, theirs)}")
+def main() -> None:
+    theirs = None if FLAGS.compare is None else json.loads(pathlib.Path(FLAGS.compare).read_text())
+    if theirs is not None and theirs.get("format") != FORMAT:
+        raise ValueError(f"--compare={FLAGS.compare} has format {theirs.get('format')}, not {FORMAT}: measure again")
+    where = runtime.initialize(FLAGS.device)
+    config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
+    options = {"steps": FLAGS.steps, "warmup": FLAGS.warmup, "samples": FLAGS.samples, "profile": FLAGS.profile}
+    results = measure(config.call(Experiment), where, **options)
+    if where.process_index > 0:
+        return
+    if FLAGS.json is not None:
+        pathlib.Path(FLAGS.json).write_text(json.dumps(results, indent=2))
+    print(report(results))
+    if theirs is not None:
+        print(f"\ncompared with {FLAGS.compare}, on {theirs['on']}:\n{compare(results, theirs)}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main)

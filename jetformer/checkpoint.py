@@ -107,6 +107,27 @@ def best(workdir: str | os.PathLike) -> int:
     return step
 
 
+def find(workdir: str | os.PathLike, step: int | str | None = None) -> int:
+    """Returns the step of a complete checkpoint.
+
+    Args:
+      workdir: the run's.
+      step: of the checkpoint, or "best"; None: the newest.
+
+    Raises:
+      ValueError: if there is no such checkpoint.
+    """
+    if step == "best":
+        return best(workdir)
+    complete = steps(workdir)
+    found = max(complete, default=None) if step is None else step
+    if found not in complete:
+        others = f", only of {', '.join(map(str, complete))} (see train.keep_last)" if complete else ""
+        which = "" if step is None else f" of step {step}{others}"
+        raise ValueError(f"{workdir} has no complete checkpoint{which}")
+    return found
+
+
 def age(workdir: str | os.PathLike, step: int) -> float:
     """Returns for how many seconds, by this machine's clock, a checkpoint has been complete.
 

@@ -76,6 +76,20 @@ class ConfigError(ValueError):
 
 
 @contextmanager
+def separate() -> Iterator[None]:
+    """Restores the caller's configuration, and whether it is locked, when the context ends."""
+    parts = [gin.config._CONFIG, gin.config._OPERATIVE_CONFIG, gin.config._SINGLETONS, gin.config._IMPORTS]
+    kept, locked = [part.copy() for part in parts], gin.config_is_locked()
+    try:
+        yield
+    finally:
+        for part, before in zip(parts, kept, strict=True):
+            part.clear()
+            part.update(before)
+        gin.config._set_config_is_locked(locked)
+
+
+@contextmanager
 def gin_errors() -> Iterator[None]:
     """Turns gin's errors, which have many lines and all types, into a `ConfigError`."""
     try:

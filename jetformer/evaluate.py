@@ -14,12 +14,13 @@ evaluator fails, an error is logged, the others still run, and the exit code is 
 
 import contextlib
 
-from absl import app, flags, logging
+from absl import flags, logging
 from upath import UPath
 
-from jetformer import program, runtime
+from jetformer import program
 
 flags.adopt_module_key_flags(program)
+flags.DEFINE_list(*program.TRUST_IMPORTS)
 flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
 flags.DEFINE_list("evaluators", None, "Names of evaluators to run, of train.evaluators; default: all.")
 flags.DEFINE(program.StepParser(), "step", None, "Evaluate only this checkpoint, even if it was evaluated.")
@@ -43,33 +44,31 @@ flags.DEFINE_float(
 FLAGS = flags.FLAGS
 
 
-def main(argv: list[str]) -> None:
-    program.no_arguments(argv)
-    if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.INFO)
-    with program.one_line_errors():
-        check_flags()
-        machine = runtime.initialize(FLAGS.device)
-        if machine.process_index > 0 and not FLAGS["verbosity"].present:  # process 0 alone reports progress
-            logging.set_verbosity(logging.ERROR)
-        from jetformer import evaluation  # brings TensorFlow, before which torch_xla has to be imported
+def main() -> None:
+    check_flags()
+    from jetformer import runtime
 
-        workdir, once = UPath(FLAGS.workdir), FLAGS.once or FLAGS.step is not None
-        if not once:
-            evaluation.wait_for_run(workdir, FLAGS.wait_seconds, FLAGS.poll_seconds)
-        job = evaluation.Job(
-            *(workdir, FLAGS.gin_file, FLAGS.gin_bindings, machine, FLAGS.evaluators),
-            *(FLAGS.trust_imports, FLAGS.verify),
-        )
-        with contextlib.closing(job):
-            if once:
-                job.once(FLAGS.step)
-            else:
-                job.follow(FLAGS.poll_seconds, FLAGS.every, FLAGS.newest, FLAGS.timeout_seconds)
-        if job.evaluations.failures:
-            # All processes finish writing first: when one ends with an error, its launcher stops the others.
-            machine.all_gather(None)
-            raise ValueError(job.evaluations.summary())
+    machine = runtime.initialize(FLAGS.device)
+    if machine.process_index > 0 and not FLAGS["verbosity"].present:  # process 0 alone reports progress
+        logging.set_verbosity(logging.ERROR)
+    from jetformer import evaluation  # brings TensorFlow, before which torch_xla has to be imported
+
+    workdir, once = UPath(FLAGS.workdir), FLAGS.once or FLAGS.step is not None
+    if not once:
+        evaluation.wait_for_run(workdir, FLAGS.wait_seconds, FLAGS.poll_seconds)
+    job = evaluation.Job(
+        *(workdir, FLAGS.gin_file, FLAGS.gin_bindings, machine, FLAGS.evaluators),
+        *(FLAGS.trust_imports, FLAGS.verify),
+    )
+    with contextlib.closing(job):
+        if once:
+            job.once(FLAGS.step)
+        else:
+            job.follow(FLAGS.poll_seconds, FLAGS.every, FLAGS.newest, FLAGS.timeout_seconds)
+    if job.evaluations.failures:
+        # All processes finish writing first: when one ends with an error, its launcher stops the others.
+        machine.all_gather(None)
+        raise ValueError(job.evaluations.summary())
 
 
 def check_flags() -> None:
@@ -88,4 +87,4 @@ def check_flags() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, verbose=True)

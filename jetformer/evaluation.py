@@ -143,7 +143,7 @@ class Job:
         Raises:
           ValueError: if there is no such checkpoint, or it cannot be read.
         """
-        while not self.evaluate(self._find(step)):
+        while not self.evaluate(self._runtime.on_first(lambda: checkpoint.find(self._workdir, step))):
             pass  # it was deleted meanwhile: another one is the newest
 
     def evaluate(self, step: int, again: bool = True) -> bool:
@@ -215,18 +215,6 @@ class Job:
         logging.info("Step %d: complete for %.1f s when found, read in %.1f s", step, age, time.perf_counter() - since)
         return state
 
-    def _find(self, step: int | str | None) -> int:
-        """Returns the step of a complete checkpoint; argument as in `once`."""
-        steps = self._runtime.broadcast(checkpoint.steps(self._workdir))
-        if step == "best":
-            step = self._runtime.broadcast(checkpoint.best(self._workdir))
-        found = max(steps, default=None) if step is None else step
-        if found not in steps:
-            others = f", only of {', '.join(map(str, steps))} (see train.keep_last)" if steps else ""
-            which = "" if step is None else f" of step {step}{others}"
-            raise ValueError(f"{self._workdir} has no complete checkpoint{which}")
-        return found
-
     def _check(self, experiment: Experiment) -> None:
         if not experiment.evaluators:
             raise ValueError(
@@ -245,15 +233,12 @@ class Job:
         Raises:
           ValueError: if there is no run.
         """
-        saved = None
 
-        def read() -> None:
-            nonlocal saved
+        def read() -> tuple[str, str]:
             facts = self._workdir / RUN_FILE
-            saved = saved_config(self._workdir), facts.read_text() if facts.exists() else "{}"
+            return saved_config(self._workdir), facts.read_text() if facts.exists() else "{}"
 
-        self._runtime.on_first(read)
-        return self._runtime.broadcast(saved)
+        return self._runtime.on_first(read)
 
     def _missing(self, *steps: int) -> dict[int, list[str]]:
         """Returns the evaluators that still have to run, by step."""

@@ -237,27 +237,17 @@ class Experiment:
 
     @staticmethod
     def check_text(batch: dict[str, np.ndarray], model: nn.Module) -> None:
-        """Checks on the host that labels and text tokens are in the vocabulary.
-
-        Raises:
-          ValueError: if one is not. (A device would take the embedding of another token, or abort.)
-        """
+        """Checks on the host that labels and text tokens are in the vocabulary; see `objectives.check_tokens`."""
+        name = type(model).__name__
         if isinstance(model, LabelledFlow):
-            labels = objectives.labels_of(batch)
-            for label in (labels.min(), labels.max()):
-                if not 0 <= label < model.num_labels:
-                    raise ValueError(f"the data has a label {label}, but LabelledFlow.num_labels is {model.num_labels}")
-        if not hasattr(model, "first_special") or "text" not in batch:  # a flow alone reads no text
-            return
-        text, name = batch["text"], type(model).__name__
-        first_special = model.first_special(text.shape[1])
-        for token in (text.min(), text.max()):
-            if not 0 <= token < first_special:
-                raise ValueError(
-                    f"the data has a text token or label {token}, but {name}'s special tokens begin at "
-                    f"{first_special}: set {name}.bos_id and the others to at least the number of classes, or of the "
-                    f"tokenizer's tokens, and {name}.vocab_size above all of them"
-                )
+            remedy = f": set {name}.num_labels above all labels of the data"
+            objectives.check_tokens(objectives.labels_of(batch)[:, None], model, remedy)
+        elif hasattr(model, "first_special") and "text" in batch:  # a flow alone reads no text
+            remedy = (
+                f", below its special tokens: set {name}.bos_id and the others to at least the number of classes, or "
+                f"of the tokenizer's tokens, and {name}.vocab_size above all of them"
+            )
+            objectives.check_tokens(batch["text"], model, remedy)
 
     def build_schedule(self) -> Callable[[int], float]:
         """Returns the learning-rate factor by step."""

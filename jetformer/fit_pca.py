@@ -7,7 +7,7 @@ The experiment then uses it with `JetFormer.patches = @PatchPCA` and `PatchPCA.p
 
 import itertools
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from jetformer import config, program
 from jetformer.experiment import Experiment
@@ -21,21 +21,19 @@ flags.DEFINE_string("output", None, "The .npz file to write.", required=True)
 FLAGS = flags.FLAGS
 
 
-def main(argv: list[str]) -> None:
-    program.no_arguments(argv)
-    with program.one_line_errors():
-        config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
-        run = config.call(Experiment)
-        run.data.prepare()
-        batches = run.data.train_batches(batch_size=run.batch_size, seed=run.seed)
-        count = -(-min(FLAGS.examples, run.data.num_train_examples()) // run.batch_size)
-        images = (batch["image"] for batch in itertools.islice(batches, count))
-        pca = fit_pca(images, FLAGS.patch_size, FLAGS.num_components)
-        save_pca(pca, FLAGS.output)
+def main() -> None:
+    config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
+    run = config.call(Experiment)
+    run.data.prepare()
+    batches = run.data.train_batches(batch_size=run.batch_size, seed=run.seed)
+    count = -(-min(FLAGS.examples, run.data.num_train_examples()) // run.batch_size)
+    images = (batch["image"] for batch in itertools.islice(batches, count))
+    pca = fit_pca(images, FLAGS.patch_size, FLAGS.num_components)
+    save_pca(pca, FLAGS.output)
     logging.set_verbosity(logging.INFO)
     kept = pca.explained_variance_ratio_.sum()
     logging.info("%s: %d components, which explain %.4f of the variance", FLAGS.output, len(pca.components_), kept)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main)

@@ -6,7 +6,7 @@ The same command resumes an interrupted run. On SIGTERM and SIGHUP it saves and 
 130; a second Ctrl-C ends it at once. --gin_bindings changes settings: --gin_bindings='train.total_steps = 100'.
 """
 
-from absl import app, flags
+from absl import flags
 from upath import UPath
 
 from jetformer import program
@@ -17,17 +17,15 @@ flags.DEFINE_boolean("allow_changes", False, "Resume also with another seed or b
 FLAGS = flags.FLAGS
 
 
-def main(argv: list[str]) -> None:
-    program.no_arguments(argv)
-    with program.one_line_errors():
-        machine = program.initialize()
-        from jetformer import config
-        from jetformer.experiment import Experiment
-        from jetformer.trainer import train
+def main() -> None:
+    machine = program.initialize()
+    from jetformer import config
+    from jetformer.experiment import Experiment
+    from jetformer.trainer import train
 
-        config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
-        train(config.call(Experiment), UPath(FLAGS.workdir), machine, FLAGS.allow_changes, FLAGS.verify)
+    config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
+    train(config.call(Experiment), UPath(FLAGS.workdir), machine, FLAGS.allow_changes, FLAGS.verify)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main)

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 from clu import metric_writers, parameter_overview, periodic_actions
-from PIL import Image
 from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer import event_file_writer
 from torch import nn
 from upath import UPath
+
+from jetformer.sampling.grid import to_pil
 
 WANDB_ID_FILE = "wandb_id"  # in the workdir: the ID of its W&B run
 _LOGGED = ("/bits_per_dim", "/text_bits_per_token", "/effective_components")  # of an evaluation, at normal verbosity
@@ -181,7 +182,6 @@ class WandbWriter:
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
         """Writes images, by tag: uint8 `[N, H, W, C]` of 1 or 3 channels."""
-        to_pil = lambda image: Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
         self._log(step, images, lambda batch: [self._wandb.Image(to_pil(image)) for image in batch])
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:

@@ -74,6 +74,30 @@ def labels_of(batch: dict[str, Any], argument: str = "Data.pp") -> Any:
     )
 
 
+def check_tokens(tokens: Any, model: nn.Module, remedy: str = "") -> None:
+    """Checks that class labels `[B, 1]`, or text tokens `[B, T]`, are in the model's vocabulary and no special token.
+
+    (A device would take the embedding of another token, or abort.)
+
+    Args:
+      tokens: a tensor or an array.
+      model: `first_special` says that it reads texts, `num_labels` that it reads labels.
+      remedy: ends the message.
+
+    Raises:
+      ValueError: if one is not, or the model reads neither.
+    """
+    if hasattr(model, "first_special"):
+        count = model.first_special(tokens.shape[1])
+    elif hasattr(model, "num_labels"):
+        count = model.num_labels
+    else:
+        raise ValueError(f"{type(model).__name__} is not conditional on classes: sample without classes")
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= token < count:
+            raise ValueError(f"there is no class or token {token}: the model has 0 to {count - 1}{remedy}")
+
+
 def batch_size(batch: Batch) -> int:
     """Returns B."""
     return len(next(iter(batch.values())))
@@ -89,12 +113,10 @@ def to_unit_range(pixels: Tensor) -> Tensor:
     return pixels / 127.5 - 1
 
 
-def sum_terms(terms: Terms, mask: Tensor | None = None) -> Sums:
-    """Sums each term over the values that count, in the examples where `mask` (bool `[B]`) is true."""
+def sum_terms(terms: Terms) -> Sums:
+    """Sums each term over the values that count."""
     sums = {}
     for name, (value, counts) in terms.items():
-        if mask is not None:
-            counts = counts & mask.view(-1, *[1] * (counts.ndim - 1))
         # Not value · counts, for the other values may not be finite.
         kept = value.where(counts.view(*counts.shape, *[1] * (value.ndim - counts.ndim)), 0.0)
         sums[name] = (kept.flatten(0, counts.ndim - 1).sum(0), counts.sum())
@@ -112,11 +134,6 @@ def split(tensors: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
 def add_sums(a: Sums, b: Sums) -> Sums:
     """Returns the sums of the whole from those of two parts."""
     return {name: (a[name][0] + b[name][0], a[name][1] + b[name][1]) for name in a}
-
-
-def means(sums: Sums) -> dict[str, Tensor]:
-    """Returns the mean of each term; 0 for a term without values that count."""
-    return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
 
 
 def expansion_used(flow: nn.Module | None, logdet: Tensor, counts: Tensor) -> Terms:

@@ -1,7 +1,8 @@
 """Flags and error handling that all programs share.
 
-A program imports this and `runtime` first, and the rest of the package after `runtime.initialize`: torch_xla must be
-imported before TensorFlow, which the rest brings.
+A program imports this first, and the rest of the package after `runtime.initialize`: torch_xla must be imported before
+TensorFlow, which the rest brings. Nothing here imports torch before the flags are parsed: it takes seconds, which
+--help need not wait for.
 """
 
 import datetime
@@ -10,14 +11,15 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from absl import app, flags, logging
 from clu import asynclib
 
-from jetformer import preemption, runtime
+if TYPE_CHECKING:
+    from jetformer.runtime import Runtime
 
 flags.DEFINE_multi_string("gin_file", [], "A gin file; can be given several times, later files override earlier ones.")
 flags.DEFINE_multi_string("gin_bindings", [], "A gin binding such as 'train.total_steps = 100'.")
@@ -27,17 +29,16 @@ flags.DEFINE_enum(
     ["auto", "cpu", "cuda", "xla"],
     "Device to run on: xla is all TPUs, or what PJRT_DEVICE names; auto is a TPU or a GPU if there is one.",
 )
-flags.DEFINE_list(
+flags.DEFINE_boolean("verify", True, "Compare the checksums of a checkpoint's files before loading it.")
+
+# Arguments of `flags.DEFINE_list`, for programs that read a configuration of others.
+TRUST_IMPORTS = (
     "trust_imports",
     [],
     "Modules that the configuration of a workdir, a directory or the Hub may import, which runs their code.",
 )
-flags.DEFINE_boolean("verify", True, "Compare the checksums of a checkpoint's files before loading it.")
-
 _PACKAGE = os.path.dirname(__file__) + os.sep
 _STORE_TIMEOUT = datetime.timedelta(seconds=5)
-
-
 FLAGS = flags.FLAGS
 
 
@@ -55,12 +56,36 @@ class StepParser(flags.ArgumentParser):
         return argument if argument == "best" else int(argument)
 
 
+def run(main: Callable[[], None], verbose: bool = False) -> None:
+    """Parses the flags, runs a program, and ends the process; see `one_line_errors`.
+
+    Args:
+      main: the program.
+      verbose: log at INFO, unless --verbosity sets another level.
+
+    Raises:
+      UsageError: if the command line has more than flags.
+    """
+
+    def run_main(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}")
+        if verbose and not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.INFO)
+        with one_line_errors():
+            main()
+
+    app.run(run_main)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Ends the program with one line and an exit code for errors that a user can cause or has to know: a mistake, a
     file that cannot be read or written, a diverged run, a lost process, or a signal. Of several processes one prints
     it. --verbosity=1 shows the traceback.
     """
+    from jetformer import preemption, runtime
+
     # While it trains, `preemption.Preemption` handles signals, and saves first.
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:
@@ -98,7 +123,7 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(1)
 
 
-def initialize(device: str | None = None) -> runtime.Runtime:
+def initialize(device: str | None = None) -> "Runtime":
     """Returns the runtime of this process, and sets up logging.
 
     Without --verbosity, process 0 logs what this package says at INFO, the other processes errors; libraries are heard
@@ -107,6 +132,8 @@ def initialize(device: str | None = None) -> runtime.Runtime:
     Args:
       device: see `runtime.initialize`; None: --device.
     """
+    from jetformer import runtime
+
     chosen = FLAGS["verbosity"].present
     if not chosen:
         logging.set_verbosity(logging.INFO)
@@ -128,6 +155,8 @@ def _is_not_raised_again(record: std_logging.LogRecord) -> bool:
 
 def _say(message: str) -> None:
     """Prints a line, unless another process of the same torchrun has printed it."""
+    import torch.distributed as dist
+
     if "TORCHELASTIC_RUN_ID" in os.environ:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
@@ -141,15 +170,7 @@ def _say(message: str) -> None:
 
 
 def _stop(signum: int, frame) -> None:
+    from jetformer import preemption
+
     del frame
     raise preemption.Preempted(signum)
-
-
-def no_arguments(argv: list[str]) -> None:
-    """Checks that the command line has flags only.
-
-    Raises:
-      UsageError: for anything else.
-    """
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")

@@ -63,20 +63,22 @@ class Runtime:
         if any(other != values[0] for other in values):
             raise ValueError(f"{name} differs between processes: {values}; use a --workdir that all hosts share")
 
-    def on_first(self, action: Callable[[], None]) -> None:
-        """Calls a function on process 0 only; the others wait until it returns.
+    def on_first(self, action: Callable[[], T]) -> T:
+        """Calls a function on process 0 only, and returns its value on all processes.
 
         Raises:
           ValueError, OSError: on all processes, what the function raises.
         """
-        error = None
+        value = error = None
         if self.process_index == 0:
             try:
-                action()
+                value = action()
             except (ValueError, OSError) as raised:
                 error = raised
-        if (error := self.broadcast(error)) is not None:
+        value, error = self.broadcast((value, error))
+        if error is not None:
             raise error
+        return value
 
     def together(self, action: Callable[[], T]) -> T:
         """Calls a function on every process and waits until all have returned.
@@ -157,19 +159,22 @@ def _described(error: Exception) -> tuple[str | None, str]:
     return next((name for name, kind in _KINDS.items() if isinstance(error, kind)), None), one_line(error)
 
 
-def initialize(device: str) -> Runtime:
+def initialize(device: str, alone: bool = False) -> Runtime:
     """Returns the runtime of this process; with torchrun it is one of several, each with its own device.
 
     Call it before TensorFlow is imported: LLVM aborts the process if torch_xla comes later.
 
     Args:
-      device: "cpu", "cuda", "xla", or "auto" for a TPU or a GPU if there is one.
+      device: "cpu", "cuda", "cuda:1", "xla", or "auto" for a TPU or a GPU if there is one.
+      alone: under torchrun, leave the other processes out.
 
     Raises:
       ValueError: if there is no such device, or not one for each process.
       ImportError: for "xla" without a torch_xla that loads.
     """
-    by_torchrun = "LOCAL_RANK" in os.environ
+    if not re.fullmatch(r"auto|cpu|xla|cuda(:\d+)?", device):
+        raise ValueError(f"device {device!r}: expected auto, cpu, cuda, cuda:NUMBER or xla")
+    by_torchrun = "LOCAL_RANK" in os.environ and not alone
     if device == "xla" or (device == "auto" and _on_tpu_host()):
         if by_torchrun:
             raise ValueError("--device=xla drives all devices of a host from one process: use python, not torchrun")
@@ -179,6 +184,8 @@ def initialize(device: str) -> Runtime:
         raise ValueError(
             "--device=cuda, but torch sees no CUDA device: use --device=cpu, or install a CUDA build of torch"
         )
+    if device.startswith("cuda:") and int(device.removeprefix("cuda:")) >= count:
+        raise ValueError(f"device {device!r}: torch sees {count} CUDA device(s)")
     if device == "auto":
         device = "cuda" if count else "cpu"
     return _initialize_torchrun(device, count) if by_torchrun else Runtime(torch.device(device))

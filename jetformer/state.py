@@ -97,30 +97,33 @@ def build(experiment: Experiment, loop: Loop, initialize: Callable[[nn.Module], 
     """
     model = build_model(experiment)
     initialize(model)
-    runner = _place(experiment, loop, model)
-    optimizer = experiment.optimizer(model)
-    loop.place_state(x for state in optimizer.state.values() for x in state.values())
-    return State(loop, runner, optimizer, _new_ema(experiment, loop, model))
+    state = _place(experiment, loop, model)
+    state.optimizer = experiment.optimizer(model)
+    loop.place_state(x for values in state.optimizer.state.values() for x in values.values())
+    return state
 
 
-def build_to_load(experiment: Experiment, loop: Loop) -> State:
-    """Returns a state without optimizer, whose weights a checkpoint is to fill: they are not initialized, so what
-    initializes them (a file of a PCA) need not be on this machine."""
+def build_to_load(experiment: Experiment, loop: Loop, fill: Callable[[nn.Module], None] = lambda model: None) -> State:
+    """Returns a state without optimizer, whose weights a checkpoint or `fill` is to set: they are not initialized, so
+    what initializes them (a file of a PCA) need not be on this machine.
+
+    Args:
+      experiment, loop: as in `build`.
+      fill: called with the model while it is on the CPU.
+    """
     model = experiment.check_model().to_empty(device="cpu")
-    return State(loop, _place(experiment, loop, model), None, _new_ema(experiment, loop, model))
+    fill(model)
+    return _place(experiment, loop, model)
 
 
-def _place(experiment: Experiment, loop: Loop, model: nn.Module) -> Runner:
+def _place(experiment: Experiment, loop: Loop, model: nn.Module) -> State:
+    """Moves a model from the CPU to the devices; returns the state without optimizer."""
     remat.set_policy(model, experiment.activation_checkpointing)
-    return loop.place(model, experiment.compile)
-
-
-def _new_ema(experiment: Experiment, loop: Loop, model: nn.Module) -> dict[str, Tensor] | None:
-    if not experiment.ema_decay:
-        return None
-    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-    loop.place_state(ema.values())
-    return ema
+    state = State(loop, loop.place(model, experiment.compile), optimizer=None, ema=None)
+    if experiment.ema_decay:
+        state.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+        loop.place_state(state.ema.values())
+    return state
 
 
 def initialize(experiment: Experiment, runtime: Runtime, model: nn.Module) -> None:
@@ -135,11 +138,9 @@ def initialize(experiment: Experiment, runtime: Runtime, model: nn.Module) -> No
     if experiment.init_from is not None:
         load_weights(experiment.init_from, model)
     elif invertible.parameters_from_data(model):
-        runtime.on_first(lambda: _initialize_from_data(experiment, model))
-        values = [p.data for p in invertible.parameters_from_data(model)]
-        found = runtime.broadcast(values if runtime.process_index == 0 else None)
-        for value, theirs in zip(values, found, strict=True):
-            value.copy_(theirs)
+        values = runtime.on_first(lambda: _initialize_from_data(experiment, model))
+        for parameter, value in zip(invertible.parameters_from_data(model), values, strict=True):
+            parameter.data.copy_(value)
     heads = [module for module in model.modules() if isinstance(module, MixtureHead)]
     if runtime.process_index == 0 and any(head.num_mixtures > 1 and head.components_equal() for head in heads):
         remedy = "set JetFormer.kmeans_init, or JetFormer.mean_init_std above 0"
@@ -152,7 +153,8 @@ def initialize(experiment: Experiment, runtime: Runtime, model: nn.Module) -> No
         )
 
 
-def _initialize_from_data(experiment: Experiment, model: nn.Module) -> None:
+def _initialize_from_data(experiment: Experiment, model: nn.Module) -> list[Tensor]:
+    """Initializes the parameters of `invertible.parameters_from_data`, and returns their values."""
     from jetformer.data.pipeline import peek  # brings TensorFlow, which sampling does without
 
     of_jetformer = isinstance(model, JetFormer)
@@ -165,12 +167,13 @@ def _initialize_from_data(experiment: Experiment, model: nn.Module) -> None:
     keys = prng.example_keys(derive_seed(experiment.seed, 0), examples)
     draws = experiment.objective.draw(model, batch, keys, train=True)
     with invertible.initializing(model):
-        if not of_jetformer:
+        if of_jetformer:
+            encoded = experiment.objective.encode(model, batch, draws, noise_scale=experiment.noise_scale)
+            if isinstance(model.image_head, MixtureHead) and model.image_head.kmeans_init:
+                model.image_head.start_at_clusters(encoded.tokens.flatten(0, 1))
+        else:
             experiment.objective(model, batch, draws, noise_scale=experiment.noise_scale)
-            return
-        encoded = experiment.objective.encode(model, batch, draws, noise_scale=experiment.noise_scale)
-        if isinstance(model.image_head, MixtureHead) and model.image_head.kmeans_init:
-            model.image_head.start_at_clusters(encoded.tokens.flatten(0, 1))
+    return [parameter.data for parameter in invertible.parameters_from_data(model)]
 
 
 def load_weights(path: str, model: nn.Module) -> None:
@@ -328,13 +331,7 @@ def load_state(
       ValueError: if there is no such checkpoint, or it does not fit.
     """
     experiment = dataclasses.replace(experiment, mesh={"fsdp": -1})
-    steps = checkpoint.steps(workdir)
-    if not steps:
-        raise ValueError(f"{workdir} has no complete checkpoint")
-    if step == "best":
-        step = checkpoint.best(workdir)
-    if step is not None and step not in steps:
-        raise ValueError(f"{workdir} has no complete checkpoint of step {step}, but of {', '.join(map(str, steps))}")
+    step = checkpoint.find(workdir, step)
     loop = make_loop(experiment, runtime, compilation_cache(experiment, workdir))
     state = build_to_load(experiment, loop)
     return experiment, state, restore(workdir, state, step, verify)

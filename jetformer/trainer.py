@@ -70,7 +70,7 @@ def train(
     if latest is not None:
         run_files.check_changes(experiment, workdir, latest, allow_changes or complete)
     if complete and runtime.broadcast(all(latest in evaluated_steps(workdir, name) for name in in_training)):
-        runtime.on_first(lambda: checkpoint.Checkpoint(workdir, latest))  # raises if it is damaged
+        runtime.on_first(lambda: checkpoint.Checkpoint(workdir, latest).info)  # raises if it is damaged
         logging.info("The run in %s is already complete at step %d: nothing to do", workdir, latest)
         return
 

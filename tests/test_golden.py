@@ -20,11 +20,12 @@ from jetformer.loops.torch_loop import TorchLoop
 from jetformer.models.decoder import Decoder
 from jetformer.models.jet import Jet
 from jetformer.models.jetformer import JetFormer
-from jetformer.models.mixture import MixtureHead, mixture_from_logits
+from jetformer.models.mixture import MixtureHead
 from jetformer.models.patches import Patchify, PatchPCA
 from jetformer.objectives import JetFormerObjective, JetObjective
 from jetformer.runtime import Runtime
 from jetformer.sampling.decode import CachedDecoder
+from mixtures import mixture_from_logits, mixture_of
 
 
 def golden(pattern, having="config"):
@@ -104,7 +105,9 @@ def test_model(file):
     assert_output(model.text_logits(text_hidden), expected["text_logits"])
     image_logits = model.image_head.logits(image_hidden)
     assert_output(image_logits, expected["image_logits"][..., head_order(model)])
-    log_prob = model.image_head.distribution(image_logits).log_prob(inputs["image_tokens"])
+    head = model.image_head
+    density = mixture_of(head, image_logits) if isinstance(head, MixtureHead) else head.distribution(image_logits)
+    log_prob = density.log_prob(inputs["image_tokens"])
     assert_log(log_prob, expected["image_log_prob"])
     nll = model.image_head(image_hidden, inputs["image_tokens"], torch.ones(log_prob.shape)).nll
     assert_log(-nll, expected["image_log_prob"])

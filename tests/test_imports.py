@@ -15,6 +15,7 @@ ROOT = pathlib.Path(jetformer.__file__).parent
 # From the top to the bottom: a module imports none of the layers above its own.
 LAYERS = (
     {"main", "evaluate", "sample", "benchmark", "fit_pca", "convert.__main__", "report.__main__", "data.inspect"},
+    {"trained", "sample_files"},
     {"trainer"},
     {"state", "run_files"},
     {"experiment"},
@@ -79,7 +80,7 @@ def test_the_layers_exist():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["benchmark", "sample"])
+@pytest.mark.parametrize("program", ["benchmark", "sample_files"])
 def test_programs_import_no_tensorflow(program):
     """`runtime.initialize` has to import torch_xla before it."""
     code = f"import sys, jetformer.{program}; assert 'tensorflow' not in sys.modules"

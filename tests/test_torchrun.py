@@ -246,8 +246,7 @@ def test_gpu_slurm(tmp_path, code, requeued):
 FAILING = """
 import datetime
 import sys
-from absl import app
-from jetformer import main, runtime
+from jetformer import main, program, runtime
 from jetformer.evaluators.likelihood import Likelihood
 from jetformer.loops.torch_loop import TorchLoop
 
@@ -280,7 +279,7 @@ def fails(self, context):
     return call(self, context)
 
 Likelihood.__call__ = fails
-app.run(main.main)
+program.run(main.main)
 """
 
 

@@ -566,7 +566,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data_dir):
                 "JetFormer__nolabel_id": 7,
                 "train__evaluators": '{"val": @Likelihood()}',
             },
-            "label 9, but JetFormer's special tokens begin at 5",
+            r"token 9: .* 0 to 4, .*JetFormer\.bos_id .*JetFormer\.vocab_size",
         ),
     ],
 )

@@ -15,18 +15,18 @@ import tempfile
 from types import ModuleType
 
 import gin
-from absl import app, flags, logging
+from absl import flags, logging
 from torch import Tensor, nn
 from upath import UPath
 
 from jetformer import checkpoint, config, program, run_files, runtime
-from jetformer.convert import big_vision, hub, jet_pytorch, jetformer_pytorch, sharing
-from jetformer.convert.sources import assemble, fit
+from jetformer.convert import big_vision, hub, jet_pytorch, jetformer_pytorch, sharing, sources
 from jetformer.convert.weights import Weights
 from jetformer.experiment import Experiment
 from jetformer.state import load
 
 flags.adopt_module_key_flags(program)
+flags.DEFINE_list(*program.TRUST_IMPORTS)
 flags.DEFINE_string("from", None, "Format of the weights: big_vision, jet_pytorch, jetformer_pytorch or safetensors.")
 flags.DEFINE_string("to", None, "Format to convert the run in --workdir to: safetensors.")
 flags.DEFINE_string("path", None, "File or directory of the weights.")
@@ -143,20 +143,13 @@ def parse(weights: Weights) -> None:
 
 
 def state_dicts(source: str, weights: Weights, model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Returns the tensors of a checkpoint: those of the model, and of its moving average if there is one."""
+    """Returns the tensors of a checkpoint, see `sources.state_dicts`."""
     module, kind = FORMATS[source], type(model).__name__
     if not isinstance(model, module.MODELS):
         models = " or ".join(m.__name__ for m in module.MODELS)
         raise ValueError(f"--from={source} needs a {models}, but train.model is a {kind}")
     table, unused = module.table(model, weights)
-    state = assemble(table, weights.tensors, kind, unused)
-    states = {"model": fit(state, model.state_dict(), model, f"weights of {source}")}
-    if weights.ema is not None:
-        parameters = dict(model.named_parameters())
-        table = {name: entry for name, entry in table.items() if name in parameters}
-        average = assemble(table, weights.ema, f"the moving average of {kind}", unused)
-        states["ema"] = fit(average, parameters, model, f"moving averages of {source}")
-    return states
+    return sources.state_dicts(table, unused, weights, model, source)
 
 
 def to_workdir(source: str) -> None:
@@ -226,20 +219,16 @@ def to_safetensors(machine: runtime.Runtime) -> None:
             logging.info("Uploaded to %s", FLAGS.push_to)
 
 
-def main(argv: list[str]) -> None:
-    program.no_arguments(argv)
-    if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.INFO)
-    with program.one_line_errors():
-        source = check_flags()
-        machine = runtime.initialize("cpu")
-        if machine.process_count > 1:
-            raise ValueError("jetformer.convert runs in one process: start it with python, on one host")
-        if source is not None:
-            to_workdir(source)
-        else:
-            to_safetensors(machine)
+def main() -> None:
+    source = check_flags()
+    machine = runtime.initialize("cpu")
+    if machine.process_count > 1:
+        raise ValueError("jetformer.convert runs in one process: start it with python, on one host")
+    if source is not None:
+        to_workdir(source)
+    else:
+        to_safetensors(machine)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, verbose=True)

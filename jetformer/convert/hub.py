@@ -55,7 +55,8 @@ def fetch_all(repo: str, revision: str | None, patterns: Sequence[str]) -> UPath
 
 
 def fetch_run(repo: str, revision: str | None, step: int | str | None) -> UPath:
-    """Downloads a run and returns its local workdir: configuration, tokenizer and one checkpoint.
+    """Downloads a run and returns its local workdir: configuration, tokenizer and one checkpoint, or safetensors if the
+    repository has no checkpoint.
 
     Args:
       repo, revision: see `fetch`.
@@ -68,9 +69,12 @@ def fetch_run(repo: str, revision: str | None, step: int | str | None) -> UPath:
         with _named_errors(f"--hf_repo={repo}"):
             files = [file.split("/") for file in HfApi().list_repo_files(repo, revision=revision)]
         steps = {int(f[1]) for f in files if len(f) == 3 and f[0] == "checkpoints" and f[2] == checkpoint.MARKER}
-        newest = max(steps, default=0)  # without a checkpoint, loading the workdir says so
-        best = lambda: checkpoint.best_of(fetch_all(repo, revision, [checkpoint.BEST_FILE]), steps)
-        step = (best() if step == "best" else newest) or 0
+        if not steps:  # and without safetensors, loading the workdir says so
+            return fetch_all(repo, revision, ["*.gin", "*.model", "*.safetensors"])
+        if step == "best":  # 0 for none: loading the workdir says so
+            step = checkpoint.best_of(fetch_all(repo, revision, [checkpoint.BEST_FILE]), steps) or 0
+        else:
+            step = max(steps)
     return fetch_all(repo, revision, ["*.gin", "*.model", checkpoint.BEST_FILE, f"checkpoints/{step:09d}/*"])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from jetformer.convert.weights import Weights
 from jetformer.models.jet import Jet, Predictor
 
 Shape = tuple[int, ...]
@@ -71,6 +72,32 @@ def assemble(
         if parts:
             state[ours] = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
     return state
+
+
+def state_dicts(
+    table: Table, unused: Collection[str], weights: Weights, model: nn.Module, format: str
+) -> dict[str, dict[str, Tensor]]:
+    """Returns the tensors of a checkpoint: those of the model as "model", and of its moving average, if there is one,
+    as "ema".
+
+    Args:
+      table, unused: see `assemble`.
+      weights: as they were read.
+      model: may be on the meta device.
+      format: of the weights, for messages.
+
+    Raises:
+      ValueError: if they do not fit, see `assemble` and `fit`.
+    """
+    kind = type(model).__name__
+    state = assemble(table, weights.tensors, kind, unused)
+    states = {"model": fit(state, model.state_dict(), model, f"weights of {format}")}
+    if weights.ema is not None:
+        parameters = dict(model.named_parameters())
+        table = {name: entry for name, entry in table.items() if name in parameters}
+        average = assemble(table, weights.ema, f"the moving average of {kind}", unused)
+        states["ema"] = fit(average, parameters, model, f"moving averages of {format}")
+    return states
 
 
 def fit(state: Mapping[str, Tensor], names: Collection[str], model: nn.Module, what: str) -> dict[str, Tensor]:

@@ -14,12 +14,8 @@ from absl import logging
 from etils import epath
 
 from jetformer.data import pp_string, preprocess, sources
-from jetformer.data.selection import Selection
 from jetformer.data.sources import Shard, Source
 from jetformer.errors import one_line
-
-# Returns the preprocessed example of a record (scalar string).
-Preprocess = Callable[[tf.Tensor], dict[str, tf.Tensor]]
 
 # How many of the skipped examples the log names, and for how many the file gives a reason.
 _NAMED, _EXPLAINED = 10, 1000
@@ -31,9 +27,7 @@ _SECONDS_BETWEEN_LOGS = 60
 _logged: set[epath.Path] = set()
 
 
-def skip(
-    selection: Selection, source: Source, run: Preprocess, shards: list[Shard], labels: list[int] | None
-) -> tuple[list[Shard], int]:
+def skip(reader, shards: list[Shard], labels: list[int] | None) -> tuple[list[Shard], int]:
     """Skips examples that cannot be preprocessed, or whose shape differs from that of most.
 
     The first call preprocesses all examples and writes the result beside the data; later ones read it there. So the set
@@ -41,9 +35,7 @@ def skip(
     changes, all are checked again.
 
     Args:
-      selection: the selection.
-      source: its dataset.
-      run: its preprocessing.
+      reader: a `reader.Reader` of the split.
       shards: the examples to check.
       labels: the labels of the classes it reads; None: all.
 
@@ -54,13 +46,14 @@ def skip(
       ValueError: more than half of the examples are broken, so the preprocessing itself is wrong.
     """
     # These ops work for any image. Without them, training and evaluation share a result.
-    ops = [op for op in pp_string.calls(selection.pp) if pp_string.name_of(op) not in ("flip_lr", "value_range")]
+    ops = [op for op in pp_string.calls(reader.pp) if pp_string.name_of(op) not in ("flip_lr", "value_range")]
     pp = " | ".join(ast.unparse(op) for op in ops)
-    key = [_VERSION, source.full_name, source.state(), selection.split, pp, labels, selection.max_examples]
+    source = reader.source
+    key = [_VERSION, source.full_name, source.state(), reader.split, pp, labels, reader.data.max_examples]
     name = f"skipped-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     path = source.beside(name)
     if path is None:
-        found = _check_all(selection, source, run, shards) | {"pp": pp}
+        found = _check_all(reader, shards) | {"pp": pp}
         path = source.keep_beside(name, json.dumps(found, indent=1).encode())
         for what in list(found["skipped"].values())[:_NAMED]:
             logging.warning("Skipped: %s", what)
@@ -70,48 +63,46 @@ def skip(
         _logged.add(path)
         logging.warning(
             "%d of %d examples of split %r of %s cannot be preprocessed and are skipped; %s lists them",
-            *(len(numbers), found["examples"], selection.split, selection.name, path),
+            *(len(numbers), found["examples"], reader.split, reader.data.name, path),
         )
     return sources.without(shards, numbers), len(numbers)
 
 
-def _check_all(selection: Selection, source: Source, run: Preprocess, shards: list[Shard]) -> dict:
+def _check_all(reader, shards: list[Shard]) -> dict:
     """Returns what the file beside the data holds: how many examples were checked, and which are broken and why."""
     total = sources.num_examples(shards)
-    logging.info("Checking once which of %d examples of %s can be preprocessed", total, selection.name)
-    num_checked, wrong_shape = _find(selection, source, run, shards, total)
+    logging.info("Checking once which of %d examples of %s can be preprocessed", total, reader.data.name)
+    num_checked, wrong_shape = _find(reader, shards, total)
     numbers = sorted(wrong_shape)
-    reasons = wrong_shape | _reasons(source, run, shards, [i for i in numbers if not wrong_shape[i]][:_EXPLAINED])
-    names = _names(source, shards, numbers)
+    reasons = wrong_shape | _reasons(reader, shards, [i for i in numbers if not wrong_shape[i]][:_EXPLAINED])
+    names = _names(reader.source, shards, numbers)
     skipped = {str(i): f"{name}: {reasons[i]}" for i, name in zip(numbers, names, strict=True)}
     if 2 * len(skipped) > num_checked:
         raise ValueError(
-            f"{len(skipped)} of {num_checked} examples of split {selection.split!r} of {selection.name!r} cannot be "
-            f"preprocessed, too many to skip: check {selection.pp!r}. The first: {next(iter(skipped.values()))}"
+            f"{len(skipped)} of {num_checked} examples of split {reader.split!r} of {reader.data.name!r} cannot be "
+            f"preprocessed, too many to skip: check {reader.pp!r}. The first: {next(iter(skipped.values()))}"
         )
-    return {"data": selection.name, "split": selection.split, "examples": num_checked, "skipped": skipped}
+    return {"data": reader.data.name, "split": reader.split, "examples": num_checked, "skipped": skipped}
 
 
-def _find(
-    selection: Selection, source: Source, run: Preprocess, shards: list[Shard], total: int
-) -> tuple[int, dict[int, str]]:
+def _find(reader, shards: list[Shard], total: int) -> tuple[int, dict[int, str]]:
     """Preprocesses examples until there are `max_examples` good ones.
 
     Returns:
       How many were checked, and the numbers of the broken ones, each with what is wrong with its shape or "".
     """
-    wanted = total if selection.max_examples is None else selection.max_examples
+    wanted = total if reader.data.max_examples is None else reader.data.max_examples
     read_errors: list[Exception] = []
 
     def chunks() -> Iterator[np.ndarray]:
         # An error here is no example's fault, and must not mark examples as broken for good.
         try:
-            yield from source.read(shards).batch(_CHUNK).as_numpy_iterator()
+            yield from reader.source.read(shards).batch(_CHUNK).as_numpy_iterator()
         except Exception as error:
             read_errors.append(error)
 
     def check(number: tf.Tensor, record: tf.Tensor) -> tuple:
-        example = preprocess.flatten()(run(record))
+        example = preprocess.flatten()(_example(reader, record))
         example = {key: value for key, value in example.items() if isinstance(value, tf.Tensor)}
         unknown = {key: value for key, value in example.items() if not value.shape.is_fully_defined()}
         shapes = [
@@ -134,9 +125,9 @@ def _find(
             break
         if time.monotonic() - last > _SECONDS_BETWEEN_LOGS:
             last = time.monotonic()
-            logging.info("Checked %d of %d examples of %s", len(shapes), total, selection.name)
+            logging.info("Checked %d of %d examples of %s", len(shapes), total, reader.data.name)
     if read_errors:
-        raise ValueError(f"cannot read {selection.name!r}: {one_line(read_errors[0])}") from read_errors[0]
+        raise ValueError(f"cannot read {reader.data.name!r}: {one_line(read_errors[0])}") from read_errors[0]
     num_checked = max(shapes) + 1 if enough else total
     usual = counts.most_common(1)[0][0] if counts else ""
     missing = {i: "" for i in range(num_checked) if i not in shapes}
@@ -154,16 +145,21 @@ def _names(source: Source, shards: list[Shard], numbers: list[int]) -> list[str]
     return names
 
 
-def _reasons(source: Source, run: Preprocess, shards: list[Shard], numbers: list[int]) -> dict[int, str]:
+def _reasons(reader, shards: list[Shard], numbers: list[int]) -> dict[int, str]:
     """Returns why examples of these numbers cannot be preprocessed."""
     reasons = {}
     chosen = [part for number in numbers for part in sources.cut(shards, number, number + 1)]
-    for number, record in zip(numbers, source.read(chosen), strict=True):
+    for number, record in zip(numbers, reader.source.read(chosen), strict=True):
         try:
-            run(record)
+            _example(reader, record)
         except (tf.errors.OpError, ValueError) as error:
             reasons[number] = _reason(error)
     return reasons
+
+
+def _example(reader, record: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Returns the preprocessed example of a record (scalar string)."""
+    return reader.example(record, tf.zeros([2], tf.int64), 0)
 
 
 def explain(

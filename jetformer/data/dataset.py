@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jetformer.data import pp_string
-from jetformer.data.selection import Selection, resolve_classes
+from jetformer.data.selection import resolve_classes
 from jetformer.ranges import NonNegativeInt, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
@@ -33,21 +33,6 @@ class _Dataset:
 
     train_split: str
     eval_split: str
-
-    def _pp_eval(self) -> str:
-        raise NotImplementedError
-
-    def _prepare(self) -> None:
-        raise NotImplementedError
-
-    def train_reader(self) -> "Reader | MixtureReader":
-        """Returns what reads the training split. The data must be prepared."""
-        raise NotImplementedError
-
-    def reader(self, split: str | None = None, pp: str | None = None) -> "Reader | MixtureReader":
-        """Returns what reads a split (None: `eval_split`) for evaluation; `pp` None is its own preprocessing. The data
-        must be prepared."""
-        raise NotImplementedError
 
     def train_batches(self, *, process_count: int = 1, **kwargs) -> Iterator[dict[str, np.ndarray]]:
         """See `pipeline.train_batches`. A single process prepares the data if that has not been done."""
@@ -131,26 +116,23 @@ class Data(_Dataset):
             one = isinstance(self.classes, (str, int))
             object.__setattr__(self, "classes", (self.classes,) if one else tuple(self.classes))
 
-    def selection(self, split: str | None = None, pp: str | None = None) -> Selection:
-        """Returns which examples of a split (None: `eval_split`) are read; `pp` None is that of evaluation."""
-        return Selection(
-            name=self.name,
-            split=split or self.eval_split,
-            pp=self._pp_eval() if pp is None else pp,
-            data_dir=self.data_dir,
-            shuffle_buffer_size=self.shuffle_buffer_size,
-            classes=self.classes,
-            max_examples=self.max_examples,
-            skip_broken=self.skip_broken,
-        )
-
     def train_reader(self) -> "Reader":
+        """Returns what reads the training split. The data must be prepared."""
         return self.reader(self.train_split, self.pp)
 
-    def reader(self, split: str | None = None, pp: str | None = None) -> "Reader":
+    def reader(
+        self, split: str | None = None, pp: str | None = None, labels: tuple[int, ...] | None = None
+    ) -> "Reader":
+        """Returns what reads the examples of a split for evaluation. The data must be prepared.
+
+        Args:
+          split: TFDS split, e.g. `train[10000:]` or `train+validation`; None: `eval_split`.
+          pp: preprocessing string; None: that of evaluation.
+          labels: new values of the labels 0, 1, … (a mixture renumbers them); None: unchanged.
+        """
         from jetformer.data.reader import Reader
 
-        return Reader(self.selection(split, pp))
+        return Reader(self, split or self.eval_split, self._pp_eval() if pp is None else pp, labels)
 
     def _prepare(self) -> None:
         from jetformer.data import sources
@@ -263,17 +245,19 @@ class MixtureData(_Dataset):
         return self.datasets[0].pp
 
     def train_reader(self) -> "Reader | MixtureReader":
-        return self._reader([data.selection(data.train_split, data.pp) for data in self.datasets])
+        """See `Data.train_reader`."""
+        return self._reader([(data.train_split, data.pp) for data in self.datasets])
 
     def reader(self, split: str | None = None, pp: str | None = None) -> "Reader | MixtureReader":
-        return self._reader([data.selection(self._own(data, split), pp) for data in self.datasets])
+        """See `Data.reader`."""
+        return self._reader([(self._own(data, split), pp) for data in self.datasets])
 
-    def _reader(self, selections: list[Selection]) -> "Reader | MixtureReader":
+    def _reader(self, chosen: list[tuple[str | None, str | None]]) -> "Reader | MixtureReader":
+        """Returns what reads a split, with a preprocessing string, of each dataset."""
         from jetformer.data.mixture import MixtureReader
-        from jetformer.data.reader import Reader
 
-        pairs = zip(selections, self._labels(), strict=True)
-        readers = [Reader(dataclasses.replace(selection, labels=labels)) for selection, labels in pairs]
+        triples = zip(self.datasets, chosen, self._labels(), strict=True)
+        readers = [data.reader(split, pp, labels) for data, (split, pp), labels in triples]
         return MixtureReader(readers, self.weights) if len(readers) > 1 else readers[0]
 
     def _prepare(self) -> None:

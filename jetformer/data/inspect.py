@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from upath import UPath
 
 from jetformer import config, program
@@ -75,9 +75,8 @@ def report(data: Data | MixtureData, batch_size: int, seed: int, count: int) -> 
 
 
 def _about_split(title: str, reader: Reader, names: Sequence[str] | None, count: int) -> list[str]:
-    selection = reader.selection
-    skipped = f", {reader.num_skipped} more skipped" if selection.skip_broken else ""
-    lines = [f"{title}: {reader.num_examples:,} examples of {selection.name}, {selection.split}{skipped}"]
+    skipped = f", {reader.num_skipped} more skipped" if reader.data.skip_broken else ""
+    lines = [f"{title}: {reader.num_examples:,} examples of {reader.data.name}, {reader.split}{skipped}"]
     sizes = collections.Counter(reader.image_sizes(count))
     if sizes:
         shown = ", ".join(f"{h}×{w} ({n})" for (h, w), n in sizes.most_common(_SHOWN))
@@ -159,19 +158,17 @@ def _picture(images: np.ndarray, labels: np.ndarray | None, names: Sequence[str]
     return labelled(np.concatenate(rows), columns, titles)
 
 
-def main(argv: list[str]) -> None:
-    program.no_arguments(argv)
-    with program.one_line_errors():
-        config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
-        run = config.call(Experiment)
-        run.data.prepare()
-        lines, picture = report(run.data, run.batch_size, run.seed, FLAGS.examples)
-        print("\n".join(lines))
-        if picture is not None:
-            save_png(picture, UPath(FLAGS.out))
-            logging.set_verbosity(logging.INFO)
-            logging.info("Training images: %s", FLAGS.out)
+def main() -> None:
+    config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
+    run = config.call(Experiment)
+    run.data.prepare()
+    lines, picture = report(run.data, run.batch_size, run.seed, FLAGS.examples)
+    print("\n".join(lines))
+    if picture is not None:
+        save_png(picture, UPath(FLAGS.out))
+        logging.set_verbosity(logging.INFO)
+        logging.info("Training images: %s", FLAGS.out)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main)

@@ -48,7 +48,7 @@ class MixtureReader:
             if kind != kinds[0]:
                 both = "; ".join(
                     f"{name} has " + ", ".join(f"{key} ({value})" for key, value in sorted(of_one.items()))
-                    for name, of_one in ((readers[0].selection.name, kinds[0]), (reader.selection.name, kind))
+                    for name, of_one in ((readers[0].data.name, kinds[0]), (reader.data.name, kind))
                 )
                 raise ValueError(
                     f"the datasets of a mixture must have the same keys: {both}. End each Data.pp with the same keep(…)"

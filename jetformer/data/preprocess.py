@@ -226,16 +226,7 @@ def decode(channels=3, background=(255, 255, 255), precise=True):
     return apply
 
 
-_METHODS = (
-    tf.image.ResizeMethod.BILINEAR,
-    tf.image.ResizeMethod.NEAREST_NEIGHBOR,
-    tf.image.ResizeMethod.BICUBIC,
-    tf.image.ResizeMethod.AREA,
-    tf.image.ResizeMethod.LANCZOS3,
-    tf.image.ResizeMethod.LANCZOS5,
-    tf.image.ResizeMethod.GAUSSIAN,
-    tf.image.ResizeMethod.MITCHELLCUBIC,
-)
+_METHODS = [value for name, value in vars(tf.image.ResizeMethod).items() if name.isupper()]
 
 
 def _resizer(method: str, antialias: bool):
@@ -244,11 +235,7 @@ def _resizer(method: str, antialias: bool):
         raise ValueError(f"no resize method {method!r}, there are: {', '.join(_METHODS)}")
 
     # Means of pixels never overshoot, and clipping would take as long as resizing.
-    within = method in (
-        tf.image.ResizeMethod.BILINEAR,
-        tf.image.ResizeMethod.NEAREST_NEIGHBOR,
-        tf.image.ResizeMethod.AREA,
-    )
+    within = method in ("bilinear", "nearest", "area")
 
     def apply(image, size):
         resized = tf.image.resize(image, size, method=method, antialias=antialias)

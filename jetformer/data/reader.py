@@ -1,4 +1,4 @@
-"""Reads the examples of a selection: as records, decoded, or preprocessed."""
+"""Reads the examples of a split that `Data` selects: as records, decoded, or preprocessed."""
 
 import numpy as np
 import tensorflow as tf
@@ -6,20 +6,24 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from jetformer.data import broken, preprocess, sources
-from jetformer.data.selection import Selection, resolve_classes
+from jetformer.data.selection import resolve_classes
 from jetformer.data.sources import Shard
 
 _NAMED = 10  # how many classes without examples a log line names
 
 
 class Reader:
-    """Reads the examples of a selection from a prepared dataset.
+    """Reads the examples of a split of a prepared dataset, as `data` selects them.
 
     Elements are what is read, before preprocessing: (record, epoch's seed, index in the epoch) in training, records
     alone in evaluation.
 
+    Args:
+      data: a `dataset.Data`.
+      split, pp, labels: see `Data.reader`.
+
     Attributes:
-      selection: the selection.
+      data, split, pp: the same.
       source: the dataset.
       shards: where in the dataset the examples are.
       num_examples: number of examples that are read.
@@ -30,27 +34,26 @@ class Reader:
       ValueError: there is no such dataset, split, class or preprocessing op, or the dataset is not prepared.
     """
 
-    def __init__(self, selection: Selection):
-        self.selection = selection
-        self.source = sources.open_source(selection.name, selection.data_dir)
-        self._preprocess = preprocess.parse(selection.pp)
+    def __init__(self, data, split: str, pp: str, labels: tuple[int, ...] | None = None):
+        self.data, self.split, self.pp = data, split, pp
+        self.source = sources.open_source(data.name, data.data_dir)
+        self._preprocess = preprocess.parse(pp)
         # New labels int64 [C] by the dataset's labels, -1 for classes that are not read; None: unchanged.
         self._new_labels: np.ndarray | None = None
-        shards, chosen = self.source.shards(selection.split), None
-        if selection.classes is not None:
-            chosen = resolve_classes(selection.classes, self.source.class_names, selection.name)
+        shards, chosen = self.source.shards(split), None
+        if data.classes is not None:
+            chosen = resolve_classes(data.classes, self.source.class_names, data.name)
             self._new_labels = np.full(len(self.source.class_names), -1)
             self._new_labels[chosen] = np.arange(len(chosen))
             shards = self._of_classes(shards, chosen)
-        if selection.labels is not None:
-            new, known = np.array(selection.labels), self._new_labels
+        if labels is not None:
+            new, known = np.array(labels), self._new_labels
             self._new_labels = new if known is None else np.where(known < 0, -1, new[known])
         self.num_skipped = 0
-        if selection.skip_broken:
-            run = lambda record: self.example(record, tf.zeros([2], tf.int64), 0)
-            shards, self.num_skipped = broken.skip(selection, self.source, run, shards, chosen)
-        if selection.max_examples is not None:
-            shards = sources.cut(shards, 0, selection.max_examples)
+        if data.skip_broken:
+            shards, self.num_skipped = broken.skip(self, shards, chosen)
+        if data.max_examples is not None:
+            shards = sources.cut(shards, 0, data.max_examples)
         self.shards = shards
         self.num_examples = self.smallest = sources.num_examples(shards)
 
@@ -67,7 +70,7 @@ class Reader:
         if missing := [self.source.class_names[i] for i in chosen if not counts[i]]:
             logging.warning(
                 "Split %r of %s has no example of %d chosen classes: %s",
-                *(self.selection.split, self.selection.name, len(missing), ", ".join(missing[:_NAMED])),
+                *(self.split, self.data.name, len(missing), ", ".join(missing[:_NAMED])),
             )
         return found
 
@@ -78,12 +81,12 @@ class Reader:
         Raises:
           ValueError: there are too few examples, or the shuffle buffer has no size.
         """
-        selection, buffer_size = self.selection, self.selection.shuffle_buffer_size
+        buffer_size = self.data.shuffle_buffer_size
         if buffer_size < 1:
             raise ValueError(f"shuffle_buffer_size {buffer_size} is not positive: 1 does not shuffle")
         if self.num_examples < count:
             raise ValueError(
-                f"split {selection.split!r} of {selection.name!r} has {self.num_examples} example(s), fewer than the "
+                f"split {self.split!r} of {self.data.name!r} has {self.num_examples} example(s), fewer than the "
                 f"{count} process(es) that train on it: each needs one"
             )
         shards = self._part(index, count)
@@ -99,9 +102,8 @@ class Reader:
         return tf.data.Dataset.range(first_epoch, tf.int64.max).flat_map(epoch_elements).skip(skip)
 
     def _part(self, index: int, count: int) -> list[Shard]:
-        selection = self.selection
-        if not (selection.classes or selection.skip_broken or selection.max_examples):
-            return self.source.even_part(selection.split, index, count)
+        if not (self.data.classes or self.data.skip_broken or self.data.max_examples):
+            return self.source.even_part(self.split, index, count)
         start, stop = sources.even_ends(self.num_examples, count)[index : index + 2]
         return sources.cut(self.shards, start, stop)
 
@@ -121,7 +123,7 @@ class Reader:
 
     def describe(self, record: tf.Tensor, *_) -> str:
         """Names the example of an element, for messages."""
-        return f"{self.source.describe(record)} of {self.selection.name!r}"
+        return f"{self.source.describe(record)} of {self.data.name!r}"
 
     def _relabel(self, example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         if self._new_labels is None:
@@ -131,7 +133,7 @@ class Reader:
         return example | {self.source.label_key: tf.where(label < 0, label, new)}
 
     def examples(self, count: int) -> list[dict]:
-        """Returns the first `count` examples as the dataset has them, with the selection's labels: decoded and not
+        """Returns the first `count` examples as the dataset has them, with the labels of `data`: decoded and not
         preprocessed, arrays and bytes by feature."""
         records = self.source.read(self.shards).take(count)
         return list(tfds.as_numpy(records.map(lambda record: self._relabel(self.source.decode(record)))))

@@ -1,38 +1,9 @@
-"""Which examples of a dataset are read: its split, some of its classes, at most so many. No TensorFlow here."""
+"""Resolves the classes that `Data.classes` chooses. No TensorFlow here."""
 
 import collections
-import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """The examples of a dataset that are read, and how they are preprocessed.
-
-    Attributes:
-      name: TFDS dataset, e.g. `digits`, `imagenet_resized/64x64`, `imagenet2012:5.1.0`; `folder:/path` of a folder
-        `split/class/image`, see `folder.Folder`; or `huggingface:owner/name`, see `jetformer.data.huggingface`.
-      split: TFDS split, e.g. `train`, `train[10000:]`, `train+validation`.
-      pp: preprocessing string, see `jetformer.data.preprocess`.
-      data_dir: where TFDS keeps its data; None is its default.
-      shuffle_buffer_size: encoded examples that each stream of training shuffles at a time.
-      classes: the classes to read, see `resolve_classes`; their labels become 0, 1, … in this order. None: all.
-      max_examples: at most so many examples, the first ones. None: all.
-      skip_broken: skip examples that cannot be preprocessed, see `jetformer.data.broken`.
-      labels: new values of the labels 0, 1, … (a mixture renumbers them). None: unchanged.
-    """
-
-    name: str
-    split: str
-    pp: str
-    data_dir: str | None = None
-    shuffle_buffer_size: int = 4096
-    classes: tuple[int | str, ...] | None = None
-    max_examples: int | None = None
-    skip_broken: bool = False
-    labels: tuple[int, ...] | None = None
 
 
 def resolve_classes(classes: Sequence[int | str], names: Sequence[str] | None, dataset: str) -> list[int]:

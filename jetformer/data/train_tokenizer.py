@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 
 import tensorflow as tf
-from absl import app, flags, logging
+from absl import flags, logging
 from upath import UPath
 
 from jetformer import program
@@ -40,7 +40,7 @@ def read_texts(name: str, split: str, key: str, *, lower: bool = False, data_dir
     """Returns the texts of a dataset, in file order. Prepares the dataset if that has not been done.
 
     Args:
-      name: of the dataset, see `Selection.name`.
+      name: of the dataset, see `Data.name`.
       split: TFDS split.
       key: of a feature of strings of any shape: a text, or several. `a/b` is `b` in the feature `a`.
       lower: lower-cases them, as the op `lower` does.
@@ -65,20 +65,18 @@ def read_texts(name: str, split: str, key: str, *, lower: bool = False, data_dir
     return (text for example in ds.as_numpy_iterator() for text in example["text"])
 
 
-def main(argv: list[str]) -> None:
-    program.no_arguments(argv)
-    with program.one_line_errors():
-        output = UPath(FLAGS.output)
-        # Checked first, since training can take long. An object store has no directories.
-        if isinstance(output, os.PathLike) and not output.parent.is_dir():
-            raise ValueError(f"--output: there is no directory {output.parent}")
-        texts = read_texts(FLAGS.train, FLAGS.split, FLAGS.key, lower=FLAGS.lower, data_dir=FLAGS.data_dir)
-        texts = itertools.islice(texts, FLAGS.texts)
-        model = train(texts, FLAGS.vocab_size, character_coverage=FLAGS.character_coverage)
-        write_whole(output, model)
+def main() -> None:
+    output = UPath(FLAGS.output)
+    # Checked first, since training can take long. An object store has no directories.
+    if isinstance(output, os.PathLike) and not output.parent.is_dir():
+        raise ValueError(f"--output: there is no directory {output.parent}")
+    texts = read_texts(FLAGS.train, FLAGS.split, FLAGS.key, lower=FLAGS.lower, data_dir=FLAGS.data_dir)
+    texts = itertools.islice(texts, FLAGS.texts)
+    model = train(texts, FLAGS.vocab_size, character_coverage=FLAGS.character_coverage)
+    write_whole(output, model)
     logging.set_verbosity(logging.INFO)
     logging.info("%s: %d tokens, sha256 %s", output, Tokenizer(model).vocab_size, hashlib.sha256(model).hexdigest())
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main)

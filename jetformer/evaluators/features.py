@@ -205,9 +205,8 @@ class ClassifierFeatures:
     def load(self, context: Context) -> Function:
         """See `Extractor`."""
         prepare(context.data, context.loop.runtime)
-        layers = {}
 
-        def read() -> None:
+        def read() -> dict[str, np.ndarray]:
             path = self._path(context)
             if not path.exists():
                 write_arrays(path, self._train(context) | {"name": np.array(self.name(context))})
@@ -215,11 +214,9 @@ class ClassifierFeatures:
             found = read_arrays(path, names, f"not a classifier of {type(self).__name__}: delete it to train one")
             if str(found.pop("name")) != self.name(context):
                 raise ValueError(f"{path} is a classifier for other data or with other settings: use another file")
-            layers.update({name: array.astype(np.float64) for name, array in found.items()})
+            return {name: array.astype(np.float64) for name, array in found.items()}
 
-        # Process 0 trains or reads it and broadcasts it: hosts need not share files.
-        context.loop.runtime.on_first(read)
-        layers = context.loop.runtime.broadcast(layers)
+        layers = context.loop.runtime.on_first(read)  # hosts need not share files
 
         def extract(images: np.ndarray) -> dict[str, np.ndarray]:
             # In float64, so that the float32 results do not depend on the batch size.

@@ -26,10 +26,10 @@ from jetformer.evaluators.features import (
 from jetformer.evaluators.samples import sampling_function
 from jetformer.loops.base import Rows
 from jetformer.models.jetformer import JetFormer
+from jetformer.objectives import check_tokens
 from jetformer.ranges import PositiveFloat, PositiveInt
 from jetformer.sampling import grid
 from jetformer.sampling.guidance import Guidance
-from jetformer.sampling.images import check_tokens
 
 _SEED = 6
 _READ_SEED = 0  # nothing is drawn
@@ -128,11 +128,11 @@ class Fid(Evaluator):
                 raise ValueError("Fid.metrics: class_accuracy needs classes, and this run has texts: remove it")
         batch = next(context.batches(self.data, self.split))
         context.check_batch(batch)
-        check_tokens(torch.tensor(batch["text"]), model)
+        check_tokens(batch["text"], model)
         self.features.check(context)
         if self.statistics is not None:
             self._read_statistics(context)
-        elif self._num_examples(context) < _MIN_IMAGES:
+        elif self._data(context).num_examples(self._split(context)) < _MIN_IMAGES:
             raise ValueError(f"Fid: split {self._split(context)!r} has fewer than {_MIN_IMAGES} images: use another")
 
     def _data(self, context: Context) -> Data:
@@ -140,9 +140,6 @@ class Fid(Evaluator):
 
     def _split(self, context: Context) -> str:
         return self.split or self._data(context).eval_split
-
-    def _num_examples(self, context: Context) -> int:
-        return self._data(context).num_examples(self._split(context))
 
     def _has_classes(self, context: Context) -> bool:
         data = self._data(context)
@@ -163,9 +160,8 @@ class Fid(Evaluator):
         numbers = np.arange(self.num_images, dtype=np.int32)
         rows = {name: array[numbers % len(array)] for name, array in texts.items()}
         generated = self._generate(context, extract, rows | {"number": numbers}, metrics)
-        scalars = {}
 
-        def compare() -> None:
+        def compare() -> dict[str, float]:
             nonlocal real
             if self.statistics is not None:
                 real = self._read_statistics(context)
@@ -174,10 +170,9 @@ class Fid(Evaluator):
             if self.save_statistics is not None:
                 saved = {name: real[name] for name in ("mu", "sigma", "features")}
                 write_arrays(UPath(self.save_statistics), saved | {"extractor": np.array(self.features.name(context))})
-            scalars.update(self._scalars(metrics, generated, real, rows["text"]))
+            return self._scalars(metrics, generated, real, rows["text"])
 
-        context.loop.runtime.on_first(compare)  # eigenvalues of large matrices use all cores of a host
-        return Results(scalars=context.loop.runtime.broadcast(scalars))
+        return Results(context.loop.runtime.on_first(compare))  # eigenvalues of large matrices use all cores of a host
 
     def _read_split(self, context: Context, extract: Function, metrics: tuple[str, ...]) -> tuple[Rows, Rows]:
         """Returns texts `[M, T]` of the split's examples and, if needed, features `[M, F]`; reads a split once."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from jetformer import prng
 from jetformer.evaluators.base import Evaluator, Results
 from jetformer.evaluators.context import Context
-from jetformer.evaluators.samples import add_round_trip, to_pixels
+from jetformer.evaluators.samples import add_round_trip, round_trip, to_pixels
 from jetformer.models.jet import Jet
 from jetformer.models.labelled import LabelledFlow
 from jetformer.objectives import to_unit_range
@@ -125,12 +125,7 @@ class FlowSamples(Evaluator):
             image = to_unit_range(batch["image"] + prng.uniform(keys, batch["image"].shape[1:]))
             latents, _ = model(image)
             back, _ = model.inverse(latents)
-            return {
-                "image": batch["image"],
-                "back": to_uint8(back),
-                "error": (back - image).abs().flatten(1).amax(1) * 127.5,
-                "latents": latents,
-            }
+            return round_trip(batch, image, latents, back)
 
         first = context.first_examples(self.num_round_trips, ("image",))
         rows = context.per_example(function, context.batches_of(first, self.batch_size), seed=_SEED)

@@ -14,7 +14,7 @@ from jetformer.loops.base import Rows
 from jetformer.models.mixture import count_components
 from jetformer.ranges import PositiveInt, Probability
 
-_SEED = 2
+SEED = 2  # of an evaluation's draws, together with the run's seed
 # Folded into an example's key, plus i, for its i-th further draw of dequantization noise.
 _DRAW = 1000
 _PER_TOKEN = "bits_per_token"
@@ -80,7 +80,7 @@ class Likelihood(Evaluator):
             for i in range(self.num_draws):
                 draws = first
                 if i:  # other draws, as of the order of modalities, are the same
-                    again = objective.draw(model, batch, prng.fold_in(keys, _DRAW + i), train=False)
+                    again = objective.draw(model, batch, keys_of_draw(keys, i), train=False)
                     draws = first | {"dequant": again["dequant"]}
                 _, terms = objective(model, batch, draws, train=False)
                 if "responsibilities" in terms:
@@ -110,7 +110,7 @@ class Likelihood(Evaluator):
                     sums.append(rows.pop("responsibilities").sum(0, dtype=np.float64))
                 return rows
 
-            rows = context.per_example(score, batches, seed=_SEED, averaged=averaged, to_rows=keep_rest)
+            rows = context.per_example(score, batches, seed=SEED, averaged=averaged, to_rows=keep_rest)
             responsibilities = [total for part in context.loop.runtime.all_gather(responsibilities) for total in part]
             names = [key.removesuffix("/count") for key in rows if key.endswith("/count")]
             counts = {name: int(rows[f"{name}/count"].sum()) for name in names}
@@ -135,6 +135,11 @@ class Likelihood(Evaluator):
                 bound = importance_weighted(draws["bits_per_dim"][:, counted], num_dims)
                 into["bits_per_dim_importance_weighted"] = bound
         return results
+
+
+def keys_of_draw(keys: Tensor, number: int) -> Tensor:
+    """Returns the keys int32 `[B, 2]` of examples for draw `number` of their dequantization noise, counted from 0."""
+    return prng.fold_in(keys, _DRAW + number) if number else keys
 
 
 def importance_weighted(bits_per_dim: np.ndarray, num_dims: int) -> float:

@@ -11,11 +11,10 @@ from jetformer.evaluators.base import Evaluator, Results
 from jetformer.evaluators.context import Context
 from jetformer.loops.base import Rows
 from jetformer.models.jetformer import JetFormer
-from jetformer.objectives import to_unit_range
+from jetformer.objectives import check_tokens, to_unit_range
 from jetformer.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from jetformer.sampling import decode, grid
 from jetformer.sampling.guidance import Guidance
-from jetformer.sampling.images import check_tokens
 
 _SEED, _ROUND_TRIP_SEED = 3, 4
 
@@ -89,7 +88,7 @@ class Samples(Evaluator):
         if self.prompts is not None:
             context.data.texts().check_whole("Samples.prompts", self.prompts)
         _, rows = self.conditions(context)
-        check_tokens(torch.from_numpy(rows["text"]), model)
+        check_tokens(rows["text"], model)
         if self.num_round_trips:
             context.check_batch(next(context.batches()))
 
@@ -125,13 +124,8 @@ class Samples(Evaluator):
             tokens, factored, _, _ = model.encode_image(image)
             back, _ = model.decode_image(tokens, factored)
             coarse, _ = model.decode_image(tokens, torch.zeros_like(factored))
-            return {
-                "image": batch["image"],
-                "error": (back - image).abs().flatten(1).amax(1) * 127.5,
-                "back": decode.to_uint8(back),
-                "coarse": decode.to_uint8(coarse),
-                "latents": torch.cat((tokens, factored), dim=-1),
-            }
+            latents = torch.cat((tokens, factored), dim=-1)
+            return round_trip(batch, image, latents, back) | {"coarse": decode.to_uint8(coarse)}
 
         first = context.first_examples(self.num_round_trips, ("image",))
         rows = context.per_example(reconstruct, context.batches_of(first), seed=_ROUND_TRIP_SEED, averaged=self.ema)
@@ -139,6 +133,12 @@ class Samples(Evaluator):
         if not context.model.factored_dim:
             del shown["from tokens alone"]
         add_round_trip(results, rows, shown | {"latents": _tokens_as_images(rows["latents"], context.model)})
+
+
+def round_trip(batch: dict[str, Tensor], image: Tensor, latents: Tensor, back: Tensor) -> dict[str, Tensor]:
+    """Returns what `add_round_trip` reads of images: of the batch; `image` and `back`, before and after, in [-1, 1]."""
+    error = (back - image).abs().flatten(1).amax(1) * 127.5
+    return {"image": batch["image"], "back": decode.to_uint8(back), "error": error, "latents": latents}
 
 
 def add_round_trip(results: Results, rows: Rows, shown: dict[str, np.ndarray]) -> None:

@@ -186,7 +186,7 @@ class Loop(abc.ABC):
             of a batch), "optimizer". (With XLA they are traced, not computed, when it is called.)
         """
 
-    @abc.abstractmethod
+    @torch.no_grad()
     def per_example(
         self,
         runner: Runner,
@@ -213,6 +213,20 @@ class Loop(abc.ABC):
         Returns:
           Arrays `[N, ...]` by name over the N examples of all processes, ordered by their numbers, on every process.
         """
+        runner.eval()
+        parts = []
+        with contextlib.closing(self.score(runner, function, batches, seed, staged)) as scored:
+            for index, rows in scored:
+                parts.append({"_index": index, **to_rows(rows)})
+                each_batch()
+        return gather(parts, self.runtime)
+
+    @abc.abstractmethod
+    def score(
+        self, runner: Runner, function: Function, batches: Iterator[Rows], seed: int, staged: bool
+    ) -> Iterator[tuple[np.ndarray, Rows]]:
+        """Calls a function for batches; arguments as in `per_example`. Yields, for each batch, the numbers of this
+        process's examples without padding, and their arrays."""
 
     def compile(self, function: Callable) -> Callable:
         """Returns a function that does the same as `function`, which is called often with tensors of the same shapes

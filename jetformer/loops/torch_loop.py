@@ -132,32 +132,18 @@ class TorchLoop(base.Loop):
             noise_scale = training.noise_curriculum(step)
             yield base.Step(step + 1, names, values, learning_rate, noise_scale, {"data_wait": data_wait})
 
-    @torch.no_grad()
-    def per_example(
-        self,
-        runner: base.Runner,
-        function: base.Function,
-        batches: Iterator[base.Rows],
-        *,
-        seed: int,
-        staged: bool = False,
-        to_rows: Callable[[base.Rows], base.Rows] = lambda rows: rows,
-        each_batch: Callable[[], None] = lambda: None,
-    ) -> base.Rows:
-        runner.eval()
+    def score(
+        self, runner: base.Runner, function: base.Function, batches: Iterator[base.Rows], seed: int, staged: bool
+    ) -> Iterator[tuple[np.ndarray, base.Rows]]:
         call = torch.compile(function, dynamic=False) if runner.compiles and not staged else function
         tensors = ({name: torch.tensor(array) for name, array in batch.items()} for batch in batches)
-        parts = []
         with self.gathered(runner) if staged else _resharded(runner):
             for batch in _on_device(tensors, self.runtime.device):
                 mask, index = batch.pop("_mask"), batch.pop("_index")
                 with self.autocast():
                     values = runner(call, batch, prng.example_keys(seed, index))
                 valid = mask.cpu().numpy()
-                rows = {name: value.cpu().numpy()[valid] for name, value in values.items()}
-                parts.append({"_index": index.cpu().numpy()[valid], **to_rows(rows)})
-                each_batch()
-        return base.gather(parts, self.runtime)
+                yield index.cpu().numpy()[valid], {name: x.cpu().numpy()[valid] for name, x in values.items()}
 
     def compile(self, function: Callable) -> Callable:
         """On a GPU that one process drives alone, replays a CUDA graph, see `Graphed`. Not with several processes,

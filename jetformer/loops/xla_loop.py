@@ -138,18 +138,9 @@ class XlaLoop(base.Loop):
                 learning_rate = training.schedule(step) * training.optimizer.param_groups[0]["base_lr"]
                 yield base.Step(step + 1, names, values, learning_rate, training.noise_curriculum(step), seconds)
 
-    @torch.no_grad()
-    def per_example(
-        self,
-        runner: base.Runner,
-        function: base.Function,
-        batches: Iterator[base.Rows],
-        *,
-        seed: int,
-        staged: bool = False,
-        to_rows: Callable[[base.Rows], base.Rows] = lambda rows: rows,
-        each_batch: Callable[[], None] = lambda: None,
-    ) -> base.Rows:
+    def score(
+        self, runner: base.Runner, function: base.Function, batches: Iterator[base.Rows], seed: int, staged: bool
+    ) -> Iterator[tuple[np.ndarray, base.Rows]]:
         own: collections.deque[np.ndarray] = collections.deque()  # numbers of this host's examples, by batch
 
         def inputs() -> Iterator[dict[str, Tensor]]:
@@ -158,8 +149,6 @@ class XlaLoop(base.Loop):
                 keys = prng.example_keys(seed, torch.tensor(batch["_index"]))
                 yield {name: torch.tensor(array) for name, array in batch.items()} | {"_keys": keys}
 
-        runner.eval()
-        parts = []
         call = lambda batch, keys: runner(function, batch, keys)
         with _on_device(inputs(), self.runtime) as device_batches:
             for batch in device_batches:
@@ -177,10 +166,7 @@ class XlaLoop(base.Loop):
                 # Every host sees all examples, and keeps its own.
                 index = arrays.pop("_index")
                 valid = arrays.pop("_mask") & np.isin(index, own.popleft())
-                rows = {name: array[valid] for name, array in arrays.items()}
-                parts.append({"_index": index[valid], **to_rows(rows)})
-                each_batch()
-        return base.gather(parts, self.runtime)
+                yield index[valid], {name: array[valid] for name, array in arrays.items()}
 
     def compile(self, function: Callable) -> Callable:
         """Traces a call as one graph and cuts it off at its end; tensors that it returns are replicated."""

@@ -1,8 +1,4 @@
-"""The reference's weight initializers, which are flax's.
-
-Each fills `tensor` in place from `generator`, so that initial weights are a function of a seed. A linear layer's weight
-is `[out, in]`, as in `torch.nn.Linear`.
-"""
+"""Initializes weights as the reference does, from a generator, so that they are a function of a seed."""
 
 import math
 
@@ -14,24 +10,12 @@ _TRUNCATED_STD = 0.87962566103423978
 
 
 def lecun_normal_(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Fills with a truncated normal of variance 1 / fan_in (flax's default for `nn.Dense`, and Gemma's)."""
+    """Fills the weight `[out, in]` of a linear layer in place with a truncated normal of variance 1 / in.
+
+    (flax's default for `nn.Dense`, and Gemma's.)
+    """
     std = math.sqrt(1.0 / tensor.shape[1]) / _TRUNCATED_STD
     return nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std, generator=generator)
-
-
-def xavier_uniform_(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Fills with a uniform distribution of variance 2 / (fan_in + fan_out)."""
-    return nn.init.xavier_uniform_(tensor, generator=generator)
-
-
-def normal_(tensor: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    """Fills with a normal distribution of mean 0."""
-    return nn.init.normal_(tensor, std=std, generator=generator)
-
-
-def rotation_(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Fills with a uniformly distributed orthogonal matrix."""
-    return nn.init.orthogonal_(tensor, generator=generator)
 
 
 def init_weights(module: nn.Module, generator: torch.Generator) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from jetformer.models import initializers
 from jetformer.models.autocast import without_autocast
 from jetformer.models.patches import ImageShape, PatchPCA
 
@@ -102,7 +101,7 @@ class PlainDense(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, dim))
 
     def init_weights(self, generator: torch.Generator) -> None:
-        initializers.rotation_(self.weight, generator)
+        nn.init.orthogonal_(self.weight, generator=generator)
 
     def _logdet(self, x: Tensor) -> Tensor:
         return (x.shape[1] * _log_abs_det(self.weight)).expand(len(x))
@@ -135,7 +134,7 @@ class LUDense(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        rotation = initializers.rotation_(torch.empty(self.lower.shape), generator)
+        rotation = nn.init.orthogonal_(torch.empty(self.lower.shape), generator=generator)
         p, lower, upper = torch.linalg.lu(rotation)
         self.permutation.copy_(p.argmax(dim=1))  # row i of P M is row permutation[i] of M
         self.lower.copy_(lower.tril(-1))

@@ -150,7 +150,7 @@ class Predictor(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         initializers.lecun_normal_(self.init_proj.weight, generator)
-        initializers.normal_(self.posemb, 1 / math.sqrt(self.posemb.shape[-1]), generator)
+        nn.init.normal_(self.posemb, std=1 / math.sqrt(self.posemb.shape[-1]), generator=generator)
         nn.init.zeros_(self.init_proj.bias)
         nn.init.zeros_(self.final_proj.weight)
         nn.init.zeros_(self.final_proj.bias)

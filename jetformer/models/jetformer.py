@@ -157,13 +157,13 @@ class JetFormer(nn.Module):
         initializers.init_on_cpu(self)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        initializers.normal_(self.text_emb.weight, 1.0, generator)
+        nn.init.normal_(self.text_emb.weight, std=1.0, generator=generator)
         initializers.lecun_normal_(self.image_emb.weight, generator)
         nn.init.zeros_(self.image_emb.bias)
         if self.image_posemb is not None:
-            initializers.normal_(self.image_posemb, 1 / math.sqrt(self.decoder.width), generator)
+            nn.init.normal_(self.image_posemb, std=1 / math.sqrt(self.decoder.width), generator=generator)
         if self.text_head is not None:
-            initializers.normal_(self.text_head.weight, 1.0, generator)
+            nn.init.normal_(self.text_head.weight, std=1.0, generator=generator)
             nn.init.zeros_(self.text_head.bias)
 
     # Images and soft tokens.
@@ -262,7 +262,7 @@ class JetFormer(nn.Module):
           image_tokens: `[B, L, D]`; L may be 0.
           text_first: the examples that have the text first.
           text_mask: bool `[B, T]`, true for valid tokens; None if all are.
-          drop_prefix: bool `[B]`, the examples whose prefix `nolabel_id` replaces.
+          drop_prefix: bool `[B]`, the examples whose text `nolabel_id` replaces, if the text comes first.
           shift: drop the last token, whose prediction has no target.
 
         Returns:
@@ -272,21 +272,14 @@ class JetFormer(nn.Module):
         batch_size, valid = len(text), None
         indices = torch.arange(image_tokens.shape[1], device=image_tokens.device)
         x_text, x_image = self._embed_ids(text), self.embed_image_tokens(image_tokens, indices)
-        if isinstance(text_first, bool):
-            dropped_text = drop_prefix if text_first else None
-            dropped_image = None if text_first else drop_prefix
-        else:
-            dropped_text = None if drop_prefix is None else drop_prefix & text_first
-            dropped_image = None if drop_prefix is None else drop_prefix & ~text_first
         if text_mask is not None:
             text_mask = text_mask.repeat(1, self.num_vocab_repeats)
-        nolabel = self._embed_ids(text.new_full((1, text.shape[1] or 1), self.nolabel_id))
-        if dropped_text is not None and text.shape[1]:
-            x_text = torch.where(dropped_text[:, None, None], nolabel, x_text)
+        if drop_prefix is not None:
+            dropped = (drop_prefix & text_first)[:, None]
+            nolabel = self._embed_ids(text.new_full((1, text.shape[1]), self.nolabel_id))
+            x_text = torch.where(dropped[..., None], nolabel, x_text)
             if text_mask is not None:  # a dropped text always has full length
-                text_mask = text_mask | dropped_text[:, None]
-        if dropped_image is not None:
-            x_image = torch.where(dropped_image[:, None, None], nolabel[:, :1], x_image)
+                text_mask = text_mask | dropped
 
         bos, boi = (
             None if token is None else self.text_emb.weight[token].expand(batch_size, 1, -1)

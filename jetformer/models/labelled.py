@@ -34,7 +34,7 @@ class LabelledFlow(nn.Module):
         initializers.init_on_cpu(self)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        initializers.normal_(self.label_emb.weight, 1.0, generator)
+        nn.init.normal_(self.label_emb.weight, std=1.0, generator=generator)
 
     def context(self, labels: Tensor, dropped: Tensor | None = None) -> Tensor:
         """Labels int `[B]` to contexts `[B, 1, context_dim]`; those `dropped`, bool `[B]`, to that of no label."""

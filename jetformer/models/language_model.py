@@ -41,7 +41,7 @@ class LanguageModel(nn.Module):
         initializers.init_on_cpu(self)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        initializers.normal_(self.text_emb.weight, 1.0, generator)
+        nn.init.normal_(self.text_emb.weight, std=1.0, generator=generator)
         initializers.lecun_normal_(self.text_head.weight, generator)
         nn.init.zeros_(self.text_head.bias)
 

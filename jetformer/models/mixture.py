@@ -16,7 +16,6 @@ from scipy import special
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jetformer.models import initializers
 from jetformer.models.autocast import without_autocast
 from jetformer.models.mixture_nll import LOG_2PI, TokenScores, mixture_nll
 
@@ -34,25 +33,6 @@ def square_plus_inverse(y):
     return y - 1 / y
 
 
-class Mixture(NamedTuple):
-    """A mixture of K diagonal Gaussians for each token.
-
-    logits: `[..., K]`, unnormalized log-weights.
-    locs: `[..., K, D]`, means.
-    scales: `[..., K, D]`, standard deviations.
-    """
-
-    logits: Tensor
-    locs: Tensor
-    scales: Tensor
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Returns the log-density `[...]` in nats at `x` `[..., D]`."""
-        z = (x.unsqueeze(-2) - self.locs) / self.scales
-        components = -0.5 * (z.square() + LOG_2PI).sum(-1) - self.scales.log().sum(-1)
-        return torch.logsumexp(self.logits.log_softmax(-1) + components, dim=-1)
-
-
 class MultivariateGaussian(NamedTuple):
     """A Gaussian with full covariance for each token.
 
@@ -68,29 +48,6 @@ class MultivariateGaussian(NamedTuple):
         z = torch.linalg.solve_triangular(self.scale, (x - self.loc).unsqueeze(-1), upper=False)
         logdet = self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return -0.5 * (z.squeeze(-1).square() + LOG_2PI).sum(-1) - logdet
-
-
-def mixture_from_logits(
-    logits: Tensor,
-    num_mixtures: int,
-    scale_tol: float,
-    temperature_scales: float = 1.0,
-    temperature_probs: float = 1.0,
-) -> Mixture:
-    """Returns the mixture that the head's logits describe.
-
-    Args:
-      logits: `[..., P]`.
-      num_mixtures: K.
-      scale_tol: smallest standard deviation.
-      temperature_scales: multiplies the standard deviations.
-      temperature_probs: multiplies the log-weights; above 1 it sharpens, as in the reference.
-    """
-    k = num_mixtures
-    d = (logits.shape[-1] - k) // (2 * k)
-    weights, locs, raw_scales = logits.split((k, k * d, k * d), dim=-1)
-    scales = square_plus(raw_scales).clamp(min=scale_tol) * temperature_scales
-    return Mixture(weights * temperature_probs, locs.unflatten(-1, (k, d)), scales.unflatten(-1, (k, d)))
 
 
 def count_components(responsibilities: np.ndarray, entropy: float) -> dict[str, float]:
@@ -191,7 +148,7 @@ class MixtureHead(_Head):
         nn.init.zeros_(self.linear.bias)
         _, means, raw_scales = self._parts(self.linear.bias)
         if self.mean_init_std:
-            initializers.normal_(means, self.mean_init_std, generator)
+            nn.init.normal_(means, std=self.mean_init_std, generator=generator)
         nn.init.constant_(raw_scales, square_plus_inverse(self.scale_init))
 
     def parameters_from_data(self) -> list[nn.Parameter]:
@@ -264,10 +221,6 @@ class MixtureHead(_Head):
                 compiled=self.compiled,
             )
 
-    def distribution(self, logits: Tensor, **temperatures: float) -> Mixture:
-        """Returns the mixture that `logits` `[..., P]` describe; see `mixture_from_logits`."""
-        return mixture_from_logits(logits, self.num_mixtures, self.scale_tol, **temperatures)
-
     # Sampling projects to the log-weights, and then to one component per token, not to all P logits.
 
     def component_logits(self, hidden: Tensor) -> Tensor:
@@ -306,7 +259,8 @@ class MixtureHead(_Head):
           hidden: `[B, E]`.
           gumbel: `[B, K]`, standard Gumbel noise.
           normal: `[B, D]`, standard normal noise.
-          temperature_scales, temperature_probs: see `mixture_from_logits`.
+          temperature_scales: multiplies the standard deviations.
+          temperature_probs: multiplies the log-weights; above 1 it sharpens, as in the reference.
 
         Returns:
           `[B, D]`.

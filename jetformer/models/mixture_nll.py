@@ -188,8 +188,8 @@ def mixture_nll(
 ) -> TokenScores:
     """Projects hidden states to mixtures and scores tokens under them, `block` tokens at a time.
 
-    Equals `mixture_from_logits(F.linear(hidden, weight, bias), ...).log_prob(target)`, but training takes one pass over
-    the tokens instead of two, and memory for the logits of `block` tokens.
+    Equals the log-density under the mixture of `F.linear(hidden, weight, bias)`, but training takes one pass over the
+    tokens instead of two, and memory for the logits of `block` tokens.
 
     Args:
       hidden: `[B, L, E]`.

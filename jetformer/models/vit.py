@@ -33,8 +33,8 @@ class SelfAttention(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         for third in self.qkv.weight.chunk(3):  # the reference has three matrices
-            initializers.xavier_uniform_(third, generator)
-        initializers.xavier_uniform_(self.out.weight, generator)
+            nn.init.xavier_uniform_(third, generator=generator)
+        nn.init.xavier_uniform_(self.out.weight, generator=generator)
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
 
@@ -79,8 +79,8 @@ class Mlp(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         for linear in (self.fc1, self.fc2):
-            initializers.xavier_uniform_(linear.weight, generator)
-            initializers.normal_(linear.bias, 1e-6, generator)
+            nn.init.xavier_uniform_(linear.weight, generator=generator)
+            nn.init.normal_(linear.bias, std=1e-6, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.gelu(self.fc1(x)))

@@ -6,7 +6,7 @@
 The run may still be training. Workdirs may be URLs.
 """
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from jetformer import program
 from jetformer.report import page
@@ -19,19 +19,15 @@ flags.DEFINE_string("out", None, "The page to write; default: report.html in the
 flags.DEFINE_list("metrics", None, "The metrics to draw, as train/loss,val/bits_per_dim; default: all.")
 
 
-def main(argv: list[str]) -> None:
-    program.no_arguments(argv)
-    if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.INFO)
-    with program.one_line_errors():
-        if (FLAGS.workdir is None) == (FLAGS.compare is None):
-            raise ValueError("give one of --workdir and --compare")
-        if FLAGS.compare is not None and len(FLAGS.compare) < 2:
-            raise ValueError("--compare: give two workdirs or more, as DIR1,DIR2")
-        if FLAGS.compare is not None and FLAGS.out is None:
-            raise ValueError("--compare needs an --out, the page to write")
-        logging.info("Open %s", page.write(FLAGS.compare or [FLAGS.workdir], FLAGS.out, FLAGS.metrics))
+def main() -> None:
+    if (FLAGS.workdir is None) == (FLAGS.compare is None):
+        raise ValueError("give one of --workdir and --compare")
+    if FLAGS.compare is not None and len(FLAGS.compare) < 2:
+        raise ValueError("--compare: give two workdirs or more, as DIR1,DIR2")
+    if FLAGS.compare is not None and FLAGS.out is None:
+        raise ValueError("--compare needs an --out, the page to write")
+    logging.info("Open %s", page.write(FLAGS.compare or [FLAGS.workdir], FLAGS.out, FLAGS.metrics))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main, verbose=True)

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from jetformer.data.pictures import decode_picture
-from jetformer.sampling.grid import to_pil
+from jetformer.sampling.grid import save_png
 
 RECORDS_FILE, GRID_FILE, PAGE_FILE = "samples.jsonl", "grid.png", "index.html"
 
@@ -104,8 +104,7 @@ class Gallery:
             record["file"] = f"images/{slug(label)}_{seed:04d}.png"
             path = self._directory / record["file"]
             path.parent.mkdir(exist_ok=True)
-            with path.open("wb") as file:
-                to_pil(image).save(file, "PNG")
+            save_png(image, path)
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.records.append(record)

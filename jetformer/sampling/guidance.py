@@ -77,6 +77,20 @@ class Guidance:
         return self.weight * shape[self.schedule]
 
 
+def guidance_of(mode: str | None, weight: float, schedule: str) -> Guidance:
+    """Returns classifier-free guidance, which samples from p(x | y)^(1+w) / p(x)^w.
+
+    Args:
+      mode: "density", "interp" or "none"; None: density if there is a weight.
+      weight: w.
+      schedule: "constant", "linear" or "cosine", see `Guidance`.
+
+    Raises:
+      ValueError: for other values.
+    """
+    return Guidance(mode or ("density" if weight else "none"), weight, schedule)
+
+
 class Noise(NamedTuple):
     """All random draws of an image's tokens.
 

@@ -33,25 +33,8 @@ def class_requests(experiment, model: nn.Module, classes: Sequence[int]) -> list
         raise ValueError("the model is conditional on texts, not on classes: give prompts")
     requests = [Request(f"class {label}", np.array([label])) for label in classes]
     for request in requests:
-        check_tokens(torch.from_numpy(request.text)[None], model)
+        objectives.check_tokens(request.text[None], model)
     return requests
-
-
-def check_tokens(text: Tensor, model: nn.Module) -> None:
-    """Checks that `text` `[B, T]` holds classes, or tokens of the data: no special token of the model.
-
-    Raises:
-      ValueError: if it holds another token, or the model has no classes.
-    """
-    if hasattr(model, "first_special"):
-        count = model.first_special(text.shape[1])
-    elif hasattr(model, "num_labels"):
-        count = model.num_labels
-    else:
-        raise ValueError(f"{type(model).__name__} is not conditional on classes: sample without classes")
-    for token in (text.min().item(), text.max().item()):
-        if not 0 <= token < count:
-            raise ValueError(f"there is no class or token {token}: the model has 0 to {count - 1}")
 
 
 class ImageSampler(Sampler):
@@ -149,7 +132,8 @@ class FlowSampler(Sampler):
         self, model: nn.Module, batch: dict[str, Tensor], keys: Tensor, on_token: Callable[[], None]
     ) -> list[dict[str, Any]]:
         def sample() -> tuple[Tensor, Tensor]:
-            latents = prng.normal(keys, model.image_shape) * self._temperature
+            dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())  # a flow may have none
+            latents = (prng.normal(keys, model.image_shape) * self._temperature).to(dtype)
             context = model.context(batch["text"][:, 0]) if "text" in batch else None
             image, logdet = model.inverse(latents, context)
             nats = -objectives.standard_normal_nll(latents) - logdet

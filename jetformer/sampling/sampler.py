@@ -4,7 +4,6 @@
 """
 
 import abc
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -81,7 +80,6 @@ def draw(
     runtime: Runtime,
     *,
     batch_size: int = 32,
-    ema: bool = True,
     progress: bool = False,
 ) -> Iterator[list[tuple[Request, dict[str, Any]]]]:
     """Draws the requested samples; every process calls this and takes every n-th batch.
@@ -89,10 +87,9 @@ def draw(
     Args:
       sampler: of the model in `state`.
       requests: all of one kind.
-      state: a `State`. Of several processes each holds the whole model.
+      state: a `State`, whose parameters are used as they are. Of several processes each holds the whole model.
       runtime: the processes.
       batch_size: number of samples at a time. A smaller batch is padded.
-      ema: use the moving average of the parameters if there is one.
       progress: show a progress bar, on process 0.
 
     Yields:
@@ -110,8 +107,7 @@ def draw(
         disable=not progress or not own or runtime.process_index > 0,
     )
     state.runner.eval()
-    averaged = state.averaged() if ema else contextlib.nullcontext()
-    with averaged, state.loop.gathered(state.runner), state.loop.autocast(), bar:
+    with state.loop.gathered(state.runner), state.loop.autocast(), bar:
         for batch in itertools.islice(itertools.chain(own, itertools.repeat([])), rounds):
             samples = []
             if batch:

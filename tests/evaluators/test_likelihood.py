@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jetformer import prng
 from jetformer.evaluators.likelihood import Likelihood, importance_weighted
 from jetformer.runtime import derive_seed
+from mixtures import mixture_of
 from runs import untrained
 
 SHAPES = {"gin_file": "experiments/shapes.gin", "Jet__num_heads": 2, "Data__eval_split": '"validation[:7]"'}
@@ -63,7 +64,7 @@ def test_components_are_counted_over_all_examples(tmp_path, data_dir):
         image = tensors["image"] + context.objective.draw(model, tensors, keys, train=False)["dequant"]
         tokens = model.encode_image(image / 127.5 - 1).tokens
         _, hidden = model(tensors["text"], tokens, text_first=True, text_mask=tensors.get("text_mask"))
-        mixture = model.image_head.distribution(model.image_head.logits(hidden))
+        mixture = mixture_of(model.image_head, model.image_head.logits(hidden))
         components = torch.distributions.Normal(mixture.locs, mixture.scales).log_prob(tokens[..., None, :]).sum(-1)
     posterior = (mixture.logits.log_softmax(-1) + components).softmax(-1).flatten(0, 1)
     average = torch.special.entr(posterior.mean(0)).sum()

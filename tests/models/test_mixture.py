@@ -15,11 +15,11 @@ from jetformer.models.mixture import (
     MultivariateGaussian,
     MultivariateHead,
     count_components,
-    mixture_from_logits,
     square_plus,
 )
 from jetformer.models.mixture_nll import mixture_nll, token_blocks
 from jetformer.sampling import guidance
+from mixtures import mixture_from_logits, mixture_of
 
 
 def head_inputs(tokens, width, k, d, dtype, seed=0, batch=1):
@@ -205,7 +205,7 @@ def test_head_weighs_tokens(head):
 def test_a_new_head_is_one_broad_gaussian():
     head = MixtureHead(4, 3, 5)
     init_weights(head, torch.Generator())
-    mixture = head.distribution(head.logits(torch.randn(2, 4)))
+    mixture = mixture_of(head, head.logits(torch.randn(2, 4)))
     x = torch.randn(2, 3)
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(-1)
     torch.testing.assert_close(mixture.log_prob(x), expected)
@@ -214,7 +214,7 @@ def test_a_new_head_is_one_broad_gaussian():
 def test_new_components_differ_only_by_the_noise_of_their_means():
     head = MixtureHead(4, 50, 40, mean_init_std=0.3, scale_init=0.4)
     init_weights(head, torch.Generator().manual_seed(0))
-    mixture = head.distribution(head.logits(torch.randn(2, 4)))
+    mixture = mixture_of(head, head.logits(torch.randn(2, 4)))
     assert stats.kstest(mixture.locs[0].flatten().detach().numpy() / 0.3, "norm").pvalue > 1e-3
     torch.testing.assert_close(mixture.locs[0], mixture.locs[1])  # for all hidden states
     torch.testing.assert_close(mixture.scales, torch.full_like(mixture.scales, 0.4))
@@ -241,7 +241,7 @@ def test_components_start_at_clusters():
     head = MixtureHead(4, 2, 3, scale_init=2.0, kmeans_init=True)
     init_weights(head, generator)
     head.start_at_clusters(torch.cat(clusters)[torch.randperm(600, generator=generator)])
-    mixture = head.distribution(head.logits(torch.randn(4, generator=generator)))
+    mixture = mixture_of(head, head.logits(torch.randn(4, generator=generator)))
     order = mixture.logits.argsort()
     torch.testing.assert_close(mixture.logits.softmax(-1)[order], torch.tensor(counts) / 600)
     torch.testing.assert_close(mixture.locs[order], torch.stack([x.mean(0) for x in clusters]))
@@ -347,7 +347,7 @@ def test_a_component_is_that_of_the_mixture(dtype):
     for p in head.parameters():
         p.normal_(generator=generator)
     hidden, chosen = torch.randn(6, 8, generator=generator), torch.tensor([0, 4, 2, 2, 1, 3])
-    mixture = head.distribution(head.logits(hidden))
+    mixture = mixture_of(head, head.logits(hidden))
     loc, raw = head.component(hidden, chosen)
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.02, "atol": 0.02}
     torch.testing.assert_close(head.component_logits(hidden), mixture.logits)

@@ -26,6 +26,7 @@ from jetformer.sampling.decode import (
     to_uint8,
 )
 from jetformer.sampling.guidance import Guidance, draft_token, draw, resolve
+from mixtures import mixture_of
 from small_models import L, T, inputs, small_model
 
 OPTIONS = [
@@ -74,7 +75,7 @@ def test_samples_follow_the_models_density():
         no_image = torch.empty(1, 0, 1)
         prefix = model.embed(text[:1], no_image, text_first=True, shift=False)
         hidden = CachedDecoder(model, prefix, modality="image", num_steps=0).prefill()
-        mixture = model.image_head.distribution(model.image_head.logits(hidden))
+        mixture = mixture_of(model.image_head, model.image_head.logits(hidden))
     images, _ = sample_images(model, text, keys(0, 4000))
     assert images.shape == (4000, 2, 2, 3)
     # The first pixel value, away from the ends, where values are clipped.

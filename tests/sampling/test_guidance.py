@@ -11,6 +11,7 @@ from jetformer import prng
 from jetformer.models.mixture import MixtureHead, MultivariateHead
 from jetformer.sampling import guidance
 from jetformer.sampling.guidance import Guidance
+from mixtures import mixture_of
 
 N = 20_000
 # loc_c, scale_c, loc_u, scale_u, w; all of these can be normalized.
@@ -134,7 +135,7 @@ def test_interp_is_a_mixture_with_extrapolated_parameters():
     c, u = hidden[:1], hidden[1:2]
     w, n = 1.5, 8000
     logits = head.logits(u) + (1 + w) * (head.logits(c) - head.logits(u))
-    mixture = head.distribution(logits)
+    mixture = mixture_of(head, logits)
     keys = prng.example_keys(0, torch.arange(n, dtype=torch.int32))
     noise = guidance.draw(head, keys, 1, 1).at(torch.tensor([0]))
     halves = torch.cat((c.expand(n, -1), u.expand(n, -1)))

@@ -9,9 +9,9 @@ from torch import nn
 from jetformer import prng
 from jetformer.loops.base import Runner
 from jetformer.loops.torch_loop import TorchLoop
-from jetformer.objectives import JetObjective
+from jetformer.objectives import JetObjective, check_tokens
 from jetformer.runtime import Runtime
-from jetformer.sampling.images import FlowSampler, check_tokens
+from jetformer.sampling.images import FlowSampler
 from jetformer.sampling.sampler import Request, draw, repeated
 from jetformer.state import State
 from small_models import small_model
