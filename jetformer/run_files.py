@@ -18,7 +18,7 @@ from torch import nn
 from upath import UPath
 
 import jetformer
-from jetformer import config
+from jetformer import class_names, config
 from jetformer.experiment import Experiment
 from jetformer.runtime import Runtime
 from jetformer.storage import write_whole
@@ -119,7 +119,7 @@ def texts(experiment: Experiment, workdir: UPath) -> "Texts":
 
 
 def write(experiment: Experiment, model: nn.Module, runtime: Runtime, workdir: UPath, start_step: int) -> None:
-    """Saves what a start of a run runs on, its configuration, and its tokenizer."""
+    """Saves what a start of a run runs on, its configuration, the names of classes, and its tokenizer."""
     start_steps = [*saved_facts(workdir).get("start_steps", []), start_step]
     facts = _facts(experiment, model, runtime, start_steps)
     write_whole(workdir / RUN_FILE, json.dumps(facts, indent=1))
@@ -129,6 +129,8 @@ def write(experiment: Experiment, model: nn.Module, runtime: Runtime, workdir: U
         if int(file.stem) > start_step:  # of steps that will be repeated
             file.unlink()
     write_whole(directory / f"{start_step:09d}.gin", gin.config_str())
+    if (names := experiment.data.class_names()) is not None:
+        class_names.save(workdir, names)
     # After run.json, which an evaluation job reads when this changes: a run that was made longer has not ended.
     config.save(workdir)
     if experiment.data.has_texts():  # then sampling needs nothing but the workdir

@@ -27,7 +27,7 @@ flags.DEFINE(
 flags.DEFINE_string("checkpoint", None, "Or a checkpoint in a run's workdir: …/checkpoints/000012000.")
 flags.DEFINE_string("hf_repo", None, "Or a repository on the Hugging Face Hub that holds either: owner/name.")
 flags.DEFINE_string("hf_revision", None, "Branch, tag or commit of the repository.")
-flags.DEFINE_list("classes", None, "Class labels, as 0,1,2.")
+flags.DEFINE_list("classes", None, "Classes: names or numbers, as cat,dog or 0,1,2.")
 flags.DEFINE_multi_string("prompt", [], "What to draw, or the beginning of a text; may be repeated.")
 flags.DEFINE_string("prompts", None, "File with a prompt on each line.")
 flags.DEFINE_string("images", None, "Images to caption or complete: a path or a pattern, as '/data/*.png'.")

@@ -57,14 +57,6 @@ def given_prompts() -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def given_classes() -> list[int]:
-    """Returns the classes of the flags."""
-    for label in FLAGS.classes or ():
-        if not label.strip().isdigit():
-            raise ValueError(f"--classes: {label!r} is not a class; give numbers, as 0,1,2")
-    return [int(label) for label in FLAGS.classes or ()]
-
-
 def task_of(model: nn.Module) -> str:
     """Returns the task, one of `_FLAGS_OF`, and checks that the flags apply to it."""
     if (FLAGS.images is None) != (FLAGS.task is None):
@@ -98,14 +90,16 @@ def prepare(
       The sampler; a request for each class, prompt or image; further settings of all samples; the paths of images that
       cannot be read.
     """
-    experiment, model, prompts, classes = found.experiment, found.module, given_prompts(), given_classes()
+    experiment, model, prompts, classes = found.experiment, found.module, given_prompts(), FLAGS.classes or []
     options = {"temperature": FLAGS.temperature, "compile": found.state.loop.compile}
     given, unreadable = {}, []
     if FLAGS.images is not None:
         given, unreadable = read_pictures(FLAGS.images, model.image_shape, experiment.data.background())
     if task == "flow":
         sampler = images.FlowSampler(model, **options)
-        requests = images.class_requests(experiment, model, classes) if classes else [Request("sample")]
+        requests = [Request("sample")]
+        if classes:
+            requests = images.class_requests(experiment, model, classes, found.class_names)
         return sampler, requests, {}, unreadable
     if task in ("caption", "text"):
         tokenizing = run_files.texts(experiment, found.directory)
@@ -123,8 +117,8 @@ def prepare(
         own = next((e for e in experiment.evaluators.values() if isinstance(e, Samples)), None)
         if own is None:
             raise ValueError("nothing to sample: give --classes, --prompt, --prompts or --images")
-        classes, prompts = list(range(own.num_classes or 0)), list(own.prompts or ())
-    requests = images.class_requests(experiment, model, classes)
+        classes, prompts = own.classes(found.class_names), list(own.prompts or ())
+    requests = images.class_requests(experiment, model, classes, found.class_names)
     if prompts:
         requests += texts.prompt_requests(run_files.texts(experiment, found.directory), prompts)
     if task == "image":

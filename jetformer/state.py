@@ -12,7 +12,7 @@ from absl import logging
 from torch import Tensor, nn
 from upath import UPath
 
-from jetformer import checkpoint, config, objectives, optim, prng
+from jetformer import checkpoint, class_names, config, objectives, optim, prng
 from jetformer.evaluators.context import Context
 from jetformer.evaluators.results import directory_of
 from jetformer.experiment import Experiment
@@ -248,8 +248,9 @@ def evaluator_context(
     name: str,
     workdir: UPath,
     each_batch: Callable[[], None] = lambda: None,
+    names: Sequence[str] | None = None,
 ) -> Context:
-    """Returns what the evaluator `name` is given at a step."""
+    """Returns what the evaluator `name` is given at a step; `names` of classes None: those in the workdir, if any."""
     return Context(
         runner=state.runner,
         ema=state.ema,
@@ -262,6 +263,7 @@ def evaluator_context(
         directory=directory_of(workdir, name),
         check_batch=experiment.check_batch,
         each_batch=each_batch,
+        class_names=class_names.saved(workdir) if names is None else names,
     )
 
 

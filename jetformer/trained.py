@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from upath import UPath
 
-from jetformer import checkpoint, config, run_files, runtime
+from jetformer import checkpoint, class_names, config, run_files, runtime
 from jetformer.convert import hub, sharing
 from jetformer.convert.sources import state_dicts
 from jetformer.evaluators import likelihood
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 # What goes in as an array comes out as one, and a tensor as a tensor on the same device.
 Array = TypeVar("Array", npt.NDArray[Any], Tensor)
-Classes: TypeAlias = int | Sequence[int] | npt.NDArray[np.integer] | Tensor
+Classes: TypeAlias = int | str | Sequence[int | str] | npt.NDArray[np.integer] | npt.NDArray[np.str_] | Tensor
 
 # The parameters of a run: they lose digits that a flow needs to be invertible.
 _DTYPES = (torch.float32, torch.float64)
@@ -120,6 +120,11 @@ class Trained:
                 self.state = dataclasses.replace(self.state, loop=make_loop(self.experiment, machine))
         return self
 
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of classes by number; None if unknown."""
+        return class_names.saved(self.directory)
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Sets what the model needs of the process, precision and current device, while the context lasts. The other
@@ -150,7 +155,7 @@ class Trained:
         """Samples images of classes or prompts by a JetFormer; of classes, or of none, by a flow.
 
         Args:
-          classes: numbers of classes.
+          classes: names or numbers of classes, see `class_names`; a name takes precedence.
           prompts: what to draw; imports TensorFlow, which tokenizes them.
           num_images: samples of each class and prompt.
           seed: of the first sample of each.
@@ -461,7 +466,7 @@ class Trained:
 
     def _requests(self, classes: Classes | None, prompts: str | Sequence[str] | None) -> list[Request]:
         """Returns a request for each class, then for each prompt."""
-        requests = class_requests(self.experiment, self.module, _numbers(classes))
+        requests = class_requests(self.experiment, self.module, _chosen(classes), self.class_names)
         if prompts is None:
             return requests
         if not isinstance(self.module, JetFormer):
@@ -672,14 +677,16 @@ def _checked(name: str, given: Any, shape: tuple[int, ...]) -> np.ndarray:
     return (given.float() if given.dtype == torch.bfloat16 else given).detach().cpu().numpy()
 
 
-def _numbers(classes: Classes | None) -> list[int]:
-    """Returns the numbers of classes."""
+def _chosen(classes: Classes | None) -> list[int | str]:
+    """Returns names and numbers of classes."""
     if classes is None:
         return []
+    # An array of names and numbers would be one of names.
+    listed = classes if isinstance(classes, list | tuple) else np.atleast_1d(np.asarray(classes)).tolist()
     try:
-        return [operator.index(label) for label in np.atleast_1d(np.asarray(classes)).tolist()]
+        return [chosen if isinstance(chosen, str) else operator.index(chosen) for chosen in listed]
     except TypeError:
-        raise ValueError(f"classes = {classes!r}: expected numbers of classes, as [3, 7]") from None
+        raise ValueError(f"classes = {classes!r}: expected names or numbers of classes, as [3, 7]") from None
 
 
 def _listed(given: str | Sequence[str]) -> list[str]:

@@ -100,8 +100,9 @@ def train(
     experiment.check_batch(first_batch)
     evaluations = Evaluations(runtime, workdir, in_training, experiment.keep_best, experiment.best_mode())
     check = evaluations.check if start_step == 0 else evaluations.try_check
+    class_names = experiment.data.class_names()
     for name in in_training:
-        check(name, evaluator_context(experiment, state, start_step, name, workdir))
+        check(name, evaluator_context(experiment, state, start_step, name, workdir, names=class_names))
 
     # The workdir. From here on files are written.
     lock = contextlib.ExitStack()
@@ -179,7 +180,7 @@ def train(
             if missing and runtime.broadcast(number in evaluated_steps(workdir, name)):
                 continue
             meter.check()
-            given = evaluator_context(experiment, state, number, name, workdir, preemption.check)
+            given = evaluator_context(experiment, state, number, name, workdir, preemption.check, class_names)
             with meter.paused(), progress.timed(f"eval_{name}", wait_jax_async_dispatch=False):
                 evaluated = evaluations.evaluate(name, given, lambda: written)
                 if not evaluated:

@@ -881,6 +881,22 @@ def test_safetensors_there_and_back(tmp_path):
         sharing.read(UPath(directory))
 
 
+@pytest.mark.parametrize(
+    ("names", "says", "command"),
+    [
+        (("cat", "a dog", "emu"), "0 cat, 1 a dog, 2 emu", "--classes=cat,emu "),
+        (tuple(f"kind{i}" for i in range(1000)), "99 kind99, … (all 1,000", "--classes=kind0,kind1 "),
+        (tuple("0123"), None, "--classes=0,1 "),
+        (None, None, "--classes=0,1 "),
+    ],
+)
+def test_classes_of_a_card(tmp_path, names, says, command):
+    text = (shared(tmp_path, names=names)[2] / "README.md").read_text()
+    assert ("## Classes" in text) == (says is not None)
+    assert (says or "") in text
+    assert command in text
+
+
 def test_metrics_of_a_card(tmp_path):
     """Those of its step, without values that are not finite."""
     (tmp_path / "eval_val").mkdir()

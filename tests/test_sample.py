@@ -275,7 +275,7 @@ def test_several_processes_equal_one(classes, tmp_path):
     ("run", "flags", "message"),
     [
         ("classes", ["--classes=10"], r"class or token 10: .* 0 to 9"),
-        ("classes", ["--classes=three"], "--classes: 'three' "),
+        ("classes", ["--classes=three"], "class 'three'.* 10, such as 0, 1, 2"),
         ("classes", ["--prompt=a"], "caption"),
         ("captioned", ["--prompt= "], "prompt"),
         ("captioned", ["--classes=1"], "on texts, not on classes"),

@@ -19,7 +19,7 @@ from absl import flags, logging
 from torch import Tensor, nn
 from upath import UPath
 
-from jetformer import checkpoint, config, program, run_files, runtime
+from jetformer import checkpoint, class_names, config, program, run_files, runtime
 from jetformer.convert import big_vision, hub, jet_pytorch, jetformer_pytorch, sharing, sources
 from jetformer.convert.weights import Weights
 from jetformer.experiment import Experiment
@@ -172,6 +172,8 @@ def to_workdir(source: str) -> None:
     config.save(workdir)
     if tokenizer is not None:
         (workdir / run_files.TOKENIZER_FILE).write_bytes(tokenizer)
+    if weights.class_names is not None:
+        class_names.save(workdir, weights.class_names)
     checkpointer.save(step, states, info={"architecture": config.architecture()})
     checkpointer.wait()
     for note in weights.notes:
@@ -195,7 +197,7 @@ def to_safetensors(machine: runtime.Runtime) -> None:
         workdir, FLAGS.gin_file, FLAGS.gin_bindings, machine, FLAGS.step, FLAGS.trust_imports, FLAGS.verify
     )
     tensors = {name: {k: v.detach() for k, v in part.items()} for name, part in state.tensors().items()}
-    names = (config.CONFIG_FILE, run_files.TOKENIZER_FILE)
+    names = (config.CONFIG_FILE, run_files.TOKENIZER_FILE, class_names.CLASSES_FILE)
     files = {name: (workdir / name).read_bytes() for name in names if (workdir / name).exists()}
     card = sharing.card(
         state.model,
@@ -206,6 +208,7 @@ def to_safetensors(machine: runtime.Runtime) -> None:
         dataset=", ".join(data.name for data in getattr(experiment.data, "datasets", (experiment.data,))),
         texts=experiment.data.has_texts(),
         ema=state.ema is not None,
+        names=class_names.saved(workdir),
         repo=FLAGS.push_to,
         license=FLAGS.license,
     )

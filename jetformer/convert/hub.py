@@ -8,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from upath import UPath
 
 from jetformer import checkpoint
+from jetformer.class_names import CLASSES_FILE
 
 # The HTTP client's own error, which is raised without a network; versions of the library use different clients.
 _ClientError = HfHubHTTPError.__bases__[0]
@@ -55,8 +56,8 @@ def fetch_all(repo: str, revision: str | None, patterns: Sequence[str]) -> UPath
 
 
 def fetch_run(repo: str, revision: str | None, step: int | str | None) -> UPath:
-    """Downloads a run and returns its local workdir: configuration, tokenizer and one checkpoint, or safetensors if the
-    repository has no checkpoint.
+    """Downloads a run and returns its local workdir: configuration, tokenizer, names of classes and one checkpoint, or
+    safetensors if the repository has no checkpoint.
 
     Args:
       repo, revision: see `fetch`.
@@ -70,12 +71,13 @@ def fetch_run(repo: str, revision: str | None, step: int | str | None) -> UPath:
             files = [file.split("/") for file in HfApi().list_repo_files(repo, revision=revision)]
         steps = {int(f[1]) for f in files if len(f) == 3 and f[0] == "checkpoints" and f[2] == checkpoint.MARKER}
         if not steps:  # and without safetensors, loading the workdir says so
-            return fetch_all(repo, revision, ["*.gin", "*.model", "*.safetensors"])
+            return fetch_all(repo, revision, ["*.gin", "*.model", CLASSES_FILE, "*.safetensors"])
         if step == "best":  # 0 for none: loading the workdir says so
             step = checkpoint.best_of(fetch_all(repo, revision, [checkpoint.BEST_FILE]), steps) or 0
         else:
             step = max(steps)
-    return fetch_all(repo, revision, ["*.gin", "*.model", checkpoint.BEST_FILE, f"checkpoints/{step:09d}/*"])
+    patterns = ["*.gin", "*.model", CLASSES_FILE, checkpoint.BEST_FILE, f"checkpoints/{step:09d}/*"]
+    return fetch_all(repo, revision, patterns)
 
 
 def push(directory: UPath, repo: str, message: str, private: bool) -> None:

@@ -2,12 +2,12 @@
 
 model.safetensors   parameters and buffers     ema.safetensors   the moving average, if there is one
 config.gin          the experiment             tokenizer.model   of a model of texts
-README.md           the model card
+README.md           the model card             classes.json      names of classes, if the data has any
 """
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import yaml
 from safetensors.torch import save
@@ -15,19 +15,23 @@ from torch import Tensor, nn
 from upath import UPath
 
 import jetformer
-from jetformer import config
+from jetformer import class_names, config
+from jetformer.class_names import CLASSES_FILE
 from jetformer.convert.pickles import load_safetensors
 from jetformer.convert.sources import Source, Table
 from jetformer.convert.weights import Weights
 from jetformer.evaluators.results import RESULTS_FILE
 from jetformer.models.jet import Jet
 from jetformer.models.jetformer import JetFormer
+from jetformer.models.labelled import LabelledFlow
 from jetformer.models.language_model import LanguageModel
 from jetformer.run_files import TOKENIZER_FILE
 
 MODEL_FILE, EMA_FILE, CARD_FILE = "model.safetensors", "ema.safetensors", "README.md"
-PATTERNS = ("*.safetensors", "*.gin", "*.model")  # of the files that `read` reads
+PATTERNS = ("*.safetensors", "*.gin", "*.model", CLASSES_FILE)  # of the files that `read` reads
 MODELS = (nn.Module,)
+
+_LISTED = 100  # classes on a card
 
 _PAPERS = {
     "JetFormer": "https://arxiv.org/abs/2411.19722",
@@ -80,6 +84,7 @@ def read(directory: UPath) -> Weights:
         ema=ema,
         step=int(step) if step.isdecimal() else None,
         tokenizer=tokenizer.read_bytes() if tokenizer.exists() else None,
+        class_names=class_names.saved(directory),
     )
 
 
@@ -114,6 +119,7 @@ def card(
     dataset: str,
     texts: bool,
     ema: bool,
+    names: Sequence[str] | None = None,
     repo: str | None = None,
     license: str | None = None,
 ) -> str:
@@ -128,6 +134,7 @@ def card(
       dataset: name of the training data.
       texts: whether the model is of texts.
       ema: whether there is a moving average.
+      names: of the classes of the data; None: unknown.
       repo: repository on the Hub; None for none.
       license: of the weights; None for none.
     """
@@ -150,6 +157,8 @@ def card(
     paper = f" ([paper]({_PAPERS[kind]}))" if kind in _PAPERS else ""
     parameters = sum(p.numel() for p in model.parameters())
     source = f"--hf_repo={repo}" if repo else "--path=DIRECTORY"
+    by_class = isinstance(model, LabelledFlow) or (isinstance(model, JetFormer) and not texts)
+    classes = (names if by_class else None) or ()
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False, allow_unicode=True).rstrip(),
@@ -163,10 +172,11 @@ def card(
         "",
         "```bash",
         f"python -m jetformer.convert --from=safetensors {source} --out=WORKDIR",
-        *_commands(model, texts),
+        *_commands(model, texts, classes),
         "```",
         "",
         *_table(metrics),
+        *_classes(classes),
         "## Configuration",
         "",
         "```",
@@ -189,12 +199,21 @@ def _tags(model: nn.Module) -> Iterator[str]:
         yield "autoregressive"
 
 
-def _commands(model: nn.Module, texts: bool) -> Iterator[str]:
+def _commands(model: nn.Module, texts: bool, classes: Sequence[str]) -> Iterator[str]:
     condition = ""
     if isinstance(model, JetFormer | LanguageModel):
-        condition = '--prompt="…" ' if texts else "--classes=0,1 "
+        plain = [name for name in classes if re.fullmatch(r"[\w-]+", name)][:2]
+        condition = '--prompt="…" ' if texts else f"--classes={','.join(plain) or '0,1'} "
     yield f"python -m jetformer.sample --workdir=WORKDIR {condition}--out=SAMPLES"
     yield "python -m jetformer.evaluate --workdir=WORKDIR --once"
+
+
+def _classes(names: Sequence[str]) -> Collection[str]:
+    if all(name == str(label) for label, name in enumerate(names)):
+        return ()
+    listed = ", ".join(f"{label} {name}" for label, name in enumerate(names[:_LISTED]))
+    more = f", … (all {len(names):,} are in `{CLASSES_FILE}`)" if len(names) > _LISTED else ""
+    return "## Classes", "", listed + more, ""
 
 
 def _table(metrics: Mapping[str, float]) -> Collection[str]:

@@ -25,6 +25,7 @@ class Weights:
       ema: the moving average, by the same names; None for none.
       step: of training; None: unknown.
       tokenizer: content of the tokenizer's file; None for none.
+      class_names: by label; None: unknown.
       needs: bindings that the weights do not determine, with a description of each.
       notes: warnings for the user, a line each.
     """
@@ -34,6 +35,7 @@ class Weights:
     ema: Mapping[str, Tensor] | None = None
     step: int | None = None
     tokenizer: bytes | None = None
+    class_names: tuple[str, ...] | None = None
     needs: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 

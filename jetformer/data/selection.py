@@ -1,9 +1,10 @@
 """Resolves the classes that `Data.classes` chooses. No TensorFlow here."""
 
 import collections
-import difflib
 import re
 from collections.abc import Sequence
+
+from jetformer.class_names import some
 
 
 def resolve_classes(classes: Sequence[int | str], names: Sequence[str] | None, dataset: str) -> list[int]:
@@ -32,10 +33,9 @@ def resolve_classes(classes: Sequence[int | str], names: Sequence[str] | None, d
                 raise ValueError(f'Data.classes: {dataset!r} has no classes {chosen!r}, its range is "0:{len(names)}"')
             labels.extend(range(start, stop))
         else:
-            close = difflib.get_close_matches(str(chosen), names, 3) or names[:3]
             raise ValueError(
                 f"Data.classes: {dataset!r} has no class {chosen!r}: it has {len(names)}, with labels 0 to "
-                f"{len(names) - 1} and names such as {', '.join(close)}"
+                f"{len(names) - 1} and names such as {some(chosen, names)}"
             )
     if not labels:
         raise ValueError("Data.classes is empty: choose a class, or unset it to read all")

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class Context:
       directory: `<workdir>/eval_<name>`, for files of the evaluator's own.
       check_batch: raises a ValueError if a batch does not fit the model; it computes shapes only.
       each_batch: called after every batch of examples.
+      class_names: by label; None: unknown.
     """
 
     runner: Runner
@@ -45,6 +46,7 @@ class Context:
     directory: UPath
     check_batch: Callable[[dict[str, np.ndarray]], None]
     each_batch: Callable[[], None] = lambda: None
+    class_names: Sequence[str] | None = None
 
     @property
     def model(self) -> nn.Module:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jetformer import prng
+from jetformer import class_names, prng
 from jetformer.evaluators.base import Evaluator, Results
 from jetformer.evaluators.context import Context
 from jetformer.evaluators.samples import add_round_trip, round_trip, to_pixels
@@ -83,7 +83,7 @@ class FlowSamples(Evaluator):
                 "column": np.tile(columns, len(classes)),
                 "label": classes.repeat(self.num_images),
             }
-            labels = [f"class {c}" for c in classes]
+            labels = [class_names.shown(c, context.class_names) for c in classes.tolist()]
             results.pictures["classes"] = grid.labelled(self._sample(context, rows), self.num_images, labels)
         if self.num_interpolations:
             results.pictures["interpolation"] = self._interpolation(context)

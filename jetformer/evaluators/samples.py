@@ -1,12 +1,13 @@
 """Pictures of a model: samples, round trips through its flow, and its latents."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jetformer import prng
+from jetformer import class_names, prng
 from jetformer.evaluators.base import Evaluator, Results
 from jetformer.evaluators.context import Context
 from jetformer.loops.base import Rows
@@ -17,6 +18,7 @@ from jetformer.sampling import decode, grid
 from jetformer.sampling.guidance import Guidance
 
 _SEED, _ROUND_TRIP_SEED = 3, 4
+_MAX_CLASSES = 10  # to sample by default
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,8 @@ class Samples(Evaluator):
     latents_mean and latents_std, over all dimensions of these images' latents.
 
     Attributes:
-      num_classes: sample the classes 0 to num_classes - 1; the text of class c is the token c.
+      num_classes: sample the classes 0 to num_classes - 1; the text of class c is the token c. None: all classes of the
+        data, at most 10.
       prompts: instead, sample these.
       num_images: number of samples of each.
       batch_size: samples at a time, over all processes; None: all.
@@ -55,8 +58,8 @@ class Samples(Evaluator):
     ema: bool = True
 
     def __post_init__(self):
-        if (self.num_classes is None) == (self.prompts is None):
-            raise ValueError("Samples: give num_classes or prompts")
+        if self.num_classes is not None and self.prompts is not None:
+            raise ValueError("Samples: give num_classes or prompts, not both")
         if isinstance(self.prompts, str) or self.prompts == ():
             raise ValueError(f"Samples.prompts = {self.prompts!r}: give a tuple of prompts, as ('a cat', 'a dog')")
         if self.guidance_weights == ():
@@ -69,12 +72,28 @@ class Samples(Evaluator):
             return [self.guidance]
         return [dataclasses.replace(self.guidance, weight=weight) for weight in self.guidance_weights]
 
+    def classes(self, names: Sequence[str] | None) -> list[int]:
+        """Returns the labels of the classes to sample, of which there are none with prompts.
+
+        Args:
+          names: of all classes by label; None: unknown.
+
+        Raises:
+          ValueError: if their number is unknown.
+        """
+        if self.prompts is not None:
+            return []
+        if self.num_classes is None and not names:
+            raise ValueError("Samples: the data has no names of classes: give num_classes or prompts")
+        return list(range(self.num_classes or min(len(names), _MAX_CLASSES)))
+
     def conditions(self, context: Context) -> tuple[list[str], dict[str, np.ndarray]]:
         """Returns the R classes or prompts: their labels, and text `[R, T]` with text_mask `[R, T]` unless all of it is
         valid."""
         if self.prompts is None:
-            classes = np.arange(self.num_classes, dtype=np.int32)
-            return [f"class {c}" for c in classes], {"text": classes[:, None]}
+            names = context.class_names
+            classes = self.classes(names)
+            return [class_names.shown(c, names) for c in classes], {"text": np.array(classes, np.int32)[:, None]}
         return list(self.prompts), context.data.texts().encode(self.prompts)
 
     def check(self, context: Context) -> None:
@@ -87,6 +106,8 @@ class Samples(Evaluator):
         context.objective.check_order(text_first=True)
         if self.prompts is not None:
             context.data.texts().check_whole("Samples.prompts", self.prompts)
+        elif context.data.has_texts():
+            raise ValueError("Samples: the model is conditional on texts, not on classes: give prompts")
         _, rows = self.conditions(context)
         check_tokens(rows["text"], model)
         if self.num_round_trips:

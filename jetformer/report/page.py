@@ -21,6 +21,7 @@ from jetformer.report import charts
 from jetformer.report.read import CONFIG_FILE, OPERATIVE_CONFIG_FILE, Curve, Run, gin_bindings, read_run
 
 MAX_IMAGES = 40  # of a kind
+_NAMED = 12  # classes
 
 
 def write(workdirs: Sequence[str], out: str | None = None, metrics: Sequence[str] | None = None) -> UPath:
@@ -137,6 +138,8 @@ def known_facts(run: Run) -> dict[str, str]:
             known["Epochs"] = f"{step * size / examples:,.1f} of {examples:,} examples"
     if parameters := facts.get("parameters"):
         known["Parameters"] = f"{sum(parameter['size'] for parameter in parameters):,}"
+    if names := run.class_names:
+        known["Classes"] = f"{len(names):,}: {', '.join(names[:_NAMED])}{', …' if len(names) > _NAMED else ''}"
     if device := facts.get("device"):
         counts = [(facts.get("device_count") or 1, "devices"), (facts.get("process_count") or 1, "processes")]
         known["Hardware"] = ", ".join([device, *(f"{count:,} {name}" for count, name in counts if count > 1)])

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -15,6 +15,8 @@ from tensorboard.compat.proto import event_pb2, types_pb2
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.util.tensor_util import make_ndarray
 from upath import UPath
+
+from jetformer import class_names
 
 # Files of a workdir. The modules that write them import TensorFlow, which takes longer than writing a page.
 CONFIG_FILE, OPERATIVE_CONFIG_FILE, FACTS_FILE = "config.gin", "operative_config.gin", "run.json"
@@ -37,6 +39,7 @@ class Run:
       results: each evaluator's results, one record a step.
       images: image files by step, by evaluator and kind.
       warnings: damaged files.
+      class_names: by label; None: unknown.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Run:
     results: dict[str, list[dict[str, float]]]
     images: dict[str, dict[int, UPath]]
     warnings: list[str]
+    class_names: Sequence[str] | None = None
 
     def last_step(self) -> int:
         """Returns the last step of any curve."""
@@ -95,7 +99,8 @@ def read_run(workdir: UPath) -> Run:
     if not curves:
         raise ValueError(f"{workdir} has no metrics yet: try again after the first train.log_steps steps")
     curves = {tag: dict(sorted(curves[tag].items())) for tag in sorted(curves)}
-    return Run(place.name or str(place), place, configs, facts, curves, results, images, warnings)
+    names = class_names.saved(place)
+    return Run(place.name or str(place), place, configs, facts, curves, results, images, warnings, names)
 
 
 def event_scalars(files: Iterable[UPath], warnings: list[str]) -> dict[str, Curve]:

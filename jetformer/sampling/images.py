@@ -11,27 +11,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jetformer import objectives, prng
+from jetformer import class_names, objectives, prng
 from jetformer.models.jetformer import JetFormer
 from jetformer.sampling import decode
 from jetformer.sampling.guidance import Guidance
 from jetformer.sampling.sampler import Request, Sampler
 
 
-def class_requests(experiment, model: nn.Module, classes: Sequence[int]) -> list[Request]:
+def class_requests(
+    experiment, model: nn.Module, classes: Sequence[int | str], names: Sequence[str] | None
+) -> list[Request]:
     """Returns a request for each class.
 
     Args:
       experiment: that trained the model.
       model: the model.
-      classes: their numbers.
+      classes: their names or labels, see `class_names.resolve`.
+      names: of all classes by label; None: unknown.
 
     Raises:
       ValueError: for a class that the model does not have, or a model of texts.
     """
     if classes and experiment.data.has_texts():
         raise ValueError("the model is conditional on texts, not on classes: give prompts")
-    requests = [Request(f"class {label}", np.array([label])) for label in classes]
+    labels = class_names.resolve(classes, names)
+    requests = [Request(class_names.shown(label, names), np.array([label])) for label in labels]
     for request in requests:
         objectives.check_tokens(request.text[None], model)
     return requests

@@ -40,6 +40,29 @@ def test_a_row_for_each_class(tmp_path, data_dir):
     assert results.pictures["round_trip"].shape[1] % (2 * 9 + 1) == 0
 
 
+@pytest.mark.parametrize(("names", "rows"), [(("cat", "dog"), 2), (tuple("abcdefghijklmn"), 10)])
+def test_all_classes_of_the_data_by_default(tmp_path, data_dir, names, rows):
+    context = dataclasses.replace(untrained(tmp_path, data_dir), class_names=names)
+    samples = Samples(num_images=3, num_round_trips=0)
+    samples.check(context)
+    named = samples(context).pictures["grid"]
+    assert named.shape[0] == rows * (14 + 10 * FACTOR)
+    # Names are drawn above the same images.
+    context = dataclasses.replace(context, class_names=None)
+    numbered = Samples(num_classes=rows, num_images=3, num_round_trips=0)(context).pictures["grid"]
+    is_label = np.arange(len(named)) % (14 + 10 * FACTOR) < 14
+    assert (named[~is_label] == numbered[~is_label]).all()
+    assert (named[is_label] != numbered[is_label]).any()
+    with pytest.raises(ValueError, match="num_classes or prompts"):
+        samples.check(context)
+
+
+def test_a_model_of_texts_needs_prompts(tmp_path, shapes_dir):
+    context = untrained(tmp_path, shapes_dir, gin_file="experiments/shapes.gin", Jet__num_heads=2)
+    with pytest.raises(ValueError, match="prompts"):
+        Samples(num_images=1, num_round_trips=0).check(context)
+
+
 def test_guidance_in_rows(tmp_path, data_dir):
     context = untrained(tmp_path, data_dir)
     evaluator = Samples(
@@ -88,7 +111,7 @@ def test_prompts(tmp_path, shapes_dir):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give num_classes or prompts"),
+        ({"num_classes": 2, "prompts": ("a",)}, "num_classes or prompts"),
         ({"prompts": "a"}, "give a tuple of prompts"),
         ({"prompts": ()}, "give a tuple of prompts"),
         ({"num_classes": 2, "guidance_weights": (1.0,)}, "guidance weight 1.0 without guidance"),
