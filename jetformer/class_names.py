@@ -47,13 +47,14 @@ def resolve(classes: Sequence[int | str], names: Sequence[str] | None) -> list[i
     """Returns the labels of classes.
 
     Args:
-      classes: each is a name, or a label as a number or text; a name takes precedence.
+      classes: each is a name, or a label as a number or text; a name takes precedence. Of several classes of one name it
+        is the first.
       names: by label; None if unknown.
 
     Raises:
       ValueError: for an unknown name, or any name if they are unknown.
     """
-    numbers = {name: label for label, name in enumerate(names or ())}
+    numbers = {name.strip(): label for label, name in reversed(list(enumerate(names or ())))}
     labels = []
     for chosen in classes:
         if not isinstance(chosen, str):
