@@ -7,7 +7,6 @@ import dataclasses
 import importlib
 import inspect
 import io
-import pathlib
 import pkgutil
 import re
 import typing
@@ -24,7 +23,7 @@ from jetformer import evaluators, objectives, optim
 from jetformer.data import dataset
 from jetformer.models import decoder, flow_ablations, invertible, jetformer, labelled, language_model, patches
 from jetformer.sampling import guidance
-from jetformer.storage import write_whole
+from jetformer.storage import PLACES, write_whole
 
 CONFIG_FILE = "config.gin"  # in the workdir: everything that was parsed, with includes resolved
 OPERATIVE_CONFIG_FILE = "operative_config.gin"  # in the workdir: everything that was used, with defaults
@@ -66,7 +65,8 @@ for _configurable in (
     gin.external_configurable(_configurable, module=_configurable.__module__.rpartition(".")[2])
 gin.external_configurable(flow_ablations.make_jet, name="Jet", module="jet")
 
-gin.add_config_file_search_path(str(pathlib.Path(__file__).parent.parent))
+for _place in PLACES:
+    gin.add_config_file_search_path(str(_place))
 # gin would also search in Python packages, take experiments/ for one, and then fail without naming the file.
 del gin.config._FILE_READERS[1:]
 
@@ -111,7 +111,7 @@ def parse(
 ) -> None:
     """Parses a saved configuration, then gin files, then bindings.
 
-    Files are searched in the current directory and in the project's root.
+    Files are searched for in the current directory and in `storage.PLACES`: digits.gin is experiments/digits.gin.
 
     Args:
       gin_files, gin_bindings: the user's own: they may import any module.

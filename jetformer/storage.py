@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import sysconfig
 import uuid
 import zipfile
 
@@ -10,15 +11,17 @@ import numpy as np
 from etils import epath
 from upath import UPath
 
-_PROJECT = pathlib.Path(__file__).parent.parent
+# Where the project's experiments are: in a clone, or where a wheel installs them.
+_PROJECTS = (pathlib.Path(__file__).parent.parent, pathlib.Path(sysconfig.get_path("data"), "share", "jetformer"))
+PLACES = tuple(place for project in _PROJECTS for place in (project, project / "experiments"))
 
 
 def find(path: str) -> UPath | pathlib.Path:
     """Returns where a file is that an experiment names by a path or a URL that fsspec opens (gs://…). As with gin
-    files, a relative path is searched for in the working directory, then in the project's root."""
+    files, a relative path is searched for in the working directory, then in `PLACES`."""
     found = UPath(path)
     if isinstance(found, os.PathLike) and not found.is_absolute() and not found.exists():
-        return _PROJECT / found
+        return next((place / found for place in PLACES if (place / found).exists()), PLACES[0] / found)
     return found
 
 

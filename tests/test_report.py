@@ -6,12 +6,10 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import numpy as np
 import pytest
@@ -22,7 +20,6 @@ from tensorboard.compat.proto import event_pb2, types_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from upath import UPath
 
-from jetformer import report
 from jetformer.report import charts, page, read
 from runs import start
 
@@ -554,27 +551,6 @@ def test_a_page_needs_no_tensorflow(tmp_path):
     code = f"from jetformer.report import page; page.write([{str(workdir)!r}]); import sys; "
     code += "assert 'tensorflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
-
-
-@pytest.mark.slow
-def test_a_page_from_the_wheel(tmp_path):
-    """The wheel holds the template, style and script."""
-    pytest.importorskip("setuptools")
-    root = pathlib.Path(report.__file__).parents[2]
-    source, site = tmp_path / "source", tmp_path / "site"
-    shutil.copytree(root / "jetformer", source / "jetformer", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(root / name, source)
-    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
-    subprocess.run([sys.executable, "-c", build], check=True, cwd=source, capture_output=True, timeout=100)
-    (wheel,) = source.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-    workdir = make_run(tmp_path / "run")
-    args = [sys.executable, "-m", "jetformer.report", f"--workdir={workdir}"]
-    environment = os.environ | {"PYTHONPATH": str(site)}
-    subprocess.run(args, check=True, cwd=tmp_path, env=environment, timeout=100)
-    assert (workdir / "report.html").read_text(encoding="utf-8") == page.run_page(read.read_run(workdir))
 
 
 def browse(path):
