@@ -47,8 +47,8 @@ def resolve(classes: Sequence[int | str], names: Sequence[str] | None) -> list[i
     """Returns the labels of classes.
 
     Args:
-      classes: each is a name, or a label as a number or text; a name takes precedence. Of several classes of one name it
-        is the first.
+      classes: each is a name, or a label as a number or text; a name takes precedence, and stands for the first class
+        that has it.
       names: by label; None if unknown.
 
     Raises:
