@@ -464,8 +464,8 @@ cleanup() {
 
 # Waits for the last lines: the stream ends by itself after the program.
 finish_stream() {
-  local _
-  for ((_ = 0; _ < 30; _++)); do
+  local tries  # not _, which bash sets to the last argument of a command
+  for ((tries = 0; tries < 30; tries++)); do
     if [[ -z $stream ]] || ! kill -0 "$stream" 2>/dev/null; then break; fi
     sleep 0.1
   done
