@@ -77,11 +77,11 @@ remote_install() {
 # job counts as stopped by a person, and no launcher restarts it.
 remote_stop() {
   cd || return
-  local dir=$1 seconds=$2 _
+  local dir=$1 seconds=$2 tries # not _, which bash sets to the last argument of a command
   if remote_alive "$dir"; then
     [[ -z ${3:-} ]] || touch "$dir/stopped"
     kill -TERM "$(cat "$dir/child")"
-    for ((_ = 0; _ < 5 * seconds; _++)); do
+    for ((tries = 0; tries < 5 * seconds; tries++)); do
       remote_alive "$dir" || break
       sleep 0.2
     done
@@ -114,7 +114,7 @@ remote_supervise() {
 # DIR ATTEMPT COMMAND SOURCE ARGUMENTS...: starts python ARGUMENTS, independent of this connection.
 remote_start() {
   cd && cd "$1" || return
-  local attempt=$2 command=$3 source=$4 _
+  local attempt=$2 command=$3 source=$4 tries
   shift 4
   if [[ -e attempt && $(<attempt) == "$attempt" ]]; then
     remote_say ok # it was started before the connection broke
@@ -132,7 +132,7 @@ remote_start() {
   setsid nohup bash -c "$(declare -f remote_supervise); remote_supervise \"\$@\"" supervise "$@" \
     >>"logs/$attempt.log" 2>&1 </dev/null &
   echo "$attempt" >attempt
-  for ((_ = 0; _ < 50; _++)); do
+  for ((tries = 0; tries < 50; tries++)); do
     [[ ! -s child ]] || break
     sleep 0.1
   done
@@ -464,7 +464,7 @@ cleanup() {
 
 # Waits for the last lines: the stream ends by itself after the program.
 finish_stream() {
-  local tries  # not _, which bash sets to the last argument of a command
+  local tries
   for ((tries = 0; tries < 30; tries++)); do
     if [[ -z $stream ]] || ! kill -0 "$stream" 2>/dev/null; then break; fi
     sleep 0.1
