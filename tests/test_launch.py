@@ -557,7 +557,7 @@ def test_a_partial_start_is_undone_before_the_next(cloud):
     cloud.plan(w0=["run", 0], w1=[0])
     cloud.fail("remote_start", first=1)
     assert cloud.train(MAX_FAILURES="0").returncode == 1
-    assert cloud.alive() == [0]
+    wait_for(lambda: cloud.alive() == [0])  # a program says so itself, once it runs
     cloud.repair()
     result = cloud.train()
     assert result.returncode == 0, result
@@ -593,7 +593,7 @@ def test_the_run_outlives_the_script_which_attaches_again(cloud):
     out, _ = first.communicate(timeout=30)
     assert first.returncode == 130
     assert "--stop" in out
-    assert cloud.alive() == [0, 1]
+    wait_for(lambda: cloud.alive() == [0, 1])  # a program says so itself, once it runs
     # Another command leaves it alone.
     result = cloud.launch(*args, "--gin_bindings=Jet.depth = 1")
     assert result.returncode == 1
