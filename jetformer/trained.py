@@ -31,7 +31,7 @@ from jetformer.models.language_model import LanguageModel
 from jetformer.objectives import JetFormerObjective, to_unit_range
 from jetformer.sampling.decode import to_uint8
 from jetformer.sampling.guidance import guidance_of
-from jetformer.sampling.images import FlowSampler, ImageSampler, class_requests
+from jetformer.sampling.images import FlowSampler, ImageSampler, class_requests, dtype_of
 from jetformer.sampling.sampler import Request, Sampler, draw, repeated
 from jetformer.sampling.texts import TextSampler, continuation_requests, prompt_requests
 from jetformer.state import (
@@ -397,11 +397,10 @@ class Trained:
           ValueError: for arguments that do not fit the model.
         """
         rows = {"image": self._pixels(images)} | self._labels(len(images), classes)
-        dtype = self._dtype
 
         def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
             del keys
-            pixels = to_unit_range(batch["image"].to(dtype) + 0.5)
+            pixels = to_unit_range(batch["image"].to(dtype_of(model)) + 0.5)
             if isinstance(model, JetFormer):
                 encoded = model.encode_image(pixels)
                 return {"latents": torch.cat((encoded.tokens, encoded.factored), dim=-1)}
@@ -422,7 +421,7 @@ class Trained:
         Raises:
           ValueError: for arguments that do not fit the model.
         """
-        model, dtype = self._flow(), self._dtype
+        model = self._flow()
         is_jetformer = isinstance(model, JetFormer)
         shape = (model.num_image_tokens, model.patches.dim) if is_jetformer else tuple(model.image_shape)
         given = _checked("latents", latents, shape)
@@ -431,7 +430,7 @@ class Trained:
 
         def function(model: Any, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
             del keys
-            z = batch["latents"].to(dtype)
+            z = batch["latents"].to(dtype_of(model))
             if isinstance(model, JetFormer):
                 x, _ = model.decode_image(*z.split((model.out_dim, model.factored_dim), dim=-1))
             else:
@@ -446,10 +445,6 @@ class Trained:
     @functools.cached_property
     def _texts(self) -> "Texts":
         return run_files.texts(self.experiment, self.directory)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next((p.dtype for p in self.module.parameters()), torch.get_default_dtype())  # a flow may have none
 
     def _jetformer(self, method: str) -> JetFormer:
         if not isinstance(self.module, JetFormer):
@@ -558,16 +553,16 @@ def load(
     found: int | None
     with config.separate(), _kept_precision():
         experiment = configured(saved_config(directory), _listed(gin_files), _listed(gin_bindings), trust_imports)
-        if checkpoint.steps(str(directory)) or not (directory / sharing.MODEL_FILE).exists():
+        if (directory / sharing.MODEL_FILE).exists() and not checkpoint.steps(str(directory)):
+            if step is not None:
+                raise ValueError(f"{directory} holds safetensors of one step: leave step = {step!r} out")
+            experiment, state, found, averaged = _load_safetensors(experiment, directory, machine, ema)
+        else:
             experiment, state, found = load_state(experiment, directory, machine, step, verify)
             averaged = False
             if ema and state.ema is not None:
                 state.loop.swap(state.model, state.ema)
                 averaged = True
-        else:
-            if step is not None:
-                raise ValueError(f"{directory} holds safetensors of one step: leave step = {step!r} out")
-            experiment, state, found, averaged = _load_safetensors(experiment, directory, machine, ema)
         text = gin.config_str()
     state = dataclasses.replace(state, ema=None)
     state.runner.eval()

@@ -84,9 +84,8 @@ def start_server(address: str) -> None:
 
 def serve(address: str) -> None:
     """Forks a process for each request; returns in these processes, once the program has ended."""
-    if "PJRT_DEVICE" in os.environ:
-        import torch_xla  # noqa: F401 (before TensorFlow)
-    for module in MODULES:
+    before_tensorflow = ["torch_xla"] if "PJRT_DEVICE" in os.environ else []
+    for module in (*before_tensorflow, *MODULES):
         importlib.import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     owner = os.pidfd_open(int(os.path.basename(os.path.dirname(address))))

@@ -424,4 +424,4 @@ def test_what_is_no_run(runs, tmp_path):
         assert "\n" not in str(error.value)
     assert jetformer.load(damaged, device="cpu", verify=False).step == 4
     with pytest.raises(AttributeError, match="lood"):
-        jetformer.lood  # noqa: B018
+        _ = jetformer.lood

@@ -28,6 +28,7 @@ def tensors_in_and_out(pixels: torch.Tensor) -> None:
 
 
 def mistakes(model: jetformer.Trained) -> None:
+    """Each of these is an error for mypy; one that it does not find is an unused comment, which fails too."""
     model.sample(clases=[3])  # type: ignore[call-arg]
     model.encode([1, 2])  # type: ignore[type-var]
     jetformer.lod("/tmp/digits")  # type: ignore[attr-defined]

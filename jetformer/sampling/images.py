@@ -41,6 +41,11 @@ def class_requests(
     return requests
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Returns the dtype of a model's parameters; the default one for a flow without parameters."""
+    return next((p.dtype for p in model.parameters()), torch.get_default_dtype())
+
+
 class ImageSampler(Sampler):
     """Samples images by a `JetFormer`, given classes or prompts; with `rows`, completes images.
 
@@ -136,8 +141,7 @@ class FlowSampler(Sampler):
         self, model: nn.Module, batch: dict[str, Tensor], keys: Tensor, on_token: Callable[[], None]
     ) -> list[dict[str, Any]]:
         def sample() -> tuple[Tensor, Tensor]:
-            dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())  # a flow may have none
-            latents = (prng.normal(keys, model.image_shape) * self._temperature).to(dtype)
+            latents = (prng.normal(keys, model.image_shape) * self._temperature).to(dtype_of(model))
             context = model.context(batch["text"][:, 0]) if "text" in batch else None
             image, logdet = model.inverse(latents, context)
             nats = -objectives.standard_normal_nll(latents) - logdet
