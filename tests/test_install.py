@@ -11,6 +11,8 @@ import venv
 
 import pytest
 
+from jetformer.report import page, read
+
 pytest.importorskip("setuptools")
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -75,8 +77,9 @@ def test_an_experiment_by_name(installed, tmp_path, data_dir):
     ]
     flags = ["--gin_file=digits.gin", "--workdir=run", "--device=cpu", *(f"--gin_bindings={line}" for line in gin)]
     run(tmp_path, installed / "jetformer", "train", *flags)
-    run(tmp_path, installed / "jetformer", "report", "--workdir=run")
-    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    workdir = tmp_path / "run"
+    run(tmp_path, installed / "jetformer", "report", f"--workdir={workdir}")
+    assert (workdir / "report.html").read_text(encoding="utf-8") == page.run_page(read.read_run(workdir))
 
 
 @pytest.mark.slow
