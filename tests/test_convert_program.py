@@ -288,7 +288,7 @@ def test_a_run_to_the_hub_and_back(tmp_path, shapes_dir):
         assert (
             server.created.get("private") or server.created.get("visibility") == "private"
         )  # an old client, a new one
-        files = {"README.md", "config.gin", "model.safetensors", "ema.safetensors", "tokenizer.model"}
+        files = {"README.md", "config.gin", "model.safetensors", "ema.safetensors", "tokenizer.model", "classes.json"}
         for directory in (tmp_path / "shared", repository):
             assert {path.name for path in directory.iterdir()} == files
         # All by the umask.
@@ -304,7 +304,7 @@ def test_a_run_to_the_hub_and_back(tmp_path, shapes_dir):
         expected, found = (state.tensors()[part] for _, state in (ours, theirs))
         assert expected.keys() == found.keys()
         assert all(torch.equal(found[name], x) for name, x in expected.items())
-    for name in ("config.gin", "tokenizer.model"):
+    for name in ("config.gin", "tokenizer.model", "classes.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
     header = yaml.safe_load((repository / "README.md").read_text().split("---\n")[1])
     metrics = {metric["name"]: metric["value"] for metric in header["model-index"][0]["results"][0]["metrics"]}

@@ -613,6 +613,7 @@ def test_a_workdir_at_a_url(finished, tmp_path, data_dir):
     names = {path.name.partition(".")[0] for path in workdir.iterdir()}
     assert names == {
         "checkpoints",
+        "classes",
         "config",
         "configs",
         "operative_config",
