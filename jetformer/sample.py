@@ -4,6 +4,7 @@
     python -m jetformer.sample --workdir=/tmp/shapes --prompt="a red circle" --guidance_weight=2 --out=/tmp/samples
     python -m jetformer.sample --workdir=/tmp/jet_digits --temperature=0.8 --out=/tmp/samples
     python -m jetformer.sample --workdir=/tmp/shapes --images='/tmp/samples/images/*' --task=caption --out=/tmp/texts
+    python -m jetformer.sample --workdir=/tmp/digits --images=a.png --task=inpaint --mask=b.png --classes=3 --out=/tmp/b
 
 Writes PNGs, grid.png, index.html to browse them, and samples.jsonl: a line for each sample, with its prompt, seed,
 settings and log-likelihood. Sample i of a prompt has the seed --seed + i and does not depend on other samples. Run
@@ -30,14 +31,18 @@ flags.DEFINE_string("hf_revision", None, "Branch, tag or commit of the repositor
 flags.DEFINE_list("classes", None, "Classes: names or numbers, as cat,dog or 0,1,2.")
 flags.DEFINE_multi_string("prompt", [], "What to draw, or the beginning of a text; may be repeated.")
 flags.DEFINE_string("prompts", None, "File with a prompt on each line.")
-flags.DEFINE_string("images", None, "Images to caption or complete: a path or a pattern, as '/data/*.png'.")
+flags.DEFINE_string("images", None, "Images to caption, complete or inpaint: a path or a pattern, as '/data/*.png'.")
 flags.DEFINE_enum(
     "task",
     None,
-    ["caption", "complete"],
-    "What to do with --images: write captions; or keep the first --rows of each image and sample the rest.",
+    ["caption", "complete", "inpaint"],
+    "What to do with --images: write captions; or keep the first --rows, or what is not under a --mask, and sample the "
+    "rest.",
 )
 flags.DEFINE_integer("rows", None, "Rows of pixels to keep of an image to complete; default: half of them.")
+flags.DEFINE_string(
+    "mask", None, "Picture of the size of the model's images, white where to sample and black where to keep."
+)
 flags.DEFINE_integer(
     "num_images", None, "Samples of each class, prompt or image; default: 8, 1 with --images.", lower_bound=1
 )

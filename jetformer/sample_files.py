@@ -10,7 +10,7 @@ from upath import UPath
 
 # None of these imports TensorFlow, before which `runtime.initialize` has to import torch_xla.
 from jetformer import checkpoint, run_files, runtime, trained
-from jetformer.data.pictures import read_pictures
+from jetformer.data.pictures import decode_picture, read_pictures
 from jetformer.evaluators.samples import Samples
 from jetformer.models.jetformer import JetFormer
 from jetformer.models.language_model import LanguageModel
@@ -25,10 +25,15 @@ FLAGS = flags.FLAGS  # defined in `jetformer.sample`
 _FLAGS_OF = {
     "image": ("temperature_probs", "guidance", "guidance_weight", "guidance_schedule"),
     "complete": ("temperature_probs", "guidance", "guidance_weight", "guidance_schedule", "rows"),
+    "inpaint": ("temperature_probs", "guidance", "guidance_weight", "guidance_schedule", "mask"),
     "caption": ("top_k", "top_p"),
     "text": ("top_k", "top_p"),
     "flow": (),
 }
+
+
+# Tasks that sample a part of an image.
+_EDITING = ("complete", "inpaint")
 
 
 def source() -> str:
@@ -70,9 +75,11 @@ def task_of(model: nn.Module) -> str:
     for name in dict.fromkeys(name for names in _FLAGS_OF.values() for name in names):
         if FLAGS[name].present and name not in _FLAGS_OF[task]:
             raise ValueError(f"--{name} does not apply to this task ({task})")
-    for name, tasks in (("classes", ("image", "complete", "flow")), ("prompt", ("image", "complete", "text"))):
+    for name, tasks in (("classes", ("image", *_EDITING, "flow")), ("prompt", ("image", *_EDITING, "text"))):
         if (FLAGS[name].value or (name == "prompt" and FLAGS.prompts)) and task not in tasks:
             raise ValueError(f"--{name} does not apply to this task ({task})")
+    if task == "inpaint" and FLAGS.mask is None:
+        raise ValueError("--task=inpaint needs a --mask")
     return task
 
 
@@ -124,10 +131,17 @@ def prepare(
     if task == "image":
         return sampler, requests, {}, unreadable
     if len(requests) != 1:
-        raise ValueError(f"--task=complete needs one --prompt or one of --classes for all images, not {len(requests)}")
+        raise ValueError(f"--task={task} needs one --prompt or one of --classes for all images, not {len(requests)}")
     (shown,) = requests
-    requests = [dataclasses.replace(shown, label=path, image=image) for path, image in given.items()]
-    return sampler, requests, {"prompt": shown.label}, unreadable
+    more, requests = {"prompt": shown.label}, []
+    if task == "complete":
+        requests = [dataclasses.replace(shown, label=path, image=image) for path, image in given.items()]
+        return sampler, requests, more, unreadable
+    mask = decode_picture(UPath(FLAGS.mask).read_bytes(), channels=1)[..., 0] > 127
+    more["mask_sha256"] = hashlib.sha256(mask.tobytes()).hexdigest()
+    for path, image in given.items():
+        requests.append(images.inpainting_request(dataclasses.replace(shown, label=path), image, mask))
+    return sampler, requests, more, unreadable
 
 
 def identity(request: Request) -> dict[str, str]:

@@ -31,7 +31,7 @@ from jetformer.models.language_model import LanguageModel
 from jetformer.objectives import JetFormerObjective, to_unit_range
 from jetformer.sampling.decode import to_uint8
 from jetformer.sampling.guidance import guidance_of
-from jetformer.sampling.images import FlowSampler, ImageSampler, class_requests, dtype_of
+from jetformer.sampling.images import FlowSampler, ImageSampler, class_requests, dtype_of, inpainting_request
 from jetformer.sampling.sampler import Request, Sampler, draw, repeated
 from jetformer.sampling.texts import TextSampler, continuation_requests, prompt_requests
 from jetformer.state import (
@@ -227,9 +227,7 @@ class Trained:
         """
         model = self._jetformer("complete")
         pixels = self._pixels(images)
-        shown = self._of_each(len(pixels), self._requests(classes, prompts))
-        if shown is None:
-            raise ValueError("give classes or prompts: what the images show")
+        shown = self._shown(len(pixels), classes, prompts)
         sampler = ImageSampler(
             self.experiment,
             model,
@@ -240,6 +238,62 @@ class Trained:
             compile=self.state.loop.compile,
         )
         requests = [dataclasses.replace(request, image=x) for request, x in zip(shown, pixels, strict=True)]
+        drawn = self._draw(sampler, requests, num_images, seed, batch_size, progress)
+        return _like(images, np.stack([sample["image"] for sample in drawn]))
+
+    def inpaint(
+        self,
+        images: Array,
+        mask: Array,
+        classes: Classes | None = None,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        num_images: int = 1,
+        seed: int = 0,
+        temperature: float = 1.0,
+        temperature_probs: float = 1.0,
+        guidance: str | None = None,
+        guidance_weight: float = 0.0,
+        guidance_schedule: str = "constant",
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> Array:
+        """Samples the pixels of images under a mask by a JetFormer and keeps the others; approximate, see
+        `sampling.decode.inpaint_images`.
+
+        Args:
+          images: uint8 `[N, H, W, C]`.
+          mask: bool `[H, W]` for all images or `[N, H, W]`, the pixels to sample.
+          classes, prompts: what the images show.
+          num_images: samples of each image.
+          seed: of the first sample of each.
+          temperature, temperature_probs, guidance, guidance_weight, guidance_schedule, batch_size, progress: see
+            `sample`.
+
+        Returns:
+          Images, `num_images` of the first image, then of the second, and so on.
+
+        Raises:
+          ValueError: for arguments that do not fit the model, or a mask of no pixel or of all of them.
+        """
+        model = self._jetformer("inpaint")
+        pixels, masks = self._pixels(images), _array("mask", mask)
+        if masks.dtype != bool:
+            raise ValueError(f"the mask is {masks.dtype}: expected bool, True for the pixels to sample")
+        if masks.ndim < 3:
+            masks = np.stack([masks] * len(pixels))
+        if len(masks) != len(pixels):
+            raise ValueError(f"{len(masks)} masks for {len(pixels)} images: give one [H, W], or one for each")
+        sampler = ImageSampler(
+            self.experiment,
+            model,
+            guidance=guidance_of(guidance, guidance_weight, guidance_schedule),
+            temperature=temperature,
+            temperature_probs=temperature_probs,
+            compile=self.state.loop.compile,
+        )
+        shown = zip(self._shown(len(pixels), classes, prompts), pixels, masks, strict=True)
+        requests = [inpainting_request(*request) for request in shown]
         drawn = self._draw(sampler, requests, num_images, seed, batch_size, progress)
         return _like(images, np.stack([sample["image"] for sample in drawn]))
 
@@ -468,6 +522,13 @@ class Trained:
             raise ValueError(f"prompts do not apply to images of a {type(self.module).__name__}: leave them out")
         return requests + prompt_requests(self._texts, _listed(prompts))
 
+    def _shown(self, count: int, classes: Classes | None, prompts: str | Sequence[str] | None) -> list[Request]:
+        """Returns what each of the given images shows."""
+        shown = self._of_each(count, self._requests(classes, prompts))
+        if shown is None:
+            raise ValueError("give classes or prompts: what the images show")
+        return shown
+
     @staticmethod
     def _of_each(count: int, requests: list[Request]) -> list[Request] | None:
         """Returns the request of each image; None if there are none."""
@@ -660,16 +721,22 @@ def _like(given: Any, found: np.ndarray) -> Any:
     return torch.from_numpy(found).to(given.device) if isinstance(given, Tensor) else found
 
 
-def _checked(name: str, given: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns an array or tensor `[N, *shape]` as an array."""
+def _array(name: str, given: Any) -> np.ndarray:
+    """Returns an array or tensor as an array."""
     if not isinstance(given, np.ndarray | Tensor):
-        raise ValueError(f"{name} are a {type(given).__name__}: expected a NumPy array or a tensor")
-    if given.ndim != len(shape) + 1 or tuple(given.shape[1:]) != shape or not len(given):
-        expected = ", ".join(map(str, ("N", *shape)))
-        raise ValueError(f"{name} have shape {list(given.shape)}: expected [{expected}], with N of at least 1")
+        raise ValueError(f"{name}: expected a NumPy array or a tensor, not a {type(given).__name__}")
     if isinstance(given, np.ndarray):
         return given
     return (given.float() if given.dtype == torch.bfloat16 else given).detach().cpu().numpy()
+
+
+def _checked(name: str, given: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns an array or tensor `[N, *shape]` as an array."""
+    array = _array(name, given)
+    if array.ndim != len(shape) + 1 or array.shape[1:] != shape or not len(array):
+        expected = ", ".join(map(str, ("N", *shape)))
+        raise ValueError(f"{name} have shape {list(array.shape)}: expected [{expected}], with N of at least 1")
+    return array
 
 
 def _chosen(classes: Classes | None) -> list[int | str]:

@@ -4,27 +4,36 @@ python preloaded.py DIRECTORY ARGS...    like `python ARGS...` for `-m MODULE ..
 
 The servers that fork, one for the CPU, one for XLA and one for each further process of torchrun (whose hash seeds
 differ, as those of real processes), are started when they are first needed. They end with the process whose id is the
-name of DIRECTORY. Signals reach the program; it ends with the process that was started for it.
+name of DIRECTORY, and delete the directory it is in. Signals reach the program; it ends with the process that was
+started for it.
 """
 
+import atexit
 import contextlib
 import fcntl
+import gc
 import importlib
 import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 MODULES = (
     "jetformer",  # before TensorFlow
+    "torch._dynamo",
     "torch.distributed.checkpoint",
+    "tensorflow_datasets",
     "clu.metric_writers",
+    "pydantic",
     "plotly.graph_objects",
+    "sklearn.cluster",
     "sklearn.linear_model",
 )
 FORWARDED = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
@@ -83,10 +92,11 @@ def start_server(address: str) -> None:
 
 
 def serve(address: str) -> None:
-    """Forks a process for each request; returns in these processes, once the program has ended."""
+    """Forks a process for each request."""
     before_tensorflow = ["torch_xla"] if "PJRT_DEVICE" in os.environ else []
     for module in (*before_tensorflow, *MODULES):
         importlib.import_module(module)
+    gc.freeze()  # a collection in a fork would copy the memory of all objects
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     owner = os.pidfd_open(int(os.path.basename(os.path.dirname(address))))
     with socket.socket(socket.AF_UNIX) as server:
@@ -96,7 +106,7 @@ def serve(address: str) -> None:
         while True:
             ready, _, _ = select.select([server, owner], [], [])
             if owner in ready:
-                return
+                return shutil.rmtree(os.path.dirname(os.path.dirname(address)), ignore_errors=True)
             connection, _ = server.accept()
             if not os.fork():
                 server.close()
@@ -126,7 +136,34 @@ def keep(connection: socket.socket) -> None:
 
 
 def run(request: dict, files: list[int]) -> None:
-    """Runs a program as `__main__` in this process."""
+    """Runs a program as `__main__` in this process, and ends it as the interpreter does, but for the seconds that
+    freeing all objects takes."""
+    code = 0
+    try:
+        run_program(request, files)
+    except KeyboardInterrupt:
+        code = -signal.SIGINT
+        sys.excepthook(*sys.exc_info())
+    except SystemExit as error:
+        if error.code is None or isinstance(error.code, int):
+            code = error.code or 0
+        else:
+            code = 1
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        code = 1
+        sys.excepthook(*sys.exc_info())
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code & 0xFF)
+
+
+def run_program(request: dict, files: list[int]) -> None:
     import torch
 
     for number, file in enumerate(files):

@@ -1,11 +1,9 @@
 """Small runs of the training program, for tests."""
 
-import atexit
 import functools
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -100,12 +98,14 @@ def preloaded(args) -> list[str]:
 
 @functools.cache
 def servers() -> str:
-    """The directory of this process's servers of `preloaded.py`."""
-    parent = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, parent, ignore_errors=True)
-    directory = pathlib.Path(parent, str(os.getpid()))
-    directory.mkdir()
-    return str(directory)
+    """The directory of the servers of `preloaded.py`, which all workers of pytest-xdist share."""
+    if run := os.environ.get("PYTEST_XDIST_TESTRUNUID"):
+        parent, owner = os.path.join(tempfile.gettempdir(), f"preloaded-{run}"), os.getppid()
+    else:
+        parent, owner = tempfile.mkdtemp(), os.getpid()
+    directory = os.path.join(parent, str(owner))
+    os.makedirs(directory, exist_ok=True)
+    return directory
 
 
 def scalars(workdir) -> dict[str, dict[int, float]]:

@@ -286,6 +286,12 @@ def test_several_processes_equal_one(classes, tmp_path):
             "temperatures 0.0 and 1.0: ",
         ),
         ("captioned", ["--task=caption"], "--images and --task "),
+        ("classes", ["--images=experiments/digits.png", "--task=inpaint", "--classes=1"], "--mask"),
+        (
+            "classes",
+            ["--images=experiments/digits.png", "--task=inpaint", "--mask=experiments/digits.png", "--classes=1"],
+            r"mask has shape .*\[8, 8\]",
+        ),
         ("captioned", ["--images=/nowhere/*.png", "--task=caption"], r"/nowhere/\*.png: "),
         ("captioned", ["--prompt=a", "--step=3"], "checkpoint of step 3, .* 4"),
         ("captioned", [], "--classes, --prompt, --prompts or --images"),

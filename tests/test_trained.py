@@ -131,6 +131,29 @@ def test_captions_and_completions_are_those_of_the_program(runs, models, tmp_pat
     assert (half[:, 16:] != images[:, 16:]).any()
 
 
+def test_inpainted_images_are_those_of_the_program(runs, models, tmp_path):
+    model = models["shapes"]
+    images, mask = random_images((32, 32, 3), 2), np.zeros((32, 32), bool)
+    mask[10:20, 4:28] = True
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    Image.fromarray(mask).save(tmp_path / "mask.PNG")
+    flags = [f"--images={tmp_path}/*.png", "--num_images=2", "--task=inpaint", f"--mask={tmp_path}/mask.PNG"]
+    expected = drawn_by_program(tmp_path / "out", runs["shapes"], *flags, f"--prompt={PROMPTS[0]}")
+    painted = model.inpaint(images, mask, prompts=PROMPTS[0], num_images=2)
+    np.testing.assert_array_equal(painted, expected)
+    np.testing.assert_array_equal(painted[::2][:, ~mask], images[:, ~mask])
+    assert (painted[::2] != images).any((1, 2, 3)).all()
+    # A mask for each; what is under it has no effect.
+    masks = np.stack((mask, mask.T))
+    painted = model.inpaint(images, masks, prompts=PROMPTS)
+    np.testing.assert_array_equal(painted[~masks], images[~masks])
+    images[masks] = 0
+    np.testing.assert_array_equal(
+        model.inpaint(torch.from_numpy(images), torch.from_numpy(masks), prompts=PROMPTS), painted
+    )
+
+
 # Likelihoods
 
 
@@ -383,6 +406,11 @@ finally:
         ("digits", lambda m: m.decode(np.zeros((2, 16, 4), int)), "int64"),
         ("digits", lambda m: m.complete(random_images((8, 8, 1)), 3, 1), "3 rows"),
         ("digits", lambda m: m.complete(random_images((8, 8, 1))), "classes or prompts"),
+        ("digits", lambda m: m.inpaint(random_images((8, 8, 1)), np.ones((8, 7), bool), 1), r"\[8, 7\].*\[8, 8\]"),
+        ("digits", lambda m: m.inpaint(random_images((8, 8, 1)), np.ones((8, 8)), 1), "float64.*bool"),
+        ("digits", lambda m: m.inpaint(random_images((8, 8, 1)), np.ones((8, 8), bool), 1), "64 of 64"),
+        ("digits", lambda m: m.inpaint(random_images((8, 8, 1)), np.ones((2, 8, 8), bool), 1), "2 masks for 3 images"),
+        ("digits", lambda m: m.inpaint(random_images((8, 8, 1)), [[True]], 1), "list"),
         ("digits", lambda m: m.caption(random_images((8, 8, 1))), "no texts"),
         ("digits", lambda m: m.continue_texts("a"), "JetFormer .*LanguageModel"),
         ("flow", lambda m: m.complete(random_images((8, 8, 1))), "LabelledFlow"),

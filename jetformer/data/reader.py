@@ -91,6 +91,7 @@ class Reader:
             )
         shards = self._part(index, count)
 
+        @tf.autograph.experimental.do_not_convert  # it has no loops or conditions, and converting takes a second
         def epoch_elements(epoch: tf.Tensor) -> tf.data.Dataset:
             epoch_seed = tf.random.experimental.stateless_fold_in(seed, epoch)
             records = self.source.read_shuffled(shards, epoch_seed, buffer_size)

@@ -44,3 +44,9 @@ def init_on_cpu(model: nn.Module) -> None:
     if device != "cpu":
         raise ValueError(f"a model cannot be initialized on {device}: build it on the CPU, then move it with .to()")
     init_weights(model, torch.default_generator)
+
+
+def embedding(num_embeddings: int, dim: int) -> nn.Embedding:
+    """Returns an embedding whose weights are not initialized: on the meta device PyTorch would import its compiler for
+    that, which takes seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(num_embeddings, dim), freeze=False)

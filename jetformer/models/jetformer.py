@@ -140,7 +140,7 @@ class JetFormer(nn.Module):
 
         self.decoder = decoder()
         width = self.decoder.width
-        self.text_emb = nn.Embedding(vocab_size * num_vocab_repeats, width)
+        self.text_emb = initializers.embedding(vocab_size * num_vocab_repeats, width)
         self.image_emb = nn.Linear(self.out_dim, width)
         self.image_posemb = nn.Parameter(torch.empty(self.num_image_tokens, width)) if image_posemb else None
         if multivariate:

@@ -30,7 +30,7 @@ class LabelledFlow(nn.Module):
         self.flow = flow(context_dim=context_dim)
         self.image_shape = self.flow.image_shape
         self.max_logdet = getattr(self.flow, "max_logdet", None)  # see `Jet`
-        self.label_emb = nn.Embedding(num_labels + 1, context_dim)
+        self.label_emb = initializers.embedding(num_labels + 1, context_dim)
         initializers.init_on_cpu(self)
 
     def init_weights(self, generator: torch.Generator) -> None:

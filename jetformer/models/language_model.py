@@ -34,7 +34,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"bos_id {bos_id} is outside the vocabulary of {vocab_size} tokens")
         self.vocab_size, self.bos_id = vocab_size, bos_id
         self.decoder = decoder()
-        self.text_emb = nn.Embedding(vocab_size, self.decoder.width)
+        self.text_emb = initializers.embedding(vocab_size, self.decoder.width)
         self.text_head = nn.Linear(self.decoder.width, vocab_size)
         self.final_norm = RMSNorm(self.decoder.width)
         self.text_norm = nn.Identity()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from jetformer import objectives, prng
@@ -137,6 +138,7 @@ def sample_latents(
     *,
     text_mask: Tensor | None = None,
     given: Latents | None = None,
+    kept: Tensor | None = None,
     guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
     temperature_scales: float = 1.0,
     temperature_probs: float = 1.0,
@@ -149,10 +151,12 @@ def sample_latents(
     guidance.check(model.image_head)
     batch_size, total = len(text), model.num_image_tokens
     device, dtype = text.device, model.image_emb.weight.dtype
-    if given is None:
+    # The given latents of the first tokens, which run at once.
+    first = given
+    if given is None or kept is not None:
         sizes = (model.out_dim, model.factored_dim)
-        given = Latents(*(torch.empty(batch_size, 0, n, device=device, dtype=dtype) for n in sizes))
-    start = given.tokens.shape[1]
+        first = Latents(*(torch.empty(batch_size, 0, n, device=device, dtype=dtype) for n in sizes))
+    start = first.tokens.shape[1]
     weights = guidance.weights(total).to(device)
     drop = None
     # With guidance one batch holds both halves: first with the text, then without.
@@ -180,7 +184,7 @@ def sample_latents(
     def prefill() -> tuple[CachedDecoder, Draft]:
         prefix = model.embed(
             twice(text),
-            twice(given.tokens),
+            twice(first.tokens),
             text_first=True,
             text_mask=None if text_mask is None else twice(text_mask),
             drop_prefix=drop,
@@ -191,6 +195,9 @@ def sample_latents(
         return decoder, pick(decoder.prefill())
 
     def step(token: Tensor) -> Draft:
+        if kept is not None:
+            own = given.tokens.index_select(1, number).squeeze(1)
+            token = own.where(kept.index_select(1, number), token)
         number.add_(1)
         return pick(decoder.step(twice(token)))
 
@@ -205,7 +212,10 @@ def sample_latents(
 
     def finish() -> Latents:
         sampled = Latents(torch.stack(tokens, dim=1).to(dtype), factored[:, start:])
-        return Latents(*(torch.cat(pair, dim=1) for pair in zip(given, sampled, strict=True)))
+        sampled = Latents(*(torch.cat(pair, dim=1) for pair in zip(first, sampled, strict=True)))
+        if kept is None:
+            return sampled
+        return Latents(*(x.where(kept[..., None], y) for x, y in zip(given, sampled, strict=True)))
 
     return compile(finish)()
 
@@ -270,7 +280,8 @@ def sample_images(
       keys: int32 `[B, 2]`, see `jetformer.prng`.
       text_mask: bool `[B, T]`, valid tokens; None: all.
       compile: compiles the stages (noise, prefix, one token, flow), see `Loop.compile`.
-      kwargs: given: latents of the first tokens, which are kept; None for none.
+      kwargs: given: latents of the first tokens, which are kept; with `kept`, of all tokens. None for none.
+        kept: bool `[B, L]`, the tokens of `given` to keep; each other one is sampled given all tokens before it.
         guidance: see `Guidance`.
         temperature_scales: multiplies the standard deviations of the mixtures.
         temperature_probs: multiplies the log-weights of the mixtures.
@@ -331,6 +342,51 @@ def complete_images(
         return whole, _log_likelihood(model, text, *_encode(model, whole, keys), text_mask)
 
     return compile(finish)()
+
+
+@torch.no_grad()
+def inpaint_images(
+    model: JetFormer,
+    text: Tensor,
+    keys: Tensor,
+    images: Tensor,
+    mask: Tensor,
+    *,
+    text_mask: Tensor | None = None,
+    compile: Compile = lambda function: function,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Samples the pixels under a mask and keeps the others.
+
+    This is an approximation. A token is kept if all pixels of its patch are, and each other one is sampled given the
+    tokens before it, not those after it or the kept pixels of its own patch. The flow encodes whole images only, so the
+    tokens to keep are first those of `images` as they come, with whatever is under the mask. Then the sampled pixels
+    are put there, the image is encoded once more and the same noise draws the others again. This projection lets the
+    given pixels agree with what the tokens decode to.
+
+    Args:
+      images: uint8 `[B, H, W, C]`, with a first guess under the mask.
+      mask: bool `[B, H, W]`, the pixels to sample.
+      model, text, keys, text_mask, compile, kwargs: as in `sample_images`.
+
+    Returns:
+      Images uint8 `[B, H, W, C]` with the other pixels unchanged, and their log-likelihoods `[B]`, see
+      `decode_latents`.
+
+    Raises:
+      ValueError: as `sample_images`, and for tokens that are not patches.
+    """
+    size, columns = rows_per_token(model), model.image_shape[1] // model.patches.grid[1]
+    kept = ~rearrange(mask, "b (h p) (w q) -> b (h w) (p q)", p=size, q=columns).any(-1)
+    whole = images
+    for _ in range(2):
+        given = compile(lambda: encode_images(model, whole, keys))()  # noqa: B023 (called at once)
+        latents = sample_latents(
+            model, text, keys, text_mask=text_mask, given=given, kept=kept, compile=compile, **kwargs
+        )
+        paste = lambda: to_uint8(model.decode_image(*latents)[0]).where(mask[..., None], images)  # noqa: B023
+        whole = compile(paste)()
+    return whole, compile(lambda: _log_likelihood(model, text, *_encode(model, whole, keys), text_mask))()
 
 
 def rows_per_token(model: JetFormer) -> int:

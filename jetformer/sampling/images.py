@@ -3,12 +3,14 @@
 Dimensions: B batch, T text tokens.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor, nn
 
 from jetformer import class_names, objectives, prng
@@ -41,13 +43,42 @@ def class_requests(
     return requests
 
 
+def inpainting_request(request: Request, image: np.ndarray, mask: np.ndarray) -> Request:
+    """Returns a request to sample the pixels of an image under a mask.
+
+    Args:
+      request: what the image shows.
+      image: uint8 `[H, W, C]`.
+      mask: bool `[H, W]`, the pixels to sample. The others are kept.
+
+    Raises:
+      ValueError: for a mask of another shape, of no pixel, or of all of them.
+    """
+    if mask.shape != image.shape[:2]:
+        raise ValueError(f"the mask has shape {list(mask.shape)}: expected {list(image.shape[:2])}, as the image")
+    if not mask.any() or mask.all():
+        raise ValueError(f"the mask has {mask.sum()} of {mask.size} pixels to sample: expected some, and some to keep")
+    return dataclasses.replace(request, image=image, mask=mask)
+
+
+def fill(images: Tensor, masks: Tensor) -> Tensor:
+    """Returns images uint8 `[B, H, W, C]` with each pixel under masks bool `[B, H, W]` replaced by the nearest one that
+    is not."""
+    filled = images.cpu().numpy().copy()
+    for image, mask in zip(filled, masks.cpu().numpy(), strict=True):
+        nearest = ndimage.distance_transform_edt(mask, return_distances=False, return_indices=True)
+        image[:] = image[tuple(nearest)]
+    return torch.from_numpy(filled).to(images.device)
+
+
 def dtype_of(model: nn.Module) -> torch.dtype:
     """Returns the dtype of a model's parameters; the default one for a flow without parameters."""
     return next((p.dtype for p in model.parameters()), torch.get_default_dtype())
 
 
 class ImageSampler(Sampler):
-    """Samples images by a `JetFormer`, given classes or prompts; with `rows`, completes images.
+    """Samples images by a `JetFormer`, given classes or prompts; completes images with `rows`, and inpaints those of
+    requests that have a mask.
 
     Args:
       experiment: that trained the model.
@@ -55,7 +86,7 @@ class ImageSampler(Sampler):
       guidance: see `Guidance`.
       temperature: multiplies the standard deviations of the tokens' mixtures.
       temperature_probs: multiplies the log-weights of the tokens' mixtures.
-      rows: number of rows of pixels to keep of the images of requests; None: requests have no images.
+      rows: number of rows of pixels to keep of the images of requests; None: requests have no images, or a mask.
       compile: see `Loop.compile`.
 
     Raises:
@@ -100,10 +131,13 @@ class ImageSampler(Sampler):
         self, model: JetFormer, batch: dict[str, Tensor], keys: Tensor, on_token: Callable[[], None]
     ) -> list[dict[str, Any]]:
         options = {"text_mask": batch.get("text_mask"), "on_token": on_token, **self._options}
-        if self._rows is None:
-            sampled, nats = decode.sample_images(model, batch["text"], keys, **options)
-        else:
+        if self._rows is not None:
             sampled, nats = decode.complete_images(model, batch["text"], keys, batch["image"], self._rows, **options)
+        elif "mask" in batch:
+            guess = fill(batch["image"], batch["mask"])
+            sampled, nats = decode.inpaint_images(model, batch["text"], keys, guess, batch["mask"], **options)
+        else:
+            sampled, nats = decode.sample_images(model, batch["text"], keys, **options)
         return _described(sampled, nats)
 
 

@@ -28,7 +28,8 @@ class Request:
       label: the class, prompt or image path, for people.
       text: int `[T]`, tokens of the prompt, or the class as one token; None for none.
       text_mask: bool `[T]`, valid tokens of `text`; None: all.
-      image: uint8 `[H, W, C]`, the image to caption or complete; None for none.
+      image: uint8 `[H, W, C]`, the image to caption, complete or inpaint; None for none.
+      mask: bool `[H, W]`, the pixels of the image to sample; None for none. See `images.inpainting_request`.
       seed: the sample depends on it and on what is given, not on the rest of its batch.
     """
 
@@ -36,6 +37,7 @@ class Request:
     text: np.ndarray | None = None
     text_mask: np.ndarray | None = None
     image: np.ndarray | None = None
+    mask: np.ndarray | None = None
     seed: int = 0
 
 
@@ -63,7 +65,7 @@ class Sampler(abc.ABC):
 
         Args:
           model: in evaluation mode.
-          batch: `text`, `text_mask` and `image` of the requests, without those that are None.
+          batch: `text`, `text_mask`, `image` and `mask` of the requests, without those that are None.
           keys: int32 `[B, 2]`, made from the requests' seeds.
           on_token: called after each token of the batch.
 
@@ -120,7 +122,7 @@ def draw(
 
 def _stacked(requests: Sequence[Request], device: torch.device) -> dict[str, Tensor]:
     batch = {}
-    for name in ("text", "text_mask", "image"):
+    for name in ("text", "text_mask", "image", "mask"):
         arrays = [getattr(request, name) for request in requests]
         if arrays[0] is not None:
             batch[name] = torch.from_numpy(np.stack(arrays)).to(device)

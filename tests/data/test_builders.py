@@ -21,7 +21,7 @@ NAMES = {
     "coco_captions": {"image", "captions"},
     "oxford_flowers102": {"image", "label"},
     "digits": {"image", "label"},
-    "photo_patches": {"image", "label"},
+    "photo_patches": {"image", "label", "photo"},
     "shapes": {"image", "captions"},
     "tinystories": {"text"},
 }

@@ -18,6 +18,7 @@ from jetformer.sampling.decode import (
     complete_images,
     decode_latents,
     encode_images,
+    inpaint_images,
     keep_top,
     right_align,
     sample_images,
@@ -230,6 +231,53 @@ def test_completed_images():
     for rows in (0, 1, 4):
         with pytest.raises(ValueError, match=f"{rows} rows: .*multiple of the patch size 2 "):
             complete_images(model, text, keys(0, 3), images, rows)
+
+
+@torch.no_grad()
+def test_inpainted_images():
+    """Pixels that are not under the mask are kept, and the likelihood is that of the whole image."""
+    model = small_model().eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (3, 4, 4, 3), generator=generator, dtype=torch.uint8)
+    mask = torch.zeros(3, 4, 4, dtype=torch.bool)
+    mask[0, 1:3, 1:3] = mask[1, :2, :] = mask[2, :, 3:] = True
+    text = torch.tensor([[1], [2], [3]])
+    painted, log_likelihoods = inpaint_images(model, text, keys(0, 3), images, mask)
+    assert torch.equal(painted[~mask], images[~mask])
+    assert ((painted != images).any(-1) & mask).flatten(1).any(1).all()
+    _, expected = decode_latents(model, text, encode_images(model, painted, keys(0, 3)))
+    torch.testing.assert_close(log_likelihoods, expected)
+    # None depends on the others, whose masks differ.
+    alone, _ = inpaint_images(model, text[1:2], keys(0, 3)[1:2], images[1:2], mask[1:2])
+    assert torch.equal(alone, painted[1:2])
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance("interp", 1.5), Guidance("density", 0.5)])
+@torch.no_grad()
+def test_inpainting_the_last_rows_completes_images(guidance):
+    """Without a flow, tokens are patches: what is under the mask has no effect on those to keep."""
+    model = small_model(flow=None, num_mixtures=3).eval()
+    images = torch.randint(0, 256, (3, 4, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    text, mask = torch.tensor([[1], [2], [3]]), torch.arange(4)[:, None].expand(3, 4, 4) >= 2
+    expected = complete_images(model, text, keys(0, 3), images, 2, guidance=guidance)
+    painted = inpaint_images(model, text, keys(0, 3), images, mask, guidance=guidance)
+    assert torch.equal(painted[0], expected[0])
+    torch.testing.assert_close(painted[1], expected[1])
+
+
+@torch.no_grad()
+def test_inpainted_tokens_follow_those_before_them():
+    """A patch is sampled given the patches before it, and has no effect on those."""
+    model = small_model(flow=None, num_mixtures=3).eval()
+    images = torch.randint(0, 256, (3, 4, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    text, mask = torch.tensor([[1], [2], [3]]), torch.zeros(3, 4, 4, dtype=torch.bool)
+    mask[:, :2, 2:] = True  # the second patch of four
+    painted, _ = inpaint_images(model, text, keys(0, 3), images, mask)
+    for row, same in ((0, False), (2, True)):  # of a patch before it, of one after it
+        changed = images.clone()
+        changed[:, row, :2] = 255 - changed[:, row, :2]
+        again, _ = inpaint_images(model, text, keys(0, 3), changed, mask)
+        assert torch.equal(again[mask], painted[mask]) == same
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
-"""`photo_patches`: 16×16 patches of scikit-learn's two photographs, for comparing density models on natural images.
+"""`photo_patches`: 16×16 patches of eight photographs, for comparing density models on natural images.
 
-No pixel is in two splits: training patches are from the left of a photograph, the others from strips further right, one
-patch width apart. So the other splits show other parts of the same two scenes.
+Splits are of whole photographs, so validation and test show scenes that training does not.
 """
 
 import itertools
@@ -9,44 +8,81 @@ import itertools
 import tensorflow_datasets as tfds
 
 SIZE = 16
-# First and last column of each split, and the stride of patches: training patches overlap.
-SPLITS = {"train": (0, 448, 4), "validation": (464, 544, 8), "test": (560, 640, 8)}
+# The photographs of each split, and the stride of their patches. Strides give the photographs of training, which differ
+# in size, similar numbers of patches.
+SPLITS = {
+    "train": {"astronaut": 5, "cat": 4, "hubble": 10, "motorcycle": 6},
+    "validation": {"coffee": 16, "flower": 16},
+    "test": {"china": 16, "rocket": 16},
+}
+PHOTOS = tuple(itertools.chain.from_iterable(SPLITS.values()))
 
 
 class PhotoPatches(tfds.core.GeneratorBasedBuilder):
-    """`photo_patches`: image uint8 [16, 16, 3] (PNG), label china or flower; train / validation / test.
+    """`photo_patches`: image uint8 [16, 16, 3] (PNG), label of the one class photograph, photo (its name).
 
-    Comes with scikit-learn, without a download.
+    The photographs come with scikit-learn and scikit-image, without a download.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Initial release."}  # noqa: RUF012 (TFDS requires it)
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {  # noqa: RUF012 (TFDS requires it)
+        "2.0.0": "Eight photographs instead of two, and splits of whole photographs instead of their parts.",
+        "1.0.0": "Initial release.",
+    }
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
             description=(
-                "16x16 patches of the two photographs of 427x640 pixels that scikit-learn ships, china.jpg and "
-                "flower.jpg. Splits of 22,454 / 936 / 936 patches, of columns 0..447, 464..543 and 560..639: every "
-                "4th row and column begins a patch of train, every 8th one of validation and test."
+                "16x16 patches of photographs that scikit-learn (china, flower) and scikit-image (the others) ship. "
+                "train: 36,163 patches of astronaut, cat, hubble and motorcycle, which overlap; validation: 1,965 of "
+                "coffee and flower; test: 2,080 of china and rocket."
             ),
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(names=("china", "flower")),
+                    # Of a photograph that training does not show a model could not know the name.
+                    "label": tfds.features.ClassLabel(names=("photograph",)),
+                    "photo": tfds.features.ClassLabel(names=PHOTOS),
                 }
             ),
             supervised_keys=("image", "label"),
-            homepage="https://scikit-learn.org/stable/modules/generated/sklearn.datasets.load_sample_images.html",
+            homepage="https://scikit-image.org/docs/stable/api/skimage.data.html",
         )
 
     def _split_generators(self, dl_manager):
-        from sklearn.datasets import load_sample_images  # slow, and needed to prepare only
+        photos = load_photos()
+        return {name: self._generate_examples(photos, strides) for name, strides in SPLITS.items()}
 
-        photos = load_sample_images().images
-        return {name: self._generate_examples(photos, *columns) for name, columns in SPLITS.items()}
+    def _generate_examples(self, photos, strides):
+        for name, stride in strides.items():
+            photo = photos[name]
+            for y, x in itertools.product(*(range(0, size - SIZE + 1, stride) for size in photo.shape[:2])):
+                patch = photo[y : y + SIZE, x : x + SIZE]
+                yield f"{name}-{y}-{x}", {"image": patch, "label": 0, "photo": name}
 
-    def _generate_examples(self, photos, left, right, stride):
-        for label, photo in enumerate(photos):
-            rows, columns = range(0, len(photo) - SIZE + 1, stride), range(left, right - SIZE + 1, stride)
-            for y, x in itertools.product(rows, columns):
-                yield f"{label}-{y}-{x}", {"image": photo[y : y + SIZE, x : x + SIZE], "label": label}
+
+def load_photos():
+    """Returns the photographs by name, uint8 `[H, W, 3]`.
+
+    Raises:
+      ValueError: if scikit-image is not installed.
+    """
+    from sklearn.datasets import load_sample_images  # slow, and needed to prepare only
+
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise ValueError(
+            f"preparing photo_patches needs the package scikit-image ({error}): pip install -e '.[photos]'"
+        ) from error
+    china, flower = load_sample_images().images
+    return {
+        "astronaut": data.astronaut(),
+        "cat": data.cat(),
+        "china": china,
+        "coffee": data.coffee(),
+        "flower": flower,
+        "hubble": data.hubble_deep_field(),
+        "motorcycle": data.stereo_motorcycle()[0],
+        "rocket": data.rocket(),
+    }
