@@ -24,7 +24,7 @@ from jetformer.experiment import Experiment
 from jetformer.runtime import Runtime
 from jetformer.state import load, restore
 from jetformer.trainer import train
-from runs import bindings, results, start
+from runs import bindings, results, run, start
 from test_convert import (
     JET_BINDINGS,
     JETFORMER_PT,
@@ -310,6 +310,27 @@ def test_a_run_to_the_hub_and_back(tmp_path, shapes_dir):
     metrics = {metric["name"]: metric["value"] for metric in header["model-index"][0]["results"][0]["metrics"]}
     assert metrics["val/bits_per_dim"] == results(tmp_path / "run", "val")[-1]["val/bits_per_dim"]
     assert (header["license"], header["pipeline_tag"]) == ("mit", "text-to-image")
+
+
+def test_links_to_private_files_are_not_copied(tmp_path, data_dir):
+    """A workdir or a directory from elsewhere may hold links, whose targets must not get into what is shared."""
+    run(tmp_path / "run", data_dir, train__total_steps=1, train__evaluators="{}")
+    private = tmp_path / "private"
+    private.write_text("my secret\n")
+    code, log = convert("--to=safetensors", f"--workdir={tmp_path}/run", f"--out={tmp_path}/shared")
+    assert code == 0, log
+    for source, to in (("run", ["--to=safetensors", "--workdir"]), ("shared", ["--from=safetensors", "--path"])):
+        for name in ("tokenizer.model", "classes.json"):
+            directory = tmp_path / f"{source}_{name}"
+            shutil.copytree(tmp_path / source, directory)
+            (directory / name).unlink(missing_ok=True)
+            (directory / name).symlink_to(private)
+            out = tmp_path / f"{source}_{name}_out"
+            code, log = convert(to[0], f"{to[1]}={directory}", f"--out={out}")
+            assert code == 1
+            assert str(directory / name) in log.splitlines()[-1]
+            assert "my secret" not in log
+            assert not out.exists()
 
 
 def test_refusals(tmp_path, jet_file, jetformer):

@@ -630,9 +630,11 @@ def test_a_workdir_at_a_url(finished, tmp_path, data_dir):
 
 
 @pytest.mark.slow
-def test_a_workdir_of_an_unknown_kind():
-    process = start(command("nope://run", []))
+@pytest.mark.parametrize(("workdir", "named"), [("nope://run", "nope"), ("/proc/run", "/proc/run")])
+def test_a_workdir_that_cannot_be_written(workdir, named):
+    """A URL of an unknown kind, and a file system that creates no files."""
+    process = start(command(workdir, []))
     _, log = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "Traceback" not in log
-    assert "nope" in log.splitlines()[-1]
+    assert named in log.splitlines()[-1]

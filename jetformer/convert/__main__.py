@@ -197,8 +197,10 @@ def to_safetensors(machine: runtime.Runtime) -> None:
         workdir, FLAGS.gin_file, FLAGS.gin_bindings, machine, FLAGS.step, FLAGS.trust_imports, FLAGS.verify
     )
     tensors = {name: {k: v.detach() for k, v in part.items()} for name, part in state.tensors().items()}
-    names = (config.CONFIG_FILE, run_files.TOKENIZER_FILE, class_names.CLASSES_FILE)
+    names = (config.CONFIG_FILE, class_names.CLASSES_FILE)
     files = {name: (workdir / name).read_bytes() for name in names if (workdir / name).exists()}
+    if (tokenizer := sharing.tokenizer_of(workdir)) is not None:
+        files[run_files.TOKENIZER_FILE] = tokenizer
     card = sharing.card(
         state.model,
         name=(FLAGS.push_to or workdir.name).rpartition("/")[2],

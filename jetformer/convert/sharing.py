@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+import sentencepiece
 import yaml
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -77,15 +78,33 @@ def read(directory: UPath) -> Weights:
             raise ValueError(f"{directory} has no {name}: expected a directory that --to=safetensors wrote")
     tensors, notes = load_safetensors(str(directory / MODEL_FILE))
     ema = load_safetensors(str(directory / EMA_FILE))[0] if (directory / EMA_FILE).exists() else None
-    step, tokenizer = notes.get("step", ""), directory / TOKENIZER_FILE
+    step = notes.get("step", "")
     return Weights(
         tensors,
         gin=(directory / config.CONFIG_FILE).read_text(),
         ema=ema,
         step=int(step) if step.isdecimal() else None,
-        tokenizer=tokenizer.read_bytes() if tokenizer.exists() else None,
+        tokenizer=tokenizer_of(directory),
         class_names=class_names.saved(directory),
     )
+
+
+def tokenizer_of(directory: UPath) -> bytes | None:
+    """Returns the tokenizer of a run; None if it has none.
+
+    Raises:
+      ValueError: if the file is something else. It may be a link to a private file, which must not be copied or
+        uploaded.
+    """
+    file = directory / TOKENIZER_FILE
+    if not file.exists():
+        return None
+    content = file.read_bytes()
+    try:
+        sentencepiece.SentencePieceProcessor(model_proto=content)
+    except RuntimeError:
+        raise ValueError(f"{file} is not a tokenizer of SentencePiece: replace it by that of the run") from None
+    return content
 
 
 def table(model: nn.Module, weights: Weights) -> tuple[Table, set[str]]:
