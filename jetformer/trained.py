@@ -91,7 +91,7 @@ class Trained:
 
     @property
     def tokenizer(self) -> "Tokenizer | None":
-        """The tokenizer of a model of texts, else None. Imports TensorFlow."""
+        """The tokenizer of a model of texts, else None."""
         return self._texts.tokenizer if self.experiment.data.has_texts() else None
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Trained":
@@ -309,7 +309,7 @@ class Trained:
         batch_size: int = 32,
         progress: bool = False,
     ) -> list[str]:
-        """Samples captions of images by a JetFormer of images and texts. Imports TensorFlow.
+        """Samples captions of images by a JetFormer of images and texts.
 
         Args:
           images: uint8 `[N, H, W, C]`.

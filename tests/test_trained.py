@@ -345,11 +345,14 @@ def test_training_leaves_no_trace(data_dir, tmp_path):
 
 
 def test_sampling_imports_no_tensorflow(runs):
-    code = f"""import sys, jetformer
+    code = f"""import sys, jetformer, numpy
 assert "torch" not in sys.modules
 model = jetformer.load({str(runs["digits"])!r}, device="cpu")
 model.decode(model.encode(model.sample([3, 7])))
 model.bits_per_dim(model.sample([3, 7]), [3, 7])
+model = jetformer.load({str(runs["shapes"])!r}, device="cpu")
+assert model.tokenizer.decode(model.tokenizer.encode("a red circle")) == "a red circle"
+model.caption(model.decode(model.encode(numpy.zeros((1, 32, 32, 3), numpy.uint8))))
 assert "tensorflow" not in sys.modules
 """
     process = start([sys.executable, "-c", code], fresh=True)

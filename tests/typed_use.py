@@ -24,6 +24,7 @@ def tensors_in_and_out(pixels: torch.Tensor) -> None:
     assert_type(model.encode(pixels), torch.Tensor)
     assert_type(model.bits_per_dim(pixels, classes=torch.tensor([3])), torch.Tensor)
     assert_type(model.complete(pixels, rows=4, classes=3), torch.Tensor)
+    assert_type(model.inpaint(pixels, pixels > 0, classes=3), torch.Tensor)
     jetformer.train("experiments/digits.gin", ["TOTAL_STEPS = 2"], "/tmp/digits")
 
 

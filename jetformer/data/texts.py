@@ -1,12 +1,12 @@
 """Texts of users: tokenizes prompts as the experiment's preprocessing string tokenizes the dataset's texts."""
 
 import ast
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import tensorflow as tf
 
-from jetformer.data import pp_string, preprocess, tokenizer
+from jetformer.data import pp_string, tokenizer
 
 # The ops that process a text; the others choose the text, or process the image.
 _OPS = ("lower", "setdefault", "masked_concat", "tolen", *pp_string.TOKENIZING)
@@ -41,7 +41,7 @@ class Texts:
         first = next(call for call in ops if pp_string.name_of(call) in ("lower", *pp_string.TOKENIZING))
         keys = [pp_string.argument(first, name, len(_OPS)) for name in ("inkey", "key")]
         self._key = next((key.value for key in keys if key is not None), "text")
-        self._encode = preprocess.parse(" | ".join(ast.unparse(call) for call in ops))
+        self._pp = " | ".join(ast.unparse(call) for call in ops)
         self._lowers = any(pp_string.name_of(call) == "lower" for call in ops)
         self.length = pp_string.text_length_of(pp)
 
@@ -62,8 +62,18 @@ class Texts:
         ended = (encoded["text"] == self.tokenizer.eos_id).cumsum(1) > 0
         return encoded | {"text_mask": encoded["text_mask"] & ~ended}
 
+    @functools.cached_property
+    def _encode(self) -> Callable[[str], dict]:
+        # TensorFlow takes seconds to import, and captions of images do without.
+        import tensorflow as tf
+
+        from jetformer.data import preprocess
+
+        encode = preprocess.parse(self._pp)
+        return lambda text: encode({self._key: tf.constant(text)})
+
     def _examples(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        examples = [self._encode({self._key: tf.constant(text)}) for text in texts]
+        examples = [self._encode(text) for text in texts]
         tokens = np.stack([example["text"] for example in examples])
         # Without a mask, all tokens are valid.
         masks = np.stack([example.get("text_mask", np.ones(tokens.shape[1:], bool)) for example in examples])
