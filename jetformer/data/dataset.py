@@ -82,7 +82,8 @@ class Data(_Dataset):
 
     Attributes:
       name: a TFDS dataset, e.g. `cifar10` or `imagenet_resized/64x64`; `folder:/path` for a folder of images
-        `train/class/*`, see `data.folder`; or `huggingface:owner/name`, see `data.huggingface`.
+        `train/class/*`, see `data.folder`; `huggingface:owner/name`, see `data.huggingface`; or
+        `webdataset:/path/{000..099}.tar`, see `data.webdataset`.
       pp: preprocessing string of training, see `jetformer.data.preprocess`.
       pp_eval: that of evaluation; None is `pp`.
       train_split: TFDS split to train on.

@@ -22,7 +22,7 @@ from tensorflow_datasets.core.download import downloader
 from tensorflow_datasets.core.utils import tqdm_utils
 
 import jetformer.data.builders  # noqa: F401 (registers the package's own datasets with TFDS)
-from jetformer.data import huggingface, preprocess
+from jetformer.data import huggingface, preprocess, webdataset
 from jetformer.data.folder import Folder
 from jetformer.errors import one_line
 from jetformer.storage import arrays_to_bytes, read_arrays, write_beside_data
@@ -480,7 +480,7 @@ def open_source(name: str, data_dir: str | None = None) -> Source:
     """Opens a prepared dataset; a process opens it once, until it is prepared again.
 
     Args:
-      name: a TFDS dataset, `huggingface:owner/name` or `folder:/path`.
+      name: a TFDS dataset, `huggingface:owner/name`, `folder:/path` or `webdataset:/path/{000..099}.tar`.
       data_dir: where TFDS keeps its data; None is its default.
 
     Raises:
@@ -498,15 +498,17 @@ def builder(name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     Raises:
       ValueError: there is no such dataset.
     """
-    if name.startswith(huggingface.PREFIX):
-        return huggingface.builder(name, data_dir)
+    for module in (huggingface, webdataset):
+        if name.startswith(module.PREFIX):
+            return module.builder(name, data_dir)
     try:
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as e:
         raise ValueError(
             f"there is no dataset {name!r}: use a name of TFDS, such as digits, mnist, imagenet_resized/64x64 or "
-            "imagenet2012:5.1.0; huggingface:owner/name; or folder:/path for images in train/class/*. For a dataset of "
-            "your own, add a TFDS builder to jetformer.data.builders, or put the prepared dataset into data_dir"
+            "imagenet2012:5.1.0; huggingface:owner/name; folder:/path for images in train/class/*; or "
+            "webdataset:/path/{000..099}.tar. For a dataset of your own, add a TFDS builder to "
+            "jetformer.data.builders, or put the prepared dataset into data_dir"
         ) from e
     # A name that does not parse, a config or a version that does not exist.
     except (ValueError, AssertionError) as e:
