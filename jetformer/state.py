@@ -97,7 +97,7 @@ def build(experiment: Experiment, loop: Loop, initialize: Callable[[nn.Module], 
     """
     model = build_model(experiment)
     initialize(model)
-    state = _place(experiment, loop, model)
+    state = _place(experiment, loop, model, experiment.compile)
     state.optimizer = experiment.optimizer(model)
     loop.place_state(x for values in state.optimizer.state.values() for x in values.values())
     return state
@@ -105,7 +105,8 @@ def build(experiment: Experiment, loop: Loop, initialize: Callable[[nn.Module], 
 
 def build_to_load(experiment: Experiment, loop: Loop, fill: Callable[[nn.Module], None] = lambda model: None) -> State:
     """Returns a state without optimizer, whose weights a checkpoint or `fill` is to set: they are not initialized, so
-    what initializes them (a file of a PCA) need not be on this machine.
+    what initializes them (a file of a PCA) need not be on this machine; nor a compiler, for `train.compile` is of
+    training.
 
     Args:
       experiment, loop: as in `build`.
@@ -113,13 +114,13 @@ def build_to_load(experiment: Experiment, loop: Loop, fill: Callable[[nn.Module]
     """
     model = experiment.check_model().to_empty(device="cpu")
     fill(model)
-    return _place(experiment, loop, model)
+    return _place(experiment, loop, model, None)
 
 
-def _place(experiment: Experiment, loop: Loop, model: nn.Module) -> State:
+def _place(experiment: Experiment, loop: Loop, model: nn.Module, compile: str | None) -> State:
     """Moves a model from the CPU to the devices; returns the state without optimizer."""
     remat.set_policy(model, experiment.activation_checkpointing)
-    state = State(loop, loop.place(model, experiment.compile), optimizer=None, ema=None)
+    state = State(loop, loop.place(model, compile), optimizer=None, ema=None)
     if experiment.ema_decay:
         state.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
         loop.place_state(state.ema.values())

@@ -361,6 +361,15 @@ assert "tensorflow" not in sys.modules
     assert out == ""
 
 
+def test_sampling_needs_no_compiler(runs, models, monkeypatch, tmp_path, data_dir):
+    monkeypatch.setenv("PATH", "")
+    compiled = ["train.compile = 'blocks'"]
+    model = jetformer.load(runs["digits"], device="cpu", gin_bindings=compiled)
+    np.testing.assert_array_equal(model.sample([3]), models["digits"].sample([3]))
+    with pytest.raises(ValueError, match=r"train\.compile .*C\+\+"):
+        jetformer.train("experiments/digits.gin", bindings(data_dir, train__compile="'blocks'"), tmp_path, device="cpu")
+
+
 @pytest.mark.parametrize("name", ["main", "evaluate", "sample"])
 def test_help_imports_no_torch(name):
     code = f"""import runpy, sys
