@@ -28,14 +28,12 @@ def main() -> None:
         raise ValueError("give one of --workdir and --compare")
     workdirs = [FLAGS.workdir]
     if FLAGS.compare is not None:
-        if FLAGS.out is None:
-            raise ValueError("--compare needs an --out, the page to write")
         matches = (read.find_runs(item) if glob.has_magic(item) else [item] for item in FLAGS.compare)
         workdirs = list(itertools.chain.from_iterable(matches))
         if len(workdirs) < 2 and workdirs == FLAGS.compare:  # a pattern may match one
-            raise ValueError(
-                f"--compare: expected two runs or more, as DIR1,DIR2 or 'DIR/*', not {', '.join(workdirs)}"
-            )
+            raise ValueError("--compare: give two workdirs or more, as DIR1,DIR2 or 'DIR/*'")
+        if FLAGS.out is None:
+            raise ValueError("--compare needs an --out, the page to write")
     logging.info("Open %s", page.write(workdirs, FLAGS.out, FLAGS.metrics))
 
 
