@@ -591,7 +591,7 @@ def test_a_browser_draws_it(tmp_path, compare):
     probe = """<script>
     document.getElementById("log").click();
     const press = (target, key) => target.dispatchEvent(new KeyboardEvent("keydown", {key}));
-    Promise.all([...document.images].map(image => image.decode())).then(() => requestAnimationFrame(() => {
+    Promise.all([...document.images].map(image => image.decode())).then(() => {
       const all = selector => [...document.querySelectorAll(selector)], body = document.body.dataset;
       body.images = [...document.images].filter(image => image.naturalWidth == 8).length;
       body.wide = all(".plot svg").every(svg => svg.clientWidth > 300 && svg.querySelectorAll("text.y").length > 1);
@@ -608,7 +608,7 @@ def test_a_browser_draws_it(tmp_path, compare):
         body.shown = all(".strip figure").filter(figure => !figure.hidden).map(figure => figure.textContent.trim());
         body.slider = slider.ariaValueText;
       }
-    }));</script></body>"""
+    });</script></body>"""
     file.write_text(text.replace("</body>", probe), encoding="utf-8")
     document, complaints = browse(file)
     assert not complaints
