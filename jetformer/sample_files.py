@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import pathlib
 
+import numpy as np
 from absl import flags, logging
 from torch import nn
 from upath import UPath
@@ -149,6 +150,14 @@ def identity(request: Request) -> dict[str, str]:
     return {} if request.image is None else {"image_sha256": hashlib.sha256(request.image.tobytes()).hexdigest()}
 
 
+def _sampled_pixels(request: Request, rows: int | None) -> np.ndarray:
+    """Returns the pixels bool `[H, W]` that are sampled: the request's mask, or all below the first rows."""
+    if rows is None:
+        return request.mask
+    height, width = request.image.shape[:2]
+    return np.repeat(np.arange(height)[:, None] >= rows, width, axis=1)
+
+
 def sample() -> None:
     """Draws the samples that the flags ask for and that --out lacks; process 0 writes them.
 
@@ -184,7 +193,8 @@ def sample() -> None:
 
     def open_gallery() -> list[int]:
         nonlocal gallery
-        gallery = Gallery(out, settings, key="prompt" if FLAGS.images is None else "image")
+        sampled = _sampled_pixels(requests[0], settings.get("rows")) if task in _EDITING and requests else None
+        gallery = Gallery(out, settings, key="prompt" if FLAGS.images is None else "image", sampled=sampled)
         has = lambda request: gallery.has(request.label, request.seed, **identity(request))
         return [i for i, request in enumerate(wanted) if not has(request)]
 
@@ -195,7 +205,8 @@ def sample() -> None:
         for samples in draw(sampler, lacking, found.state, machine, batch_size=FLAGS.batch_size, progress=True):
             if gallery is not None:
                 for request, drawn in samples:
-                    gallery.add(request.label, request.seed, **identity(request), **drawn)
+                    original = request.image if task in _EDITING else None
+                    gallery.add(request.label, request.seed, original=original, **identity(request), **drawn)
     if gallery is not None and gallery.records:
         gallery.finish()
         logging.info("%d samples in %s: open %s", len(gallery.records), out, out / PAGE_FILE)

@@ -32,7 +32,6 @@ MODULES = (
     "tensorflow_datasets",
     "clu.metric_writers",
     "pydantic",
-    "plotly.graph_objects",
     "sklearn.cluster",
     "sklearn.linear_model",
 )

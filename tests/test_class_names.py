@@ -145,7 +145,7 @@ def test_the_programs(workdir, tmp_path):
             ("cat", "images/cat_0000.png"),
             ("emu", "images/emu_0000.png"),
         ]
-        assert 'alt="cat"' in (out / "index.html").read_text()
+        assert 'alt="cat, seed 0"' in (out / "index.html").read_text()
         code, log = program("sample", *flags, "--classes=bat")
         assert code == 1
         assert "error: there is no class 'bat': the model has 2, such as cat" in log

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -145,6 +146,9 @@ class Parsed(html.parser.HTMLParser):
     def figures(self):
         return json.loads(next(script for script in self.scripts if script.startswith("[")))
 
+    def plots(self):
+        return [attributes for _, attributes in self.tags if attributes.get("class") == "plot"]
+
     def images(self):
         return [attributes for tag, attributes in self.tags if tag == "img"]
 
@@ -172,7 +176,7 @@ def test_a_page_shows_what_the_workdir_holds(tmp_path):
     ]
     assert ["decoder.blocks.0.norm", "96 × 3", "float32", "288"] in shown.rows("parameters")
     assert "1,288 in 2 arrays" in shown.text
-    newest, oldest = shown.images()
+    oldest, newest = shown.images()
     assert (newest["alt"], oldest["alt"]) == ("samples/grid, step 400", "samples/grid, step 200")
     data = (workdir / "eval_samples" / "grid" / "000000400.png").read_bytes()
     assert base64.b64decode(newest["src"].removeprefix("data:image/png;base64,")) == data
@@ -180,20 +184,21 @@ def test_a_page_shows_what_the_workdir_holds(tmp_path):
 
 
 def test_curves_of_a_quantity_share_a_chart(tmp_path):
-    figures = parsed(make_run(tmp_path / "digits")).figures()
-    names = [[trace["name"] for trace in figure["data"]] for figure in figures]
+    shown = parsed(make_run(tmp_path / "digits"))
+    figures = shown.figures()
+    names = [[line["name"] for line in figure["lines"]] for figure in figures]
     assert names == [["train", "val", "val_ema"], ["train"], ["run"], ["run"], ["run"]]
-    train, val, _ = figures[0]["data"]
+    train, val, _ = figures[0]["lines"]
     assert (train["x"][0], train["y"][0]) == (10, 44)
     assert (val["x"], val["y"]) == ([200, 400, 600], [6.4321, 5.4321, 5.9321])
-    assert figures[0]["layout"]["yaxis"]["title"]["text"] == "bits per dim"
-    assert len({trace["line"]["color"] for trace in figures[0]["data"]}) == 3
+    assert len({line["colour"] for line in figures[0]["lines"]}) == 3
+    assert "bits_per_dim bits per dim" in shown.text
 
 
 def test_metrics_can_be_selected(tmp_path):
     workdir = make_run(tmp_path / "digits")
     (figure,) = parsed(workdir, ["val/bits_per_dim"]).figures()
-    assert [trace["name"] for trace in figure["data"]] == ["val"]
+    assert [line["name"] for line in figure["lines"]] == ["val"]
     tags = "examples_per_sec, learning_rate, train/bits_per_dim, train/loss, uptime, val/bits_per_dim"
     with pytest.raises(ValueError, match=f"--metrics.*'val/bpd'.*{tags}"):
         parsed(workdir, ["train/loss", "val/bpd"])
@@ -218,11 +223,9 @@ def test_a_page_loads_nothing_and_escapes_text(tmp_path):
         for _, attributes in shown.tags:
             assert attributes.get("src", "data:image/png;base64,").startswith("data:image/png;base64,")
             assert not {"href", "srcset", "onload", "onclick", "onerror"} & set(attributes)
-        assert text.count("plotly.js v") == 1
         policies = [a["content"] for _, a in shown.tags if a.get("http-equiv") == "Content-Security-Policy"]
         assert [policy.partition(";")[0] for policy in policies] == ["default-src 'none'"]
-        assert [name for figure in shown.figures() for name in (trace["name"] for trace in figure["data"])]
-        assert "<" not in "".join(trace["name"] for figure in shown.figures() for trace in figure["data"])
+        assert [line["name"] for figure in shown.figures() for line in figure["lines"]]
 
 
 def test_the_values_written_last_by_a_resumed_run_count(tmp_path):
@@ -352,6 +355,9 @@ def test_errors_name_the_workdir_or_file(tmp_path):
     (tmp_path / "config.gin").write_text("")
     with pytest.raises(ValueError, match=f"^{tmp_path} .*train.log_steps"):
         page.write([str(tmp_path)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=f"^{tmp_path}/empty/.*config.gin"):
+        read.find_runs(f"{tmp_path}/empty/*")
     workdir = make_run(tmp_path / "run")
     with pytest.raises(ValueError, match=f"^--compare: {workdir} .*twice"):
         page.write([str(workdir), f"{workdir}/"], str(tmp_path / "out.html"))
@@ -381,38 +387,34 @@ def test_downsampling_keeps_ends_and_extremes(values, limit):
 def test_a_long_curve_is_downsampled_with_a_note(tmp_path):
     values = {step: math.sin(step / 100) for step in range(1, 100_001)}
     values |= {54_321: 99.0, 65_432: math.inf}
-    figure = charts.figure("", [charts.Line("train", values, "#000")], 100_000)
-    trace, marks = figure["data"]
-    assert len(trace["x"]) <= charts.MAX_POINTS
-    assert trace["y"][trace["x"].index(54_321)] == 99
-    assert trace["y"][trace["x"].index(65_432)] is None
-    assert (marks["x"], marks["text"]) == ([65_432], ["inf"])
+    figure = charts.figure([charts.Line("train", values, "#000")], 100_000)
+    (line,) = figure["lines"]
+    assert len(line["x"]) <= charts.MAX_POINTS
+    assert line["y"][line["x"].index(54_321)] == 99
+    assert line["y"][line["x"].index(65_432)] == "inf"
     highest, drawn, not_finite = figure["notes"]
     for value, note in (
         ("99.000 (train, step 54,321)", highest),
-        (f"{len(trace['x']):,} of 100,000", drawn),
+        (f"{len(line['x']):,} of 100,000", drawn),
         ("1 of 100,000 values not finite (inf), first at step 65,432", not_finite),
     ):
         assert value in note
 
 
-def test_values_that_are_not_finite_are_marked(tmp_path):
-    """A single value between two of them is visible."""
+def test_values_that_are_not_finite_are_named(tmp_path):
     values = {1: 1.0, 2: math.nan, 3: 2.0, 4: -math.inf}
     workdir = make_run(tmp_path / "run", {"train/loss": values}, results=[{"step": 4, "val/loss": math.nan}])
     shown = parsed(workdir)
-    train, marks, val, val_marks = shown.figures()[0]["data"]
-    assert train["y"] == [1, None, 2, None]
-    assert train["mode"] == "lines+markers"
-    assert (marks["x"], marks["text"], val_marks["text"]) == ([2, 4], ["NaN", "-inf"], ["NaN"])
-    assert val["y"] == [None]
+    train, val = shown.figures()[0]["lines"]
+    assert train["y"] == [1, "NaN", 2, "-inf"]
+    assert val["y"] == ["NaN"]
     assert "2 of 4 values not finite (-inf, NaN), first at step 2" in shown.text
     assert shown.rows("summary")[1] == ["val/loss", "NaN", "4", "", ""]
 
 
 def test_far_values_are_out_of_view_unless_they_are_last():
     curve = {step: 3 + step % 7 for step in range(1, 100)}
-    view = lambda far: charts.figure("", [charts.Line("a", curve | far, "#000")], 100)["view"]
+    view = lambda far: charts.figure([charts.Line("a", curve | far, "#000")], 100)["view"]
     assert view({}) is None
     assert view({50: 20.0}) is None  # not far enough to flatten the rest
     low, high = view({1: 1000.0})
@@ -435,9 +437,9 @@ def test_some_of_many_images_are_shown(tmp_path):
     assert "step 10,000: incomplete PNG" in shown.text
     steps = [int(image["alt"].split()[-1].replace(",", "")) for image in shown.images()]
     assert len(steps) == 39
-    assert steps == sorted(steps, reverse=True)
-    assert steps[-1] == 100
-    assert {a - b for a, b in itertools.pairwise(steps)} <= {200, 300}
+    assert steps == sorted(steps)
+    assert steps[0] == 100
+    assert {b - a for a, b in itertools.pairwise(steps)} <= {200, 300}
 
 
 @pytest.mark.parametrize(
@@ -474,10 +476,10 @@ def test_runs_side_by_side(tmp_path):
     assert ["fid/distance", "–", "9.5000 at 300"] in last
     assert ["train/loss", "101.00 at 400", "2.0000 at 2"] in last
     assert ["Parameters", "1,288", "–"] in shown.rows("runs")
-    titles = re.findall(r"<figcaption>(\S+)</figcaption>", page.comparison_page([read.read_run(a), read.read_run(b)]))
-    figures = dict(zip(titles, shown.figures(), strict=False))
-    assert [trace["name"] for trace in figures["train/loss"]["data"]] == ["a", "b"]
-    assert [trace["name"] for trace in figures["fid/distance"]["data"]] == ["b"]
+    titles = [plot["aria-label"].partition(":")[0] for plot in shown.plots()]
+    figures = dict(zip(titles, shown.figures(), strict=True))
+    assert [line["name"] for line in figures["train/loss"]["lines"]] == ["a", "b"]
+    assert [line["name"] for line in figures["fid/distance"]["lines"]] == ["b"]
     assert [image["alt"] for image in shown.images()] == [
         "samples/grid, a, step 400",
         "samples/grid, b, step 400",
@@ -521,10 +523,20 @@ def test_the_program(tmp_path):
     assert log.rstrip().endswith(f"Open {a}/report.html")
     assert len(parsed(a).figures()) == 5
     out = tmp_path / "new" / "page.html"
-    code, log = run_program(f"--compare={a},{b}", f"--out={out}", "--metrics=train/loss")
-    assert code == 0, log
-    (figure,) = Parsed(out.read_text()).figures()
-    assert [trace["name"] for trace in figure["data"]] == ["a", "b"]
+    (tmp_path / "c").mkdir()  # a run before its first step, which is left out
+    (tmp_path / "c" / "config.gin").write_text("")
+    for compared in (f"{a},{b}", f"{tmp_path}/*"):
+        code, log = run_program(f"--compare={compared}", f"--out={out}", "--metrics=train/loss")
+        assert code == 0, log
+        (figure,) = Parsed(out.read_text()).figures()
+        assert [line["name"] for line in figure["lines"]] == ["a", "b"]
+    assert f"{tmp_path}/c has no metrics" in log
+    table = [line.split() for line in log.splitlines() if line.startswith(("run ", "a ", "b "))]
+    assert table == [
+        ["run", "step", "val/bits_per_dim", "val_ema/bits_per_dim"],
+        ["a", "600", "5.9321", "5.2000"],
+        ["b", "600", "5.9321", "5.2000"],
+    ]
 
 
 @pytest.mark.slow
@@ -578,34 +590,89 @@ def test_a_browser_draws_it(tmp_path, compare):
     text = page.comparison_page(runs) if compare else page.run_page(runs[0])
     probe = """<script>
     document.getElementById("log").click();
+    const press = (target, key) => target.dispatchEvent(new KeyboardEvent("keydown", {key}));
     Promise.all([...document.images].map(image => image.decode())).then(() => {
-      document.body.dataset.images = [...document.images].filter(image => image.naturalWidth == 8).length;
-      document.body.dataset.axes = plots.map(plot => plot._fullLayout.yaxis.type).join();
-      document.body.dataset.sizes = plots.map(plot => plot.querySelector(".main-svg").clientWidth > 300).join();
-      // The parts of a chart that its toolbar covers.
-      document.body.dataset.covered = plots.map(plot => {
-        const toolbar = plot.querySelector(".modebar").getBoundingClientRect();
-        return [...plot.querySelectorAll(".legend, .nsewdrag, .xtitle")].filter(part => {
-          const box = part.getBoundingClientRect();
-          return box.bottom > toolbar.top && box.top < toolbar.bottom && box.right > toolbar.left;
-        }).map(part => part.classList).join("+");
-      }).join("");
-      document.body.dataset.tools = [...plots[0].querySelectorAll(".modebar-btn")].map(b => b.dataset.title).join();
+      const all = selector => [...document.querySelectorAll(selector)], body = document.body.dataset;
+      body.images = [...document.images].filter(image => image.naturalWidth == 8).length;
+      body.wide = all(".plot svg").every(svg => svg.clientWidth > 300 && svg.querySelectorAll("text.y").length > 1);
+      for (const name of ["line", "dots", "marks"]) body[name] = all(`.plot path.${name}`).length;
+      const plot = document.getElementById("plot-0");
+      body.last = plot.ariaValueText;
+      press(plot, "Home");
+      press(plot, "ArrowRight");
+      body.second = plot.ariaValueText;
+      const slider = document.querySelector("input[type=range]");
+      if (slider) {
+        slider.value = 0;
+        slider.dispatchEvent(new Event("input"));
+        body.shown = all(".strip figure").filter(figure => !figure.hidden).map(figure => figure.textContent.trim());
+        body.slider = slider.ariaValueText;
+      }
     });</script></body>"""
     file.write_text(text.replace("</body>", probe), encoding="utf-8")
     document, complaints = browse(file)
     assert not complaints
+    found = dict(re.findall(r' data-(\w+)="([^"]*)"', document[document.index("<body") :]))
     figures = Parsed(text).figures()
     assert len(figures) == (6 if compare else 4)
-    traces = sum(len(figure["data"]) for figure in figures)
-    assert len(re.findall(r'<g class="trace scatter ', document)) == traces
-    assert len(re.findall(r'class="js-line"', document)) >= 2 * (1 + compare)
-    found = dict(re.findall(r'data-(images|axes|sizes|covered|tools)="([^"]*)"', document))
-    assert found["covered"] == ""
-    assert found["tools"].lower() == "download plot as a png,zoom,pan,reset axes"  # nothing that uploads
+    finite = [[isinstance(value, float | int) for value in line["y"]] for f in figures for line in f["lines"]]
+    assert int(found["line"]) == sum(map(any, finite))
+    assert int(found["marks"]) == len(finite) - sum(map(all, finite))
+    assert int(found["dots"]) >= 2 * (1 + compare)
+    assert found["wide"] == "true"
     assert found["images"] == "2"
-    assert found["axes"].split(",") == ["log"] * len(figures)
-    assert found["sizes"].split(",") == ["true"] * len(figures)
+    shown = ["a", "b"] if compare else ["train", "val", "val_ema"]
+    assert re.fullmatch("step [0-9,]+: " + ", ".join(f"{name} \\S+" for name in shown), found["last"])
+    assert found["second"].startswith("step 2: ")
+    if not compare:
+        assert found["shown"] == found["slider"] == "step 200"
+
+
+def test_the_first_charts():
+    """Likelihood, the use of the mixture and of the flow's cap come before all others."""
+    tags = [f"{group}/{name}" for group in ("train", "val") for name in ("bits_per_dim", "a", "flow_expansion_used")]
+    tags += ["learning_rate", "val/effective_components"]
+    run = read.Run("r", UPath("r"), {}, {}, {tag: {1: 0.5} for tag in tags}, {}, {}, [])
+    first = ["bits_per_dim", "effective_components", "flow_expansion_used"]
+    assert [name for _, name in charts.run_charts(run, tags)][:4] == [*first, "a"]
+    compared = [tag.partition("/")[2] for _, tag in charts.comparison_charts([run, run], tags)]
+    assert list(dict.fromkeys(compared))[:3] == first
+
+
+def test_a_page_says_in_words_what_it_shows(tmp_path):
+    """Charts and pictures have a text, and the keyboard reaches charts, tables, and all that scrolls."""
+    text = page.run_page(read.read_run(make_run(tmp_path / "digits")))
+    shown = Parsed(text)
+    assert all(image["alt"] for image in shown.images())
+    plots = shown.plots()
+    assert plots[0]["aria-label"].startswith("bits_per_dim: train 44.000 at step 10 to 5.0000 at step 400; val 6.4321 ")
+    scrolling = [a for tag, a in shown.tags if a.get("class") == "scroll" or tag == "pre"]
+    assert all(a["tabindex"] == "0" and a["aria-label"] for a in plots + scrolling)
+    assert ("html", {"lang": "en"}) in shown.tags
+    assert any(a.get("name") == "viewport" and "width=device-width" in a["content"] for _, a in shown.tags)
+    assert len(text) < 200_000
+
+
+@pytest.mark.parametrize("style", ["report/style.css", "sampling/gallery.css"])
+def test_colours_have_contrast_in_light_and_dark(style):
+    """4.5 for text and 3 for lines, as the WCAG ask for."""
+
+    def luminance(colour):
+        digits = "".join(2 * x for x in colour) if len(colour) == 3 else colour
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return linear[0] * 0.2126 + linear[1] * 0.7152 + linear[2] * 0.0722
+
+    text = (pathlib.Path(read.__file__).parent.parent / style).read_text()
+    light, dark = (dict(re.findall(r"--(\w+): #(\w+)", rule)) for rule in re.findall(":root {([^}]*)}", text))
+    assert light.keys() == dark.keys()
+    for colours in (light, dark):
+        for name, colour in colours.items():
+            low, high = sorted([luminance(colour), luminance(colours["background"])])
+            least = (
+                4.5 if name in ("text", "muted", "link") else 3 if name not in ("background", "raised", "line") else 1
+            )
+            assert (high + 0.05) / (low + 0.05) >= least, name
 
 
 def test_parts_of_a_metric_are_lines_of_one_chart():
@@ -619,7 +686,7 @@ def test_parts_of_a_metric_are_lines_of_one_chart():
     names = {key: [line.name for line in lines] for key, lines in drawn.items()}
     assert names["probe", "accuracy_5_shot"] == ["layer_0", "layer_2", "layer_10"]
     assert names["shown", "images"] == ["all", "colour"]
-    assert names["val", "bits_per_dim"] == ["val"]
+    assert names["overview", "bits_per_dim"] == ["val"]
     lines = {"probe/accuracy_10_shot": {1: 0.5}, "probe/accuracy_5_shot": {1: 0.25}}
     whole = read.Run("r", UPath("r"), {}, {}, lines, {}, {}, [])
     assert list(charts.run_charts(whole, list(lines))) == [

@@ -210,6 +210,9 @@ def test_completion_of_images(captioned, tmp_path):
     code, log, records = sample(tmp_path / "out", *flags, "--num_images=2", "--rows=16")
     assert code == 0, log
     assert [(r["image"], r["prompt"], r["rows"]) for r in records] == [(str(path), PROMPT, 16)] * 2
+    (original,) = {record["original"] for record in records}
+    assert np.array_equal(picture(tmp_path / "out", {"file": original}), given)
+    assert (tmp_path / "out" / "index.html").read_text().count('href="#border"') == 3
     a, b = (picture(tmp_path / "out", record) for record in records)
     assert np.array_equal(a[:16], given[:16])
     assert np.array_equal(b[:16], given[:16])

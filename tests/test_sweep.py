@@ -42,7 +42,9 @@ class Sweep:
         self.path = path
         (path / "launcher.py").write_text(LAUNCHER)
         launcher = f"{sys.executable} {path / 'launcher.py'}"
+        programs = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
         self.environ = {**os.environ, "LAUNCHER": launcher, "WORKDIR": str(path / "runs"), "GIN_FILE": BASE}
+        self.environ["PATH"] = programs  # `python` is this one
 
     def start(self, *args, **environ):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -175,7 +177,7 @@ def test_mistakes_are_found_before_anything_runs(sweep, args, environ, message):
 
 @pytest.mark.slow
 def test_with_the_training_program(sweep, data_dir):
-    """Two runs of two steps; the second time nothing is trained."""
+    """Two runs of two steps, with a table and a page of both; the second time nothing is trained."""
     common = [
         "--device=cpu",
         f'--gin_bindings=Data.data_dir = "{data_dir}"',
@@ -185,7 +187,13 @@ def test_with_the_training_program(sweep, data_dir):
     ]
     launcher = {"LAUNCHER": " ".join(preloaded([sys.executable, "-m", "jetformer.main"]))}
     runs = ["experiments/ablations/cnn.gin", "wide: Jet.emb_dim = 128"]
-    sweep(*runs, "--", *common, **launcher)
+    out, err = sweep(*runs, "--", *common, **launcher)
+    assert f"--out={sweep.path}/runs/report.html" in out
+    assert [line.split()[:2] for line in err.splitlines() if line.startswith(("cnn ", "wide "))] == [
+        ["cnn", "2"],
+        ["wide", "2"],
+    ]
+    assert (sweep.path / "runs" / "report.html").exists()
     for name in ("cnn", "wide"):
         assert (sweep.path / "runs" / name / "checkpoints" / "000000002" / "COMPLETE").exists()
     out, _ = sweep(*runs, "--", *common, **launcher)

@@ -2,19 +2,23 @@
 
     python -m jetformer.report --workdir=/tmp/digits
     python -m jetformer.report --compare=/tmp/digits,/tmp/digits_long --out=/tmp/digits.html
+    python -m jetformer.report --compare='/tmp/sweep/*' --out=/tmp/sweep.html
 
-The run may still be training. Workdirs may be URLs.
+Runs may still be training. Workdirs may be URLs. --compare also logs a table of the last values.
 """
+
+import glob
+import itertools
 
 from absl import flags, logging
 
 from jetformer import program
-from jetformer.report import page
+from jetformer.report import page, read
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("workdir", None, "A run's workdir.")
-flags.DEFINE_list("compare", None, "The workdirs of several runs, to show side by side.")
+flags.DEFINE_list("compare", None, "The workdirs of several runs, or a pattern of them, to show side by side.")
 flags.DEFINE_string("out", None, "The page to write; default: report.html in the --workdir.")
 flags.DEFINE_list("metrics", None, "The metrics to draw, as train/loss,val/bits_per_dim; default: all.")
 
@@ -22,11 +26,15 @@ flags.DEFINE_list("metrics", None, "The metrics to draw, as train/loss,val/bits_
 def main() -> None:
     if (FLAGS.workdir is None) == (FLAGS.compare is None):
         raise ValueError("give one of --workdir and --compare")
-    if FLAGS.compare is not None and len(FLAGS.compare) < 2:
-        raise ValueError("--compare: give two workdirs or more, as DIR1,DIR2")
-    if FLAGS.compare is not None and FLAGS.out is None:
-        raise ValueError("--compare needs an --out, the page to write")
-    logging.info("Open %s", page.write(FLAGS.compare or [FLAGS.workdir], FLAGS.out, FLAGS.metrics))
+    workdirs = [FLAGS.workdir]
+    if FLAGS.compare is not None:
+        matches = (read.find_runs(item) if glob.has_magic(item) else [item] for item in FLAGS.compare)
+        workdirs = list(itertools.chain.from_iterable(matches))
+        if len(workdirs) < 2 and workdirs == FLAGS.compare:  # a pattern may match one
+            raise ValueError("--compare: give two workdirs or more, as DIR1,DIR2 or 'DIR/*'")
+        if FLAGS.out is None:
+            raise ValueError("--compare needs an --out, the page to write")
+    logging.info("Open %s", page.write(workdirs, FLAGS.out, FLAGS.metrics))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Turns curves into Plotly charts: which curves share a chart, what is drawn and what is in view."""
+"""Turns curves into charts: which curves share a chart, what is drawn and what is in view."""
 
-import html
 import itertools
 import math
 import re
@@ -16,16 +15,19 @@ MAX_POINTS = 2000  # drawn of each curve
 UNITS = {
     "bits_per_dim": "bits per dim",
     "bits_per_token": "bits per token",
+    "components": "components",
+    "flow_expansion_used": "share of the scale cap",
     "examples_per_sec": "examples / s",
     "steps_per_sec": "steps / s",
     "uptime": "seconds",
 }
 
-COLOURS = (
-    *("#3a6ea5", "#d9722b", "#3f8f5f", "#b8405e", "#7b5ea7"),
-    *("#8a6d3b", "#2a9d9d", "#6b7280", "#c2a000", "#111827"),
-)
-GREY = "#5b6470"
+# The first charts of a page, by quantity.
+FIRST = ("bits_per_dim", "text_bits_per_token", "effective_components", "flow_expansion_used")
+OVERVIEW = "overview"  # their heading
+
+COLOURS = tuple(f"var(--c{i})" for i in range(10))  # of style.css
+GREY = "var(--muted)"
 
 
 class Line(NamedTuple):
@@ -61,9 +63,16 @@ def run_charts(run: Run, tags: Iterable[str]) -> Charts:
                 charts[group, title] = [Line(_part(tag) or "all", run.curves[tag], colour) for tag, colour in lines]
         else:
             lines = [Line(_group(tag), run.curves[tag], colours[_group(tag)]) for tag in members]
-            charts[", ".join(line.name for line in lines), quantity] = lines
+            heading = OVERVIEW if quantity in FIRST else ", ".join(line.name for line in lines)
+            charts[heading, quantity] = lines
     # Within training, the charts with the most lines first.
-    order = lambda names: (_group_order(names[0])[0], -len(charts[names]), names[0], _natural(names[1]))
+    order = lambda names: (
+        FIRST.index(names[1]) if names[0] == OVERVIEW else len(FIRST),
+        _group_order(names[0])[0],
+        -len(charts[names]),
+        names[0],
+        _natural(names[1]),
+    )
     return {names: charts[names] for names in sorted(charts, key=order)}
 
 
@@ -74,13 +83,14 @@ def comparison_charts(runs: Sequence[Run], tags: Iterable[str]) -> Charts:
       runs: the runs.
       tags: the metrics to draw.
     """
+    rank = lambda tag: FIRST.index(_quantity(tag)) if _quantity(tag) in FIRST else len(FIRST)
     return {
-        (_group(tag), tag): [
+        (OVERVIEW if _quantity(tag) in FIRST else _group(tag), tag): [
             Line(run.name, run.curves[tag], colour)
             for run, colour in zip(runs, colours_of(runs), strict=True)
             if tag in run.curves
         ]
-        for tag in sorted(tags, key=lambda tag: (_group_order(_group(tag)), _natural(tag)))
+        for tag in sorted(tags, key=lambda tag: (rank(tag), _group_order(_group(tag)), _natural(tag)))
     }
 
 
@@ -125,54 +135,40 @@ def figures(charts: Charts) -> dict[str, list[dict[str, Any]]]:
     by_heading: dict[str, list[dict[str, Any]]] = {}
     for (heading, title), lines in charts.items():
         unit = next((unit for name, unit in UNITS.items() if name in title), "")
-        by_heading.setdefault(heading, []).append({"title": title} | figure(unit, lines, last_step))
+        by_heading.setdefault(heading, []).append({"title": title, "unit": unit} | figure(lines, last_step))
     return by_heading
 
 
-def figure(unit: str, lines: Sequence[Line], last_step: int) -> dict[str, Any]:
-    """Returns a chart for Plotly.
+def figure(lines: Sequence[Line], last_step: int) -> dict[str, Any]:
+    """Returns a chart, as page.js draws it.
 
     Args:
-      unit: the label of the y axis.
-      lines: the curves. Values that are not finite interrupt a curve and are marked on the x axis.
+      lines: the curves.
       last_step: the end of the x axis.
 
     Returns:
-      Plotly's `data` and `layout`; `view`, the initial range of the y axis, None for all of it; `positive`, whether a
-      logarithmic axis can show all values; `notes`, to print below the chart.
+      `lines`: of each `name`, `colour`, steps `x` and values `y`, those that are not finite by name; `end`, the end of
+      the x axis; `view`, the initial range of the y axis, None for all of it; `positive`, whether a logarithmic axis
+      can show all values; `notes`, to print below the chart; `alt`, the chart in words.
     """
     view, notes = _view(lines)
-    data = []
+    drawn = []
     for line in lines:
         steps, values = list(line.curve), list(line.curve.values())
         kept = downsample(values)
-        data.append(_trace(line, [steps[i] for i in kept], [values[i] for i in kept]))
+        y = [float(f"{values[i]:.6g}") if math.isfinite(values[i]) else number(values[i]) for i in kept]
+        drawn.append({"name": line.name, "colour": line.colour, "x": [steps[i] for i in kept], "y": y})
         if len(kept) < len(values):
             notes.append(f"{line.name}: {len(kept):,} of {len(values):,} points are drawn, including all extremes.")
-        if marks := [i for i in kept if not math.isfinite(values[i])]:
-            data.append(_marks(line, [steps[i] for i in marks], [values[i] for i in marks]))
-            kinds = [number(value) for value in values if not math.isfinite(value)]
+        if lost := [(step, number(value)) for step, value in line.curve.items() if not math.isfinite(value)]:
+            kinds = ", ".join(sorted({kind for _, kind in lost}))
             notes.append(
-                f"{line.name}: {len(kinds):,} of {len(values):,} values not finite ({', '.join(sorted(set(kinds)))}), "
-                f"first at step {steps[marks[0]]:,}; marked ×."
+                f"{line.name}: {len(lost):,} of {len(values):,} values not finite ({kinds}), "
+                f"first at step {lost[0][0]:,}; marked ×."
             )
-    axis = {"gridcolor": "#e8e8e8", "linecolor": "#bbb", "zeroline": False, "automargin": True}
-    layout = {
-        "height": 290,
-        "margin": {"l": 56, "r": 12, "t": 12, "b": 40},
-        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#333"},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "modebar": {"bgcolor": "rgba(255,255,255,0.8)", "color": "#999", "activecolor": "#333"},
-        "hovermode": "x unified",
-        "showlegend": len(lines) > 1,
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        "xaxis": axis | {"title": {"text": "step"}, "showline": True, "range": [-0.02 * last_step, 1.02 * last_step]},
-        "yaxis": axis | {"title": {"text": unit}} | ({} if view is None else {"range": view}),
-        "yaxis2": {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
-    }
     positive = all(value > 0 for line in lines for value in line.curve.values() if math.isfinite(value))
-    return {"data": data, "layout": layout, "view": view, "positive": positive, "notes": notes}
+    alt = "; ".join(map(_in_words, lines))
+    return {"lines": drawn, "end": last_step, "view": view, "positive": positive, "notes": notes, "alt": alt}
 
 
 def downsample(values: Sequence[float], limit: int = MAX_POINTS) -> list[int]:
@@ -214,39 +210,10 @@ def number(value: float | int | None) -> str:
     return "0" if value == 0 else f"{value:#.5g}"
 
 
-def _trace(line: Line, steps: Sequence[int], values: Sequence[float]) -> dict[str, Any]:
-    """Returns the line through the finite values."""
-    y = [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]
-    # Only a dot shows a value between two that are not finite. Short curves have dots throughout.
-    alone = [a is None and b is None for a, b in zip([None, *y], [*y[1:], None], strict=False)]
-    is_short = len(y) <= 30
-    size = 8 if len(y) == 1 else 4
-    return {
-        "type": "scatter",
-        "mode": "lines+markers" if is_short or any(alone) else "lines",
-        "name": html.escape(line.name),  # Plotly renders HTML in names
-        "x": steps,
-        "y": y,
-        "line": {"color": line.colour, "width": 1.3},
-        "marker": {"color": line.colour, "size": size if is_short else [size * x for x in alone]},
-        "hovertemplate": "%{y:.6~g}",
-    }
-
-
-def _marks(line: Line, steps: Sequence[int], values: Sequence[float]) -> dict[str, Any]:
-    """Returns the marks of values that are not finite, on a y axis of their own with a fixed range."""
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "name": html.escape(line.name),
-        "x": steps,
-        "y": [0.03] * len(steps),
-        "yaxis": "y2",
-        "text": [number(value) for value in values],
-        "hovertemplate": "%{text}",
-        "marker": {"symbol": "x-thin", "size": 7, "line": {"width": 2, "color": line.colour}},
-        "showlegend": False,
-    }
+def _in_words(line: Line) -> str:
+    first, *_, last = [*line.curve.items()] * 2
+    ends = [f"{number(value)} at step {step:,}" for step, value in dict([first, last]).items()]
+    return f"{line.name} {' to '.join(ends)}"
 
 
 def _view(lines: Sequence[Line]) -> tuple[list[float] | None, list[str]]:
@@ -267,7 +234,7 @@ def _view(lines: Sequence[Line]) -> tuple[list[float] | None, list[str]]:
     bottom = lowest[0] if lowest[0] >= low - margin else min(low, *ends)
     top = highest[0] if highest[0] <= high + margin else max(high, *ends)
     notes = [
-        f"{word}: {number(value)} ({name}, step {step:,}), out of view; double-click shows all."
+        f"{word}: {number(value)} ({name}, step {step:,}), out of view; double-click or Enter shows all."
         for word, (value, step, name) in (("Highest", highest), ("Lowest", lowest))
         if not bottom <= value <= top
     ]

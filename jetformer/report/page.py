@@ -13,7 +13,6 @@ from typing import Any
 
 import jinja2
 from absl import logging
-from plotly.offline import get_plotlyjs
 from upath import UPath
 
 from jetformer.evaluators.better import better
@@ -36,13 +35,24 @@ def write(workdirs: Sequence[str], out: str | None = None, metrics: Sequence[str
       The page's path.
 
     Raises:
-      ValueError: see `read_run`, `run_page` and `comparison_page`.
+      ValueError: if no run has metrics yet; see `read_run`, `run_page` and `comparison_page`.
     """
     runs = [read_run(UPath(workdir)) for workdir in workdirs]
     for run in runs:
         for warning in run.warnings:
             logging.warning("%s: %s", run.place, warning)
-    text = run_page(runs[0], metrics) if len(runs) == 1 else comparison_page(runs, metrics)
+        if not run.curves:
+            if len(runs) == 1:
+                raise ValueError(f"{run.place} has no metrics yet: try again after the first train.log_steps steps")
+            logging.warning("%s has no metrics yet: it is left out", run.place)
+    runs = [run for run in runs if run.curves]
+    if not runs:
+        raise ValueError(f"{', '.join(workdirs)}: none of these runs has metrics yet")
+    if len(workdirs) == 1:
+        text = run_page(runs[0], metrics)
+    else:
+        text = comparison_page(runs, metrics)
+        logging.info("Last values\n%s", last_values_table(runs))
     path = runs[0].place / "report.html" if out is None else UPath(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -107,13 +117,30 @@ def comparison_page(runs: Sequence[Run], metrics: Sequence[str] | None = None) -
 
 def _render(**content: Any) -> str:
     figures = [figure for section in content["sections"].values() for figure in section]
-    data = [{key: figure[key] for key in ("data", "layout", "view", "positive")} for figure in figures]
+    data = [{key: figure[key] for key in ("lines", "end", "view", "positive")} for figure in figures]
     # "</script>" would end the script, even in a string.
     data_json = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = charts.number
-    return environment.get_template("page.html.j2").render(**content, figures=data_json, plotly=get_plotlyjs())
+    return environment.get_template("page.html.j2").render(**content, figures=data_json)
+
+
+def last_values_table(runs: Sequence[Run]) -> str:
+    """Returns a table of text: a line for each run, with the last values of its metrics that have a better direction.
+
+    They are those of evaluations if any run has them.
+    """
+    evaluated = set().union(*(run.evaluation_tags() for run in runs))
+    tags = evaluated or set().union(*(run.curves for run in runs))
+    tags = sorted((tag for tag in tags if better(tag)), key=charts.importance)
+    last = lambda run, tag: charts.number(run.curves[tag][max(run.curves[tag])]) if tag in run.curves else "–"
+    rows = [
+        ["run", "step", *tags],
+        *([run.name, f"{run.last_step():,}", *(last(run, tag) for tag in tags)] for run in runs),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
 def _selected(runs: Sequence[Run], metrics: Sequence[str] | None) -> list[str]:
@@ -225,14 +252,14 @@ def _differing_bindings(runs: Sequence[Run]) -> dict[str, list[str | None]]:
 
 
 def _image_strips(run: Run) -> list[dict[str, Any]]:
-    """Returns a strip for each kind of image: at most `MAX_IMAGES` steps, evenly spaced, newest first."""
+    """Returns a strip for each kind of image: at most `MAX_IMAGES` steps, evenly spaced."""
     strips = []
     for title, files in run.images.items():
         steps, note = list(files), ""
         if len(steps) > MAX_IMAGES:
             steps = [steps[round(i * (len(steps) - 1) / (MAX_IMAGES - 1))] for i in range(MAX_IMAGES)]
             note = f"{len(steps):,} of {len(files):,} steps are shown, evenly spaced."
-        cells = [(f"step {step:,}", _embedded(files[step])) for step in reversed(steps)]
+        cells = [(f"step {step:,}", _embedded(files[step])) for step in steps]
         strips.append({"title": title, "cells": cells, "note": note})
     return strips
 

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import fsspec
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto import event_pb2, types_pb2
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
@@ -69,7 +70,7 @@ def read_run(workdir: UPath) -> Run:
       Its contents. Evaluators' results take precedence over event files.
 
     Raises:
-      ValueError: if it holds no run, the run has no metrics yet, or a file is damaged.
+      ValueError: if it holds no run, or a file is damaged.
     """
     place = UPath(os.path.abspath(workdir)) if isinstance(workdir, os.PathLike) else workdir
     if not (place / CONFIG_FILE).exists():
@@ -96,11 +97,22 @@ def read_run(workdir: UPath) -> Run:
         for kind in sorted(directory.iterdir(), key=lambda path: path.name):
             if kind.is_dir() and (found := _images(kind)):
                 images[f"{evaluator}/{kind.name}"] = found
-    if not curves:
-        raise ValueError(f"{workdir} has no metrics yet: try again after the first train.log_steps steps")
     curves = {tag: dict(sorted(curves[tag].items())) for tag in sorted(curves)}
     names = class_names.saved(place)
     return Run(place.name or str(place), place, configs, facts, curves, results, images, warnings, names)
+
+
+def find_runs(pattern: str) -> list[str]:
+    """Returns the workdirs that a pattern matches, as DIR/*, in the order of their names.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    fs, path = fsspec.url_to_fs(pattern)
+    files = fs.glob(f"{path.rstrip('/')}/{CONFIG_FILE}")
+    if not files:
+        raise ValueError(f"{pattern} matches no run: expected directories with a {CONFIG_FILE}")
+    return [fs.unstrip_protocol(file).removeprefix("file://").rpartition("/")[0] for file in sorted(files)]
 
 
 def event_scalars(files: Iterable[UPath], warnings: list[str]) -> dict[str, Curve]:

@@ -2,12 +2,11 @@
 
     <out>/images/a-red-circle_0003.png  …  samples.jsonl  grid.png  index.html
 
-Texts without images have the lines and the page only. A sample counts once its line is written, so an interrupted
-program resumes.
+Texts without images have the lines and the page only. Completed and inpainted images are beside their originals. A
+sample counts once its line is written, so an interrupted program resumes.
 """
 
 import hashlib
-import html
 import itertools
 import json
 import pathlib
@@ -15,6 +14,7 @@ import re
 import textwrap
 from typing import Any
 
+import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -28,18 +28,7 @@ _GAP, _LINE = 4, 16
 _MAX_ROWS, _MAX_COLUMNS = 40, 20
 
 _UNITS = {"bits_per_dim": "bits per dim", "bits_per_token": "bits per token"}
-
-_STYLE = """
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
-h2 { font-size: 1rem; margin: 1.5rem 0 .5rem }
-dl { display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; color: #555 }
-dd { margin: 0 }
-.row { display: flex; flex-wrap: wrap; gap: .5rem }
-figure { margin: 0; width: 144px }
-figure.text { width: 30rem }
-img { width: 144px; image-rendering: pixelated; display: block }
-figcaption { font-size: .75rem; color: #555 }
-"""
+_BORDER = "#e0006c"  # in the grid
 
 
 def slug(label: str) -> str:
@@ -56,14 +45,21 @@ class Gallery:
     Args:
       directory: created if it does not exist.
       settings: common to all samples, and part of each record.
-      key: name of the label in records, as "prompt".
+      key: name of the label in records: "prompt", or "image" if labels are paths of images.
+      sampled: bool `[H, W]`, the pixels that are sampled, if others are given: grid and page show the border.
 
     Raises:
       ValueError: if the directory holds samples with other settings.
     """
 
-    def __init__(self, directory: pathlib.Path, settings: dict[str, Any], key: str = "prompt"):
-        self._directory, self._settings, self._key = directory, settings, key
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        settings: dict[str, Any],
+        key: str = "prompt",
+        sampled: np.ndarray | None = None,
+    ):
+        self._directory, self._settings, self._key, self._sampled = directory, settings, key, sampled
         directory.mkdir(parents=True, exist_ok=True)
         self._file = directory / RECORDS_FILE
         self.records: list[dict[str, Any]] = []
@@ -97,14 +93,23 @@ class Gallery:
                 )
         return record is not None
 
-    def add(self, label: str, seed: int, image: np.ndarray | None = None, **known: Any) -> None:
-        """Adds a sample: its image uint8 `[H, W, C]`, if any, and further values of its record."""
+    def add(
+        self,
+        label: str,
+        seed: int,
+        image: np.ndarray | None = None,
+        original: np.ndarray | None = None,
+        **known: Any,
+    ) -> None:
+        """Adds a sample: its image and the one it was made from, uint8 `[H, W, C]`, if any, and further values of its
+        record."""
         record = {self._key: label, "seed": seed, **known, **self._settings}
-        if image is not None:
-            record["file"] = f"images/{slug(label)}_{seed:04d}.png"
-            path = self._directory / record["file"]
-            path.parent.mkdir(exist_ok=True)
-            save_png(image, path)
+        for name, picture, suffix in (("file", image, f"{seed:04d}"), ("original", original, "original")):
+            if picture is not None:
+                record[name] = f"images/{slug(label)}_{suffix}.png"
+                path = self._directory / record[name]
+                path.parent.mkdir(exist_ok=True)
+                save_png(picture, path)
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.records.append(record)
@@ -122,18 +127,18 @@ class Gallery:
         rows = self.rows()
         (self._directory / PAGE_FILE).write_text(self._page(rows), encoding="utf-8")
         if "file" in self.records[0]:
-            rows = {label: row[:_MAX_COLUMNS] for label, row in itertools.islice(rows.items(), _MAX_ROWS)}
+            rows = dict(itertools.islice(rows.items(), _MAX_ROWS))
             with (self._directory / GRID_FILE).open("wb") as file:
                 self._grid(rows).save(file, "PNG")
 
     def _grid(self, rows: dict[str, list[dict[str, Any]]]) -> Image.Image:
         """Draws a row of images for each label, under the label."""
-        images = {label: [self._tile(record) for record in row] for label, row in rows.items()}
+        images = {label: self._tiles(row) for label, row in rows.items()}
         width, height = next(iter(images.values()))[0].size
         columns = max(map(len, images.values()))
         font = ImageFont.load_default()
         per_line = max(20, columns * (width + _GAP) // 7)
-        captions = {label: _wrapped(_caption(label, row), per_line) for label, row in rows.items()}
+        captions = {label: _wrapped(_caption(self._name(label), row), per_line) for label, row in rows.items()}
         total = sum(len(lines) * _LINE + height + 2 * _GAP for lines in captions.values())
         grid = Image.new("RGB", (max(columns * (width + _GAP) + _GAP, 160), total), "white")
         draw = ImageDraw.Draw(grid)
@@ -147,41 +152,46 @@ class Gallery:
             y += height + 2 * _GAP
         return grid
 
-    def _tile(self, record: dict[str, Any]) -> Image.Image:
-        with (self._directory / record["file"]).open("rb") as file:
-            image = Image.fromarray(decode_picture(file.read()))
-        factor = max(1, _TILE // image.width)
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    def _tiles(self, row: list[dict[str, Any]]) -> list[Image.Image]:
+        """Returns the original, if there is one, and samples, enlarged, with the border of the sampled pixels."""
+        files = [row[0]["original"]] if "original" in row[0] else []
+        tiles = []
+        for file in [*files, *(record["file"] for record in row)][:_MAX_COLUMNS]:
+            image = Image.fromarray(decode_picture((self._directory / file).read_bytes()))
+            factor = max(1, _TILE // image.width)
+            image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+            if self._sampled is not None:
+                draw = ImageDraw.Draw(image)
+                for segment in border(self._sampled):
+                    draw.line([factor * x for x in segment], fill=_BORDER, width=2)
+            tiles.append(image)
+        return tiles
+
+    def _name(self, label: str) -> str:
+        """Returns the name of a row: of images their file's."""
+        return (label.rpartition("/")[2] if self._key == "image" else label) or "(no prompt)"
 
     def _page(self, rows: dict[str, list[dict[str, Any]]]) -> str:
-        escape = lambda x: html.escape(str(x))
-        settings = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in self._settings.items())
-        parts = []
-        for label, row in rows.items():
-            tiles = []
-            for record in row:
-                known = [f"seed {record['seed']}"]
-                known += [f"{record[unit]:.3f} {name}" for unit, name in _UNITS.items() if unit in record]
-                known += [record["text"]] if "text" in record else []
-                caption = f"<figcaption>{'<br>'.join(map(escape, known))}</figcaption>"
-                if "file" in record:
-                    file = escape(record["file"])
-                    picture = f'<a href="{file}"><img src="{file}" alt="{escape(label)}"></a>'
-                    tiles.append(f"<figure>{picture}{caption}</figure>")
-                else:
-                    tiles.append(f'<figure class="text">{caption}</figure>')
-            heading = escape(label) or "(no prompt)"
-            parts.append(f'<h2>{heading}</h2>\n<div class="row">\n' + "\n".join(tiles) + "\n</div>")
-        return (
-            '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Samples</title>\n'
-            f"<style>{_STYLE}</style>\n<h1>{len(self.records)} samples</h1>\n<dl>{settings}</dl>\n"
-            + "\n".join(parts)
-            + "\n</html>\n"
-        )
+        loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
+        environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        count = len(self.records)
+        title = f"{count:,} sample{'s' if count > 1 else ''}"
+        content = {"title": title, "settings": self._settings, "rows": rows, "name_of": self._name}
+        if self._sampled is not None:
+            height, width = self._sampled.shape
+            lines = "".join(f"M{x} {y}L{x_end} {y_end}" for x, y, x_end, y_end in border(self._sampled))
+            content |= {"height": height, "width": width, "border": lines}
+        return environment.get_template("gallery.html.j2").render(**content, units=_UNITS)
 
 
-def _caption(label: str, row: list[dict[str, Any]]) -> str:
-    return " / ".join([label, *(record["text"] for record in row if "text" in record)])
+def border(mask: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """Returns the lines between pixels under a mask bool `[H, W]` and others: ends x, y, x, y of each, in pixels."""
+    lines = [(x, y + 1, x + 1, y + 1) for y, x in np.argwhere(mask[1:] != mask[:-1]).tolist()]
+    return lines + [(x + 1, y, x + 1, y + 1) for y, x in np.argwhere(mask[:, 1:] != mask[:, :-1]).tolist()]
+
+
+def _caption(name: str, row: list[dict[str, Any]]) -> str:
+    return " / ".join([name, *(record["text"] for record in row if "text" in record)])
 
 
 def _wrapped(text: str, width: int) -> list[str]:
