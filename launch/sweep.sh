@@ -14,8 +14,8 @@
 #
 # Started again, the same command continues where it stopped: it skips runs that have finished with the same arguments
 # and resumes interrupted ones. On SIGTERM or Ctrl-C, or when a run exits with 75, it exits with 75. Failed runs do not
-# stop the others; they are listed at the end, and the exit code is 1. Logs are in LOG_DIR. At the end, a table shows the
-# last values of all runs below WORKDIR, and WORKDIR/report.html shows them side by side.
+# stop the others; they are listed at the end, and the exit code is 1. Logs are in LOG_DIR. At the end, a table shows
+# the last values of all runs below WORKDIR, and WORKDIR/report.html shows them side by side.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -133,7 +133,7 @@ for run in "${runs[@]}"; do
     echo "$name: finished after $((SECONDS - since)) s"
   fi
 done
-if [[ -z $dry_run ]] && { [[ $WORKDIR == *://* ]] || compgen -G "$WORKDIR/*/config.gin" >/dev/null; }; then
+if [[ -z $dry_run && ($WORKDIR == *://* || -n $(compgen -G "$WORKDIR/*/config.gin")) ]]; then
   report=(python -m jetformer.report "--compare=$WORKDIR/*" "--out=$WORKDIR/report.html")
   printf '%q ' "${report[@]}"
   echo
