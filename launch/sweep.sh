@@ -133,7 +133,7 @@ for run in "${runs[@]}"; do
     echo "$name: finished after $((SECONDS - since)) s"
   fi
 done
-if [[ -z $dry_run ]] && { [[ $WORKDIR == *://* ]] || compgen -G "$WORKDIR/*/config.gin" >/dev/null; }; then
+if [[ -z $dry_run && ($WORKDIR == *://* || -n $(compgen -G "$WORKDIR/*/config.gin")) ]]; then
   report=(python -m jetformer.report "--compare=$WORKDIR/*" "--out=$WORKDIR/report.html")
   printf '%q ' "${report[@]}"
   echo

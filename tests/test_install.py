@@ -67,7 +67,7 @@ def run(cwd, *args) -> None:
 
 @pytest.mark.slow
 def test_an_experiment_by_name(installed, tmp_path, data_dir):
-    """It trains, and its report has the template, style and script."""
+    """It trains, and its pages have their templates, styles and scripts."""
     gin = [
         "TOTAL_STEPS = 1",
         "BATCH_SIZE = 4",
@@ -80,6 +80,12 @@ def test_an_experiment_by_name(installed, tmp_path, data_dir):
     workdir = tmp_path / "run"
     run(tmp_path, installed / "jetformer", "report", f"--workdir={workdir}")
     assert (workdir / "report.html").read_text(encoding="utf-8") == page.run_page(read.read_run(workdir))
+    code = (
+        "import pathlib; from jetformer.sampling.gallery import Gallery; "
+        "gallery = Gallery(pathlib.Path('samples'), {}); gallery.add('a', 0, text='b'); gallery.finish()"
+    )
+    run(tmp_path, installed / "python", "-c", code)
+    assert "prefers-color-scheme" in (tmp_path / "samples" / "index.html").read_text()
 
 
 @pytest.mark.slow

@@ -46,7 +46,8 @@ class Chart {
   }
 
   reset() {
-    this.range = [-0.02 * this.figure.end, 1.02 * this.figure.end];
+    const end = Math.max(1, this.figure.end);
+    this.range = [-0.02 * end, 1.02 * end];
     this.isZoomed = this.showsAll = false;
   }
 
