@@ -27,6 +27,8 @@ from jetformer.models.tarflow import TarFlow
 from jetformer.objectives import JetFormerObjective, JetObjective
 from jetformer.runtime import Runtime
 from jetformer.sampling.decode import CachedDecoder
+from jetformer.sampling.flows import denoise, guided_inverse
+from jetformer.sampling.guidance import Guidance
 from mixtures import mixture_from_logits, mixture_of
 
 
@@ -190,6 +192,27 @@ def test_inverse_of_tarflow(file):
         noise = file.tensors("in")["noise"] * file.tensors("params")["var"].sqrt()
         sample, _ = model.inverse(model.patchify.inverse(noise)[0], context)
     assert_output(sample, expected["sample"])
+    assert_output(denoise(model, sample, context, file.config["noise_std"]), expected["sample_denoised"])
+
+
+@golden("tarflow_", having="out/sample_guided")
+@pytest.mark.parametrize(
+    ("name", "schedule", "is_tempered"),
+    [
+        ("sample_guided", "constant", False),
+        ("sample_guided_annealed", "linear", False),
+        ("sample_guided_temperature", "constant", True),
+    ],
+)
+def test_guidance_of_tarflow(file, name, schedule, is_tempered):
+    config = file.config
+    model, context, _ = tarflow_from_file(file)
+    noise = file.tensors("in")["noise"] * file.tensors("params")["var"].sqrt()
+    weights = Guidance("interp", config["guidance"], schedule).weights(noise.shape[1])
+    without = torch.full_like(context, 1 / config["num_classes"])
+    temperature = config["attn_temp"] if is_tempered else 1.0
+    sample = guided_inverse(model, model.patchify.inverse(noise)[0], context, without, weights, temperature)
+    assert_output(sample, file.tensors("out")[name])
 
 
 @golden("model_")

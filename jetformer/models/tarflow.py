@@ -13,13 +13,15 @@ Notable:
   - under autocast the inverse is as exact as autocast's dtype: its predictions are not computed as in `forward`.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jetformer.models import initializers, remat
 from jetformer.models.attention import attend
-from jetformer.models.decoder import KVCache
 from jetformer.models.patches import ImageShape, Patchify
 from jetformer.models.vit import Mlp, SelfAttention
 from jetformer.ranges import NonNegativeInt, PositiveInt
@@ -29,17 +31,34 @@ _GELU, _NORM_EPS = "exact", 1e-5
 _EMBEDDING_STD = 0.01
 
 
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, for calls with one token at a time.
+
+    k, v: `[B, heads, N, E / heads]`, written in place.
+    slot: int64 `[1]`, the token's number. (A tensor, so that all steps are one graph to a compiler.)
+    mask: bool `[1, 1, N]`, true for the token and those before it.
+    temperature: divides the attention logits.
+    """
+
+    k: Tensor
+    v: Tensor
+    slot: Tensor
+    mask: Tensor
+    temperature: float
+
+
 class CausalAttention(SelfAttention):
     """Multi-head attention of each token to itself and the tokens before it, `[B, T, E]` to `[B, T, E]`."""
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        """With a cache, attends to the cached tokens that `mask`, bool `[1, T, N]`, allows."""
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (3 * self.num_heads, -1)).transpose(1, 2)
         q, k, v = heads.chunk(3, dim=1)
-        if cache is not None:
-            k = cache.k.index_copy_(2, cache.slots, k.to(cache.k.dtype)).to(q.dtype)
-            v = cache.v.index_copy_(2, cache.slots, v.to(cache.v.dtype)).to(q.dtype)
-        y = attend(q, k, v, mask, is_causal=mask is None)
+        if cache is None:
+            y = attend(q, k, v, is_causal=True)
+        else:
+            k = cache.k.index_copy_(2, cache.slot, k.to(cache.k.dtype)).to(q.dtype)
+            v = cache.v.index_copy_(2, cache.slot, v.to(cache.v.dtype)).to(q.dtype)
+            y = attend(q / cache.temperature, k, v, cache.mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -60,8 +79,8 @@ class Layer(nn.Module):
         self.norm1.reset_parameters()
         self.norm2.reset_parameters()
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), cache, mask)
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), cache)
         return x + self.mlp(self.norm2(x))
 
 
@@ -126,20 +145,17 @@ class TarFlowBlock(nn.Module):
         positions = self.in_order(self.posemb)[None]
         return positions if context is None else positions + self.context_proj(context).mean(1, keepdim=True)
 
-    def predict(
-        self, x: Tensor, condition: Tensor, caches: list[KVCache] | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Tensor, condition: Tensor, caches: list[LayerCache] | None = None) -> tuple[Tensor, Tensor]:
         """Predicts shift and log-scale `[B, T, D]` of the token after each.
 
         Args:
-          x: `[B, T, D]`, successive tokens in the block's order; without caches from the first one on.
+          x: `[B, T, D]`, tokens in the block's order: the first T, or with caches one.
           condition: `[1 or B, T, E]`, see `condition`.
-          caches: one for each layer, with the tokens before.
-          mask: with caches, bool `[1, T, N]`, true where a token attends to another.
+          caches: one for each layer.
         """
         y = self.init_proj(x) + condition
         for i, layer in enumerate(self.layers):
-            y = layer(y, caches[i] if caches else None, mask)
+            y = layer(y, caches[i] if caches else None)
         # Autocast may compute these in bfloat16; the affine map keeps the dtype of x.
         log_scale, shift = self.final_proj(y).to(x.dtype).chunk(2, dim=-1)
         return shift, log_scale
@@ -152,12 +168,24 @@ class TarFlowBlock(nn.Module):
         return self.in_order((x - shift) * (-log_scale).exp()), -log_scale.sum(dim=(1, 2))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Inverts `forward`, token by token; returns the inverse's log-determinants. Not differentiable."""
-        cached = CachedBlock(self, z, context)
+        """Inverts `forward`, token by token; returns the inverse's log-determinants. It has no gradient."""
+        return self.invert(z, CachedBlock(self, z, context).step)
+
+    def invert(self, z: Tensor, predict: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Inverts `forward` with the predictions of a function.
+
+        Args:
+          z: `[B, N, D]`.
+          predict: called with one decoded token `[B, 1, D]` after another, in the block's order; returns shift and
+            log-scale `[B, 1, D]` of the next.
+
+        Returns:
+          Tokens `[B, N, D]`, and log-determinants `[B]` of the inverse in nats.
+        """
         first, *rest = self.in_order(z).split(1, dim=1)
         tokens, logdet = [first], z.new_zeros(len(z))
         for token in rest:
-            shift, log_scale = cached.step(tokens[-1])
+            shift, log_scale = predict(tokens[-1])
             tokens.append(token * log_scale.exp() + shift)
             logdet = logdet + log_scale.sum(dim=(1, 2))
         return self.in_order(torch.cat(tokens, dim=1)), logdet
@@ -170,26 +198,26 @@ class CachedBlock:
       block: the block.
       x: `[B, N, D]`; its shape, dtype and device are those of the tokens to come.
       context: `[B, M, X]` or None.
+      temperature: divides the attention logits.
     """
 
-    def __init__(self, block: TarFlowBlock, x: Tensor, context: Tensor | None):
+    def __init__(self, block: TarFlowBlock, x: Tensor, context: Tensor | None, temperature: float = 1.0):
         self._block = block
         self._condition = block.condition(context)
         batch_size, num_tokens = x.shape[:2]
-        self._slots = torch.arange(num_tokens, device=x.device)
-        self._slot = self._slots[:1].clone()  # a tensor, so that all steps are one graph to a compiler
+        self._slot = torch.zeros(1, dtype=torch.int64, device=x.device)
+        self._mask = torch.zeros(1, 1, num_tokens, dtype=torch.bool, device=x.device)
         width = self._condition.shape[-1]
         self._caches = []
         for layer in block.layers:
             heads = layer.attn.num_heads
             k, v = (x.new_zeros(batch_size, heads, num_tokens, width // heads) for _ in range(2))
-            self._caches.append(KVCache(k, v, self._slot))
+            self._caches.append(LayerCache(k, v, self._slot, self._mask, temperature))
 
     def step(self, token: Tensor) -> tuple[Tensor, Tensor]:
         """Appends a token `[B, 1, D]`, and returns shift and log-scale `[B, 1, D]` of the next one."""
-        mask = (self._slots <= self._slot)[None, None]
-        condition = self._condition.index_select(1, self._slot)
-        predicted = self._block.predict(token, condition, self._caches, mask)
+        self._mask.index_fill_(2, self._slot, True)
+        predicted = self._block.predict(token, self._condition.index_select(1, self._slot), self._caches)
         self._slot.add_(1)
         return predicted
 
