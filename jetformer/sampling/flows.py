@@ -3,6 +3,8 @@
 Dimensions: B batch, H × W × C image, N tokens, D token dimension, M context tokens, X their dimension.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +16,8 @@ from jetformer.models.tarflow import CachedBlock, TarFlow
 def guided_inverse(
     flow: TarFlow, z: Tensor, context: Tensor, unconditional: Tensor, weights: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Maps latents to images with guidance (TarFlow, section 3.4): in each block, shift and log-scale of a token are
-    extrapolated from the unconditional to the conditional ones and beyond.
+    """Maps latents to images with guidance: each block extrapolates shift and log-scale of a token from those without
+    label over those given the label (TarFlow, arXiv 2412.06329).
 
     Args:
       flow: in evaluation mode.
@@ -30,20 +32,23 @@ def guided_inverse(
     z, _ = flow.patchify(z)
     for block in reversed(flow.blocks):
         given, without = CachedBlock(block, z, context), CachedBlock(block, z, unconditional, temperature)
-        rest = iter(weights[1:])  # the first token stays as it is
-
-        def predict(token: Tensor) -> tuple[Tensor, ...]:
-            weight = next(rest)  # noqa: B023 (called in this iteration)
-            pairs = zip(given.step(token), without.step(token), strict=True)  # noqa: B023
-            return tuple(c + weight * (c - u) for c, u in pairs)
-
-        z, _ = block.invert(z, predict)
+        z, _ = block.invert(z, _guided(given, without, weights))
     return flow.patchify.inverse(z)[0]
 
 
+def _guided(given: CachedBlock, without: CachedBlock, weights: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """Returns the predictions for `TarFlowBlock.invert`."""
+    rest = iter(weights[1:])  # the first token stays as it is
+
+    def predict(token: Tensor) -> tuple[Tensor, ...]:
+        weight = next(rest)
+        return tuple(c + weight * (c - u) for c, u in zip(given.step(token), without.step(token), strict=True))
+
+    return predict
+
+
 def denoise(flow: nn.Module, x: Tensor, context: Tensor | None, noise_std: float) -> Tensor:
-    """Removes the noise that a flow was trained with, by Tweedie's formula: x + noise_std² · ∇ log p(x) (TarFlow,
-    section 3.3).
+    """Removes the noise that a flow was trained with, by Tweedie's formula: x + noise_std² · ∇ log p(x) (as TarFlow).
 
     Args:
       flow: any flow.
