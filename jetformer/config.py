@@ -21,7 +21,7 @@ from upath import UPath
 
 from jetformer import evaluators, objectives, optim
 from jetformer.data import dataset
-from jetformer.models import decoder, flow_ablations, invertible, jetformer, labelled, language_model, patches
+from jetformer.models import decoder, flow_ablations, invertible, jetformer, labelled, language_model, patches, tarflow
 from jetformer.sampling import guidance
 from jetformer.storage import PLACES, write_whole
 
@@ -59,6 +59,7 @@ for _configurable in (
     optim.make_schedule,
     patches.PatchPCA,
     patches.Patchify,
+    tarflow.TarFlow,
     dataset.Data,
     dataset.MixtureData,
 ):
@@ -247,6 +248,7 @@ _MODELS = {
     "LanguageModel": language_model.LanguageModel,
     "LabelledFlow": labelled.LabelledFlow,
     "Jet": flow_ablations.make_jet,
+    "TarFlow": tarflow.TarFlow,
     "Decoder": decoder.Decoder,
     "Patchify": patches.Patchify,
     "PatchPCA": patches.PatchPCA,

@@ -31,6 +31,8 @@ PARAMETERS = {
     "imagenet256_1p3b": 2_657_488_896,
     "jet_digits": 825_408,
     "jet_digits_labelled": 1_026_464,
+    "tarflow_digits": 414_784,
+    "jetformer_tarflow_digits": 528_048,
     "jet_cifar10": 103_155_200,
     "jet_imagenet64": 207_177_216,
     "jet_imagenet21k": 207_177_216,

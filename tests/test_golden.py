@@ -20,11 +20,15 @@ from jetformer.loops.torch_loop import TorchLoop
 from jetformer.models.decoder import Decoder
 from jetformer.models.jet import Jet
 from jetformer.models.jetformer import JetFormer
+from jetformer.models.labelled import LabelledFlow
 from jetformer.models.mixture import MixtureHead
 from jetformer.models.patches import Patchify, PatchPCA
+from jetformer.models.tarflow import TarFlow
 from jetformer.objectives import JetFormerObjective, JetObjective
 from jetformer.runtime import Runtime
 from jetformer.sampling.decode import CachedDecoder
+from jetformer.sampling.flows import denoise, guided_inverse
+from jetformer.sampling.guidance import Guidance
 from mixtures import mixture_from_logits, mixture_of
 
 
@@ -88,6 +92,127 @@ def test_jet(file):
     assert_output(bits_per_dim, expected["bits_per_dim"])
     bits_per_dim.mean().backward()
     assert_gradients(model, file.numpy("out/grad"), from_big_vision)
+
+
+def from_ml_tarflow(params, model):
+    """Maps a state dict of apple/ml-tarflow to one of a `TarFlow`."""
+    del model
+    names = {
+        "pos_embed": "posemb",
+        "proj_in": "init_proj",
+        "proj_out": "final_proj",
+        "attn_blocks": "layers",
+        "attention.norm": "norm1",
+        "attention.qkv": "attn.qkv",
+        "attention.proj": "attn.out",
+        "mlp.norm": "norm2",
+        "mlp.main.0": "mlp.fc1",
+        "mlp.main.2": "mlp.fc2",
+    }
+    state = {}
+    for name, value in params.items():
+        value = torch.from_numpy(value)
+        if name == "var":  # of the latents, see `test_tarflow`
+            continue
+        if name.endswith("class_embed"):
+            state[name.replace("class_embed", "context_proj.weight")] = value[:, 0].T
+            continue
+        for theirs, ours in names.items():
+            name = name.replace(f".{theirs}", f".{ours}")
+        state[name] = value
+    return state
+
+
+def tarflow_from_file(file):
+    """Returns a `TarFlow`, and the contexts of labels, and of labels some of which are dropped."""
+    config, inputs = file.config, file.tensors("in")
+    flow = functools.partial(
+        TarFlow,
+        (config["img_size"], config["img_size"], config["in_channels"]),
+        depth=config["num_blocks"],
+        block_depth=config["layers_per_block"],
+        emb_dim=config["channels"],
+        num_heads=config["channels"] // config["head_dim"],
+        ps=config["patch_size"],
+    )
+    context, context_with_dropped = None, None
+    if config["num_classes"]:
+        labelled = LabelledFlow(flow, config["num_classes"], context_dim=None)
+        context = labelled.context(inputs["label"])
+        with_dropped = inputs["label_with_dropped"]
+        context_with_dropped = labelled.context(with_dropped, with_dropped < 0)
+    flow = labelled.flow if config["num_classes"] else flow()
+    flow.load_state_dict(from_ml_tarflow(file.numpy("params"), flow))
+    return flow, context, context_with_dropped
+
+
+def tarflow_images(file):
+    inputs = file.tensors("in")
+    return (inputs["image"] + inputs["draw/dequant"]) / 256 * 2 - 1
+
+
+@golden("tarflow_")
+def test_tarflow(file):
+    expected = file.tensors("out")
+    model, _, context = tarflow_from_file(file)
+    x = tarflow_images(file)
+
+    tokens, logdet = model.patchify(x)
+    for i, block in enumerate(model.blocks):
+        tokens, block_logdet = block(tokens, context)
+        logdet = logdet + block_logdet
+        assert_output(tokens, expected[f"block{i}"])
+    assert_output(tokens, expected["z"])
+    z, whole_logdet = model(x, context)
+    assert torch.equal(model.patchify(z)[0], tokens)
+    assert torch.equal(whole_logdet, logdet)
+    logdet_per_dim = logdet / x[0].numel()
+    assert_output(logdet_per_dim, expected["logdet_per_dim"])
+
+    bits_per_dim, _ = JetObjective.score(model, x, context)["bits_per_dim"]
+    # Pixel values are mapped to [-1, 1) there, to [-1, 1] here.
+    assert_output(bits_per_dim + math.log2(128 / 127.5), expected["bits_per_dim"])
+    loss = 0.5 * z.square().mean() - logdet_per_dim.mean()
+    assert_output(loss, expected["loss"])
+    loss.backward()
+    assert_gradients(model, file.numpy("out/grad"), from_ml_tarflow)
+
+
+@golden("tarflow_")
+def test_inverse_of_tarflow(file):
+    expected = file.tensors("out")
+    model, context, _ = tarflow_from_file(file)
+    with torch.no_grad():
+        z, logdet = model(tarflow_images(file), context)
+        assert_output(model.patchify(z)[0], expected["z_labels"])
+        reconstruction, inverse_logdet = model.inverse(model.patchify.inverse(expected["z_labels"])[0], context)
+        assert_output(reconstruction, expected["reconstruction"])
+        assert_log(inverse_logdet, -logdet)
+        # The latents' variances, which its authors measure after training.
+        noise = file.tensors("in")["noise"] * file.tensors("params")["var"].sqrt()
+        sample, _ = model.inverse(model.patchify.inverse(noise)[0], context)
+    assert_output(sample, expected["sample"])
+    assert_output(denoise(model, sample, context, file.config["noise_std"]), expected["sample_denoised"])
+
+
+@golden("tarflow_", having="out/sample_guided")
+@pytest.mark.parametrize(
+    ("name", "schedule", "is_tempered"),
+    [
+        ("sample_guided", "constant", False),
+        ("sample_guided_annealed", "linear", False),
+        ("sample_guided_temperature", "constant", True),
+    ],
+)
+def test_guidance_of_tarflow(file, name, schedule, is_tempered):
+    config = file.config
+    model, context, _ = tarflow_from_file(file)
+    noise = file.tensors("in")["noise"] * file.tensors("params")["var"].sqrt()
+    weights = Guidance("interp", config["guidance"], schedule).weights(noise.shape[1])
+    without = torch.full_like(context, 1 / config["num_classes"])
+    temperature = config["attn_temp"] if is_tempered else 1.0
+    sample = guided_inverse(model, model.patchify.inverse(noise)[0], context, without, weights, temperature)
+    assert_output(sample, file.tensors("out")[name])
 
 
 @golden("model_")

@@ -23,7 +23,8 @@ LAYERS = (
     {"loops.base"},
     {"objectives"},
     {"models.jetformer", "models.language_model", "models.labelled"},
-    {"models.jet", "models.decoder", "models.mixture", "models.vit", "models.patches", "models.invertible"},
+    {"models.jet", "models.tarflow", "models.decoder", "models.mixture", "models.vit", "models.patches"}
+    | {"models.invertible"},
     {"models.attention", "models.initializers", "models.activations", "prng", "storage", "ranges"},
 )
 

@@ -151,8 +151,16 @@ def test_muon_and_frozen_parameters(tmp_path, data_dir):
     [
         {"Jet__actnorm": True, "Jet__invertible_dense": '"lu"', "Jet__masking": True, "Jet__scale_form": '"exp"'},
         {"Jet__invertible_dense": '"plain"', "Jet__predictor": '"cnn"', "Jet__num_levels": 2},
+        {
+            "train__model": "@TarFlow",
+            "TarFlow__input_shape": "(8, 8, 1)",
+            "TarFlow__depth": 2,
+            "TarFlow__block_depth": 1,
+            "TarFlow__emb_dim": 16,
+            "TarFlow__num_heads": 2,
+        },
     ],
-    ids=["glow", "cnn"],
+    ids=["glow", "cnn", "tarflow"],
 )
 def test_a_flow_alone(tmp_path, data_dir, how):
     """Every piece of it has a lowering, starts from the same weights, and inverts itself."""

@@ -26,6 +26,7 @@ from jetformer.models.jet import Jet
 from jetformer.models.jetformer import JetFormer
 from jetformer.models.labelled import LabelledFlow
 from jetformer.models.language_model import LanguageModel
+from jetformer.models.tarflow import TarFlow
 from jetformer.run_files import TOKENIZER_FILE
 
 MODEL_FILE, EMA_FILE, CARD_FILE = "model.safetensors", "ema.safetensors", "README.md"
@@ -37,6 +38,7 @@ _LISTED = 100  # classes on a card
 _PAPERS = {
     "JetFormer": "https://arxiv.org/abs/2411.19722",
     "Jet": "https://arxiv.org/abs/2412.15129",
+    "TarFlow": "https://arxiv.org/abs/2412.06329",
 }
 
 
@@ -212,7 +214,7 @@ def _pipeline(model: nn.Module, texts: bool) -> str:
 
 
 def _tags(model: nn.Module) -> Iterator[str]:
-    if any(isinstance(module, Jet) for module in model.modules()):
+    if any(isinstance(module, Jet | TarFlow) for module in model.modules()):
         yield "normalizing-flow"
     if isinstance(model, JetFormer | LanguageModel):
         yield "autoregressive"

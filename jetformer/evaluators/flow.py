@@ -10,7 +10,6 @@ from jetformer import class_names, prng
 from jetformer.evaluators.base import Evaluator, Results
 from jetformer.evaluators.context import Context
 from jetformer.evaluators.samples import add_round_trip, round_trip, to_pixels
-from jetformer.models.jet import Jet
 from jetformer.models.labelled import LabelledFlow
 from jetformer.objectives import to_unit_range
 from jetformer.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -23,8 +22,8 @@ _SEED = 7
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowSamples(Evaluator):
-    """Samples and decodes images of a flow (`Jet`, `LabelledFlow`), with the moving average of the parameters if there
-    is one. The latents are the same at every step, so the same images improve.
+    """Samples and decodes images of a flow alone, with the moving average of the parameters if there is one. The
+    latents are the same at every step, so the same images improve.
 
     Pictures:
       grid: a row of samples for each temperature, with the same latents times the temperature;
@@ -61,7 +60,7 @@ class FlowSamples(Evaluator):
 
     def check(self, context: Context) -> None:
         model = context.model
-        if not isinstance(model, Jet | LabelledFlow):
+        if not hasattr(model, "inverse"):
             raise ValueError(f"FlowSamples needs a flow alone, not a {type(model).__name__}: bind Samples in its place")
         if self.num_interpolations or self.num_round_trips:
             context.check_batch(next(context.batches()))

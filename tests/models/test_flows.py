@@ -17,6 +17,7 @@ from jetformer.models.invertible import IdentityFlow, LearnedProjection, PCAProj
 from jetformer.models.jet import Jet
 from jetformer.models.labelled import LabelledFlow
 from jetformer.models.patches import fit_pca, save_pca
+from jetformer.models.tarflow import TarFlow
 from small_models import small_model
 
 SHAPE = (2, 2, 12)  # of the patches of `small_model`
@@ -32,6 +33,10 @@ FLOWS = {
         make_jet, **SMALL, kinds=("channels",), actnorm=True, invertible_dense="lu", num_levels=2
     ),
     "plain dense": functools.partial(make_jet, **SMALL, invertible_dense="plain"),
+    "tarflow": functools.partial(TarFlow, **SMALL, block_depth=2),
+    "labelled tarflow": lambda shape: LabelledFlow(
+        functools.partial(TarFlow, shape, **SMALL, block_depth=1), num_labels=3, context_dim=None
+    ),
     "identity": IdentityFlow,
     "learned projection": LearnedProjection,
     "pca": PCAProjection,

@@ -11,6 +11,7 @@ from jetformer.models.jet import Jet
 from jetformer.models.jetformer import JetFormer
 from jetformer.models.labelled import LabelledFlow
 from jetformer.models.language_model import LanguageModel
+from jetformer.models.tarflow import TarFlow
 from small_models import SMALL
 
 SMALL_JET = functools.partial(Jet, (4, 4, 3), depth=2, emb_dim=8, num_heads=2, ps=2)
@@ -20,6 +21,7 @@ MODELS = {
         make_jet, **SMALL_JET.keywords, input_shape=(4, 4, 3), actnorm=True, invertible_dense="lu"
     ),
     "labelled": functools.partial(LabelledFlow, SMALL_JET, num_labels=3),
+    "tarflow": functools.partial(TarFlow, (4, 4, 3), depth=2, block_depth=1, emb_dim=8, num_heads=2, context_dim=3),
     "language_model": functools.partial(LanguageModel, SMALL_DECODER, vocab_size=5, bos_id=4),
     "jetformer": functools.partial(JetFormer, **SMALL, image_posemb=True),
 }

@@ -11,23 +11,28 @@ from jetformer import prng
 from jetformer.experiment import Experiment
 from jetformer.models.jet import Jet
 from jetformer.models.labelled import LabelledFlow
+from jetformer.models.tarflow import TarFlow
 from jetformer.objectives import JetObjective
 
-
-@pytest.fixture
-def model():
-    flow = functools.partial(Jet, (4, 4, 1), depth=2, emb_dim=8, num_heads=2, ps=2)
-    return randomized(LabelledFlow(flow, num_labels=3, context_dim=5))
+SMALL = {"input_shape": (4, 4, 1), "depth": 2, "emb_dim": 8, "num_heads": 2, "ps": 2}
+FLOWS = {"jet": functools.partial(Jet, **SMALL), "tarflow": functools.partial(TarFlow, **SMALL, block_depth=1)}
 
 
-def test_it_has_the_bound_of_its_flow(model):
-    assert model.max_logdet == model.flow.max_logdet > 0
+@pytest.fixture(params=[("jet", 5), ("jet", None), ("tarflow", 5), ("tarflow", None)], ids=str)
+def model(request):
+    flow, context_dim = request.param
+    return randomized(LabelledFlow(FLOWS[flow], num_labels=3, context_dim=context_dim))
+
+
+def test_it_has_the_bound_of_its_flow():
+    assert LabelledFlow(FLOWS["jet"], num_labels=3).max_logdet == FLOWS["jet"]().max_logdet > 0
+    assert LabelledFlow(FLOWS["tarflow"], num_labels=3).max_logdet is None
 
 
 def test_it_is_invertible_given_a_label_and_without_one(model):
     x = torch.randn(2, 4, 4, 1, dtype=torch.float64)
     context = model.context(torch.tensor([0, 2]))
-    assert context.shape == (2, 1, 5)
+    assert context.shape == (2, 1, 3 if model.label_emb is None else 5)
     for given in (context, None):
         # One example at a time, as the Jacobian needs it.
         for i in range(2):
@@ -70,7 +75,16 @@ def test_the_objective_scores_images_given_their_labels(model, key):
         torch.testing.assert_close(loss, expected[train]["bits_per_dim"][0].mean())
     assert "drop_labels" not in objective.draw(model, batch, torch.zeros(40, 2, dtype=torch.int32), train=False)
     loss.backward()
-    assert model.label_emb.weight.grad is not None
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_without_embeddings_no_label_is_the_average_of_labels():
+    model = LabelledFlow(FLOWS["tarflow"], num_labels=3, context_dim=None)
+    contexts = model.context(torch.tensor([0, 1, 2, 3]))
+    assert torch.equal(contexts[:3, 0], torch.eye(3))
+    torch.testing.assert_close(contexts[3], contexts[:3].mean(0))
+    condition = model.flow.blocks[0].condition(contexts)
+    torch.testing.assert_close(condition[3], condition[:3].mean(0))
 
 
 def test_mistakes_are_named(model):
@@ -78,7 +92,7 @@ def test_mistakes_are_named(model):
     keys = torch.zeros(1, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"have no label: .* Data\.pp = "):
         JetObjective(dequantize=False)(model, batch, {})
-    with pytest.raises(ValueError, match=r"drop_labels_prob .*LabelledFlow.* Jet"):
+    with pytest.raises(ValueError, match=r"drop_labels_prob .*LabelledFlow.* (Jet|TarFlow)"):
         JetObjective(drop_labels_prob=0.1).draw(model.flow, batch, keys, train=True)
 
 
