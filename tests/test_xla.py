@@ -158,6 +158,7 @@ def test_muon_and_frozen_parameters(tmp_path, data_dir):
             "TarFlow__block_depth": 1,
             "TarFlow__emb_dim": 16,
             "TarFlow__num_heads": 2,
+            "TarFlow__ps": 4,
         },
     ],
     ids=["glow", "cnn", "tarflow"],
