@@ -5,8 +5,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 
 import jetformer  # noqa: F401  (before any test imports TensorFlow)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws from PyTorch's global generator is the same in each run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ from jetformer.objectives import JetFormerObjective
 from small_models import small_model
 from test_golden import jet_from_config, load, objective_inputs
 
+TOKENIZER = pathlib.Path("experiments/shapes.model")
 # Hyperparameters that the golden jet-pytorch weights do not determine.
 JET_BINDINGS = ("Jet.num_heads = 2", 'Jet.kinds = ("channels", "spatial")')
 
@@ -864,7 +865,7 @@ def shared(tmp_path, **options):
         ema=True,
         **options,
     )
-    files = {"config.gin": b"train.seed = 3\n", "tokenizer.model": b"tokens"}
+    files = {"config.gin": b"train.seed = 3\n", "tokenizer.model": TOKENIZER.read_bytes()}
     sharing.write(UPath(tmp_path / "shared"), tensors, step=12, files=files, card=card)
     return model, tensors, tmp_path / "shared"
 
@@ -872,7 +873,7 @@ def shared(tmp_path, **options):
 def test_safetensors_there_and_back(tmp_path):
     model, tensors, directory = shared(tmp_path)
     weights = sharing.read(UPath(directory))
-    assert (weights.step, weights.gin, weights.tokenizer) == (12, "train.seed = 3\n", b"tokens")
+    assert (weights.step, weights.gin, weights.tokenizer) == (12, "train.seed = 3\n", TOKENIZER.read_bytes())
     table, unused = sharing.table(model, weights)
     same(assemble(table, weights.tensors, "JetFormer", unused), tensors["model"])
     same(dict(weights.ema), tensors["ema"])
