@@ -310,7 +310,7 @@ def test_a_new_evaluator_is_a_new_file(tmp_path, data_dir):
     assert log.splitlines()[-1] == message
     (tmp_path / "broken.py").unlink()
     printed, log = start([sys.executable, "-c", code]).communicate(timeout=100)
-    assert printed == "True\n", log
+    assert printed.splitlines()[-1:] == ["True"], log  # TFDS prints before, if it prepares the dataset here
 
 
 def test_two_jobs_at_once_lose_nothing(finished, tmp_path):
