@@ -137,7 +137,8 @@ if [[ -z $dry_run && ($WORKDIR == *://* || -n $(compgen -G "$WORKDIR/*/config.gi
   report=(python -m jetformer.report "--compare=$WORKDIR/*" "--out=$WORKDIR/report.html")
   printf '%q ' "${report[@]}"
   echo
-  "${report[@]}" || true # it says why
+  # A page that cannot be written, which says why, is no failed run.
+  "${report[@]}" || true
 fi
 if ((${#failed[@]})); then
   echo "error: ${#failed[@]} of ${#runs[@]} runs failed: ${failed[*]}" >&2

@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-import sentencepiece
 import yaml
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from jetformer.class_names import CLASSES_FILE
 from jetformer.convert.pickles import load_safetensors
 from jetformer.convert.sources import Source, Table
 from jetformer.convert.weights import Weights
+from jetformer.data.tokenizer import Tokenizer
 from jetformer.evaluators.results import RESULTS_FILE
 from jetformer.models.jet import Jet
 from jetformer.models.jetformer import JetFormer
@@ -103,9 +103,9 @@ def tokenizer_of(directory: UPath) -> bytes | None:
         return None
     content = file.read_bytes()
     try:
-        sentencepiece.SentencePieceProcessor(model_proto=content)
-    except RuntimeError:
-        raise ValueError(f"{file} is not a tokenizer of SentencePiece: replace it by that of the run") from None
+        Tokenizer(content)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}: replace it by the tokenizer of the run") from None
     return content
 
 

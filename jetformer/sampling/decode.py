@@ -7,6 +7,7 @@ Dimensions: B batch, T text tokens, L image tokens, D token dimension, F factore
 sequence, V vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -378,14 +379,17 @@ def inpaint_images(
     """
     size, columns = rows_per_token(model), model.image_shape[1] // model.patches.grid[1]
     kept = ~rearrange(mask, "b (h p) (w q) -> b (h w) (p q)", p=size, q=columns).any(-1)
+
+    def paste(latents: Latents) -> Tensor:
+        return to_uint8(model.decode_image(*latents)[0]).where(mask[..., None], images)
+
     whole = images
     for _ in range(2):
-        given = compile(lambda: encode_images(model, whole, keys))()  # noqa: B023 (called at once)
+        given = compile(functools.partial(encode_images, model, whole, keys))()
         latents = sample_latents(
             model, text, keys, text_mask=text_mask, given=given, kept=kept, compile=compile, **kwargs
         )
-        paste = lambda: to_uint8(model.decode_image(*latents)[0]).where(mask[..., None], images)  # noqa: B023
-        whole = compile(paste)()
+        whole = compile(functools.partial(paste, latents))()
     return whole, compile(lambda: _log_likelihood(model, text, *_encode(model, whole, keys), text_mask))()
 
 
