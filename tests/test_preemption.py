@@ -91,11 +91,11 @@ def test_processes_stop_together(tmp_path, received_after):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["main", "sample", "evaluate"])
-def test_an_interrupt_during_imports_is_one_line(program):
-    args = [sys.executable, "-X", "importtime", "-m", f"jetformer.{program}"]
+def test_an_interrupt_during_imports_is_one_line(program, tmp_path):
+    args = [sys.executable, "-X", "importtime", "-m", f"jetformer.{program}", f"--workdir={tmp_path}"]
     process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
-        if line.endswith(" absl.app\n"):  # before torch, which takes a second
+        if line.endswith(" absl.app\n"):  # before torch, which takes a second once the flags are parsed
             process.send_signal(signal.SIGINT)
             break
     said = [line for line in process.stderr if not line.startswith("import time:")]
