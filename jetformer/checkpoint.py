@@ -253,7 +253,8 @@ class Checkpointer:
 
 
 def _snapshot(value: Any) -> Any:
-    """Returns a copy on the CPU that shares no memory with the original.
+    """Returns a copy on the CPU that shares no memory with the original. That of a GPU's tensors is complete when the
+    device has been waited for.
 
     (DCP's BlockingAsyncStager shares scalar DTensors.)
     """
@@ -262,7 +263,7 @@ def _snapshot(value: Any) -> Any:
     if isinstance(value, list):
         return [_snapshot(item) for item in value]
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=True, non_blocking=True)  # to pinned memory, if from a GPU
     return copy.deepcopy(value)
 
 
@@ -276,7 +277,10 @@ def _writer(fs: AbstractFileSystem, directory: str, finish: Callable, snapshot: 
 
     class Writer(dcp.FileSystemWriter if local else FsspecWriter):
         def stage(self, state_dict):
-            return snapshot(state_dict)
+            copied = snapshot(state_dict)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            return copied
 
         def write_data(self, plan, planner):
             checksums = {}

@@ -21,9 +21,9 @@ _BITS, _FOLD = 0, 1
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Shifts right and fills with zeros."""
-    # Not x >> bits, which torch_xla 2.9 lowers to a division that rounds negative words up; and bits as a tensor, for
-    # it converts a Python number to int64. The mask removes the sign bits that the shift fills with.
-    by = torch.full((), bits, dtype=torch.int32, device=x.device)
+    # Not x >> bits, which torch_xla 2.9 lowers to a division that rounds negative words up; and there bits as a tensor,
+    # for it converts a Python number to int64. The mask removes the sign bits that the shift fills with.
+    by = torch.full((), bits, dtype=torch.int32, device=x.device) if x.device.type == "xla" else bits
     return torch.bitwise_right_shift(x, by) & ((1 << (32 - bits)) - 1)
 
 

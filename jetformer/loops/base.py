@@ -34,13 +34,12 @@ class Runner(nn.Module):
 
     Attributes:
       model: the model.
-      compiles: whether torch.compile compiles the objective as a whole.
+      compiled: what torch.compile compiles in training, see `train.compile`.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, compiled: str | None = None):
         super().__init__()
-        self.model = model
-        self.compiles = False
+        self.model, self.compiled = model, compiled
 
     def forward(self, function: Callable, *args, **kwargs):
         return function(self.model, *args, **kwargs)

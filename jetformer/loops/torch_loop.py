@@ -6,6 +6,7 @@ group of "fsdp" processes shards them, and the groups are replicas. All processe
 depends neither on their number nor on the mesh. Dimensions: B batch of a process.
 """
 
+import collections
 import contextlib
 import inspect
 import os
@@ -43,7 +44,7 @@ class TorchLoop(base.Loop):
 
     def place(self, model: nn.Module, compile: str | None = None) -> base.Runner:
         model.to(self.runtime.device)
-        runner = base.Runner(model)
+        runner = base.Runner(model, compile)
         blocks = [module for module in model.modules() if getattr(module, "is_block", False)]
         if compile is not None:
             _check_compiler(self.runtime.device)
@@ -53,8 +54,8 @@ class TorchLoop(base.Loop):
             if compile == "blocks":
                 for block in blocks:
                     block.compile(dynamic=False)
-            else:
-                runner.compiles = True
+            # A module that reaches its limit of graphs would otherwise train on without them.
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
         sizes = resolve_mesh(self.mesh, self.runtime.device_count)
         if sizes["fsdp"] > 1:
             self._shard(runner, blocks, sizes)
@@ -64,19 +65,18 @@ class TorchLoop(base.Loop):
         mesh = init_device_mesh(self.runtime.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         if sizes["data"] == 1:
             mesh = mesh["fsdp"]
-        # Blocks are gathered in autocast's dtype. Their inputs are not cast: the flow must stay exactly invertible.
-        dtype = None if self.autocast_dtype is None else getattr(torch, self.autocast_dtype)
-        block_policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-        exact_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        # Parameters are gathered in their own dtype: autocast then multiplies in bfloat16 what it does in one process, and
+        # norms and position embeddings are as exact as there. Inputs are not cast: the flow must stay invertible.
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=block_policy)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
             if hasattr(block, "inverse"):
                 register_fsdp_forward_method(block, "inverse")
         for module in runner.modules():
             if isinstance(module, MixtureHead | MultivariateHead):  # the largest single matrix
-                fully_shard(module, mesh=mesh, mp_policy=exact_policy)
+                fully_shard(module, mesh=mesh, mp_policy=policy)
                 register_fsdp_forward_method(module, "logits")
-        fully_shard(runner, mesh=mesh, mp_policy=exact_policy)
+        fully_shard(runner, mesh=mesh, mp_policy=policy)
 
     @torch.no_grad()
     def swap(self, model: nn.Module, ema: dict[str, Tensor]) -> None:
@@ -103,7 +103,7 @@ class TorchLoop(base.Loop):
         on_phase: Callable[[str], None] = lambda name: None,
     ) -> Iterator[base.Step]:
         runner, score = training.runner, training.objective
-        if runner.compiles:
+        if runner.compiled == "step":
             score = torch.compile(score.__call__, dynamic=False)
         if self.runtime.process_count > 1 and not isinstance(runner, FSDPModule):
             # All processes start with the same weights, from the seed or from one checkpoint, and buffers never change.
@@ -135,15 +135,26 @@ class TorchLoop(base.Loop):
     def score(
         self, runner: base.Runner, function: base.Function, batches: Iterator[base.Rows], seed: int, staged: bool
     ) -> Iterator[tuple[np.ndarray, base.Rows]]:
-        call = torch.compile(function, dynamic=False) if runner.compiles and not staged else function
-        tensors = ({name: torch.tensor(array) for name, array in batch.items()} for batch in batches)
+        known: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque()  # by batch
+
+        def inputs() -> Iterator[dict[str, Tensor]]:
+            for batch in batches:
+                arrays = {name: torch.tensor(array) for name, array in batch.items()}
+                index, valid = arrays.pop("_index"), arrays.pop("_mask")
+                known.append((index.numpy(), valid.numpy()))
+                yield arrays | {"_keys": prng.example_keys(seed, index)}
+
         with self.gathered(runner) if staged else _resharded(runner):
-            for batch in _on_device(tensors, self.runtime.device):
-                mask, index = batch.pop("_mask"), batch.pop("_index")
-                with self.autocast():
-                    values = runner(call, batch, prng.example_keys(seed, index))
-                valid = mask.cpu().numpy()
-                yield index.cpu().numpy()[valid], {name: x.cpu().numpy()[valid] for name, x in values.items()}
+            for batch in _on_device(inputs(), self.runtime.device):
+                keys = batch.pop("_keys")
+                with _eager(runner), self.autocast():
+                    values = runner(function, batch, keys)
+                index, valid = known.popleft()
+                # One wait for all: copies to pinned memory, which `non_blocking` allocates, do not block.
+                on_host = {name: x.to("cpu", non_blocking=True) for name, x in values.items()}
+                if self.runtime.device.type == "cuda":
+                    torch.cuda.current_stream(self.runtime.device).synchronize()
+                yield index[valid], {name: x.numpy()[valid] for name, x in on_host.items()}
 
     def compile(self, function: Callable) -> Callable:
         """On a GPU that one process drives alone, replays a CUDA graph, see `Graphed`. Not with several processes,
@@ -190,6 +201,12 @@ def _check_compiler(device: torch.device) -> None:
             raise ValueError("train.compile needs Triton on a GPU, and there is none: pip install triton, or unset it")
     elif not (shutil.which("g++") or shutil.which("clang++")):
         raise ValueError("train.compile needs a C++ compiler on a CPU, and there is none: install g++, or unset it")
+
+
+def _eager(runner: base.Runner) -> contextlib.AbstractContextManager:
+    """Returns a context in which nothing is compiled, from its creation on. Evaluators have other shapes and modes than
+    training, and would use up the graphs that torch.compile keeps for a module."""
+    return contextlib.nullcontext() if runner.compiled is None else torch.compiler.set_stance("force_eager")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ and reads the tensors that it is given.
 Dimensions: B batch, T query length, S key length, E width, N heads, K key/value heads, H head dimension.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -144,7 +145,7 @@ class DecoderBlock(nn.Module):
         mask: Tensor | None,
         angles: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
-        dropout_keys: tuple[Tensor | None, Tensor | None] = (None, None),
+        dropout_keys: Sequence[Tensor | None] = (None, None),
     ) -> Tensor:
         y = self.attn(self.pre_attention_norm(x), mask, angles, cache)
         x = x + prng.dropout(y, self.dropout, dropout_keys[0])
@@ -212,10 +213,11 @@ class Decoder(nn.Module):
           `[B, T, E]`.
         """
         angles = rope_angles(positions, self.head_dim)
+        keys = [None] * (2 * len(self.blocks))
+        if dropout_keys is not None:  # of all draws at once: launching them one by one takes a GPU's host long
+            numbers = torch.arange(len(keys), dtype=torch.int32, device=x.device)
+            keys = prng.fold_in(dropout_keys[:, None], numbers).unbind(1)
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches else None
-            keys = (None, None)
-            if dropout_keys is not None:
-                keys = prng.fold_in(dropout_keys, 2 * i), prng.fold_in(dropout_keys, 2 * i + 1)
-            x = remat.run_block(block, x, mask, angles, cache, keys)
+            x = remat.run_block(block, x, mask, angles, cache, keys[2 * i : 2 * i + 2])
         return x

@@ -289,8 +289,8 @@ class JetFormer(nn.Module):
         if text_mask is not None:
             one, image = text_mask.new_ones(batch_size, 1), text_mask.new_ones(x_image.shape[:2])
             valid = self._arrange(text_first, text_mask, image, one, None if boi is None else one)
-        if shift:
-            x, valid = x[:, :-1], None if valid is None else valid[:, :-1]
+        if shift:  # contiguous: to torch.compile the first block is then as the others
+            x, valid = x[:, :-1].contiguous(), None if valid is None else valid[:, :-1]
 
         length = x.shape[1]
         index = torch.arange(length, device=x.device)

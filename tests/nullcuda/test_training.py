@@ -1,0 +1,105 @@
+"""Training steps of the experiments at their full size: no wait for the device, and no more launches than they need."""
+
+import functools
+import itertools
+import pathlib
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_map_only
+
+from jetformer import benchmark, config
+from jetformer.data import tokenizer
+from jetformer.experiment import Experiment
+from jetformer.runtime import Runtime
+from jetformer.state import State, make_loop
+from jetformer.trainer import training_of
+
+EXPERIMENTS = pathlib.Path("experiments")
+ONE = Runtime(torch.device("cuda:0"))
+
+
+@pytest.fixture(autouse=True)
+def tokenizers(monkeypatch, tmp_path):
+    """The first would be downloaded, the second is the user's own."""
+    here = (EXPERIMENTS / "shapes.model").absolute().as_uri()
+    monkeypatch.setattr(tokenizer, "PUBLIC", {"c4_en": (here, None), "captions.model": (here, None)})
+    monkeypatch.setattr(tokenizer, "load", functools.partial(tokenizer.load, cache_dir=str(tmp_path)))
+
+
+def load(name, *bindings, runtime=ONE) -> tuple[Experiment, State]:
+    """An experiment and its state, with no initial weights: they mean nothing here."""
+    config.parse([str(EXPERIMENTS / f"{name}.gin")], bindings)
+    experiment = config.call(Experiment)
+    loop = make_loop(experiment, runtime)
+    model = experiment.check_model().to_empty(device="cuda")
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()} if experiment.ema_decay else None
+    return experiment, State(loop, loop.place(model, experiment.compile), experiment.optimizer(model), ema)
+
+
+def steps(experiment, state, count):
+    """Runs training steps, and stops after each."""
+    length = benchmark.text_length_of(experiment, state.model)
+    local_size = experiment.batch_size // state.loop.runtime.process_count
+    batch = benchmark.synthetic_batch(state.model, local_size, length)
+    training = training_of(experiment, state, count, schedule=lambda step: 1e-3)
+    return state.loop.train_steps(training, itertools.repeat(batch))
+
+
+NAMES = sorted(
+    path.relative_to(EXPERIMENTS).with_suffix("").as_posix()
+    for path in EXPERIMENTS.rglob("*.gin")
+    if path.stem not in ("on_photo_patches", "dense_plain")  # is no experiment; needs cuSOLVER
+)
+
+
+@pytest.mark.parametrize("autocast", [None, "bfloat16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_do_not_wait(name, autocast, seen):
+    experiment, state = load(name, "train.batch_size = 8", f"train.autocast = {autocast!r}", "train.compile = None")
+    for _ in steps(experiment, state, 3):
+        waits, places = seen["waits"], dict(seen.places)
+        seen.reset()
+    assert waits == 0, places
+
+
+@pytest.fixture
+def eight():
+    """The first of eight processes; the others and their collectives are made up."""
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield Runtime(torch.device("cuda:0"), 0, 8, 8)
+    dist.destroy_process_group()
+
+
+def dtypes(experiment, state) -> dict[str, torch.dtype]:
+    """The dtypes of what modules return in a training step, by module."""
+    found = {}
+
+    def hook(name):
+        return lambda module, args, output: found.update({name: tree_map_only(torch.Tensor, lambda x: x.dtype, output)})
+
+    for name, module in state.model.named_modules():
+        module.register_forward_hook(hook(name))
+    for _ in steps(experiment, state, 1):
+        return found
+
+
+def test_fsdp(seen, eight):
+    """It keeps an eighth of all tensors, does not wait, and computes in the dtypes of one process."""
+    bindings = ["train.batch_size = 8", "train.compile = None", "train.ema_decay = 0.999"]
+    bindings += ["Jet.depth = 2", "Decoder.depth = 2"]
+    expected = dtypes(*load("imagenet256", *bindings))
+    experiment, state = load("imagenet256", *bindings, "train.mesh = {'fsdp': -1}", runtime=eight)
+    assert dtypes(experiment, state) == expected
+    for _ in steps(experiment, state, 3):
+        waits, places = seen["waits"], dict(seen.places)
+        seen.reset()
+    assert waits == 0, places
+    kept = [*state.model.parameters(), *state.ema.values()]
+    kept += [x for values in state.optimizer.state.values() for x in values.values() if x.ndim]
+    assert all(isinstance(x, DTensor) for x in kept)
+    # Rows that eight does not divide are padded.
+    assert sum(x.to_local().numel() for x in kept) <= 1.01 * sum(x.numel() for x in kept) / 8
