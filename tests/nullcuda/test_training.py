@@ -36,8 +36,10 @@ def load(name, *bindings, runtime=ONE) -> tuple[Experiment, State]:
     experiment = config.call(Experiment)
     loop = make_loop(experiment, runtime)
     model = experiment.check_model().to_empty(device="cuda")
-    ema = {name: p.detach().clone() for name, p in model.named_parameters()} if experiment.ema_decay else None
-    return experiment, State(loop, loop.place(model, experiment.compile), experiment.optimizer(model), ema)
+    state = State(loop, loop.place(model, experiment.compile), experiment.optimizer(model), ema=None)
+    if experiment.ema_decay:
+        state.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return experiment, state
 
 
 def steps(experiment, state, count):
