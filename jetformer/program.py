@@ -97,6 +97,7 @@ def one_line_errors() -> Iterator[None]:
     logging.get_absl_logger().addFilter(_is_not_raised_again)
     try:
         yield
+        runtime.shut_down()
     except KeyboardInterrupt:
         _say("interrupted: run the same command again to resume")
         sys.exit(preemption.INTERRUPTED_EXIT_CODE)
@@ -157,6 +158,8 @@ def _say(message: str) -> None:
     """Prints a line, unless another process of the same torchrun has printed it."""
     import torch.distributed as dist
 
+    for signum in (signal.SIGTERM, signal.SIGHUP):  # torchrun ends the others when the first has ended
+        signal.signal(signum, signal.SIG_IGN)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:

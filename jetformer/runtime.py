@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ XLA_VERSIONS = "torch==2.9.0 and torch_xla==2.9.0"
 
 # How long a process waits for the others at the end of `Runtime.together`: after an error, and without one.
 _PATIENCE = datetime.timedelta(seconds=60)
-_TIMEOUT = datetime.timedelta(minutes=30)  # as that of collectives
+_TIMEOUT = datetime.timedelta(minutes=30)  # also of collectives
 
 _KINDS = {kind.__name__: kind for kind in (ValueError, OSError, ImportError)}  # errors whose message says enough
 
@@ -126,11 +127,25 @@ class Runtime:
         return result
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Returns the values of all processes, on all processes."""
+        """Returns the values of all processes, on all processes. It waits for them without limit: preparing a dataset
+        takes a process hours, while the others are here."""
         values = [value] * self.process_count
         if self.process_count > 1:
+            self._meet()
             dist.all_gather_object(values, value)
         return values
+
+    def _meet(self) -> None:
+        """Waits until all processes have called this as often. (A collective would give up after its timeout.)"""
+        number = self.store.add(f"meet/calls/{self.process_index}", 1)
+        arrived = f"meet/{number}"
+        self.store.add(arrived, 1)
+        delay = 0.001
+        # By polling, so that Python can handle signals.
+        while self.store.add(arrived, 0) < self.process_count:
+            time.sleep(delay)
+            delay = min(1.5 * delay, 1.0)
+        self.store.delete_key(f"meet/{number - 1}")  # which all have left
 
     def broadcast(self, value: Any) -> Any:
         """Returns the value of process 0 on all processes."""
@@ -204,10 +219,16 @@ def _initialize_torchrun(device: str, cuda_count: int) -> Runtime:
         torch.cuda.set_device(device)
     # While it waits here for a process that has failed, Python runs no handler: let the signal end it.
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, timeout=_TIMEOUT, device_id=None if device == "cpu" else torch.device(device))
     signal.signal(signal.SIGTERM, handler)
     count = dist.get_world_size()
     return Runtime(torch.device(device), dist.get_rank(), count, count, _get_default_store())
+
+
+def shut_down() -> None:
+    """Ends the communication between processes, if there are several: they all call it when they are done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _on_tpu_host() -> bool:
@@ -248,7 +269,7 @@ def _initialize_xla() -> Runtime:
         # For checkpoints and preemption, which synchronize hosts, not devices.
         import torch_xla.distributed.xla_backend
 
-        dist.init_process_group("gloo", init_method="xla://")
+        dist.init_process_group("gloo", init_method="xla://", timeout=_TIMEOUT)
         store = _get_default_store()
     devices = xr.global_runtime_device_count()
     return Runtime(torch_xla.device(), xr.process_index(), xr.process_count(), devices, store)

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import socket
 import sys
+import time
 import weakref
 
 import pytest
@@ -158,16 +159,34 @@ def _together(rank, port, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
-def test_an_error_of_one_process_is_raised_by_all():
-    """They raise the first one's, of the same type, stay in step, and keep no memory of the failed action."""
+def _spawned(function, nprocs):
+    """Results by rank of processes that share a port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
-        mp.spawn(_together, (port, results), nprocs=3)
-        results = dict(results)
+        mp.spawn(function, (port, results), nprocs=nprocs)
+        return dict(results)
+
+
+def _wait_long(rank, port, results):
+    limit = datetime.timedelta(seconds=1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=limit)
+    machine = runtime.Runtime(torch.device("cpu"), rank, 2, 2, _get_default_store())
+    results[rank] = [machine.on_first(lambda: time.sleep(2) or number) for number in range(2)]
+    runtime.shut_down()
+
+
+@pytest.mark.slow
+def test_the_first_may_take_longer_than_a_collective():
+    assert _spawned(_wait_long, 2) == {0: [0, 1], 1: [0, 1]}
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_raised_by_all():
+    """They raise the first one's, of the same type, stay in step, and keep no memory of the failed action."""
+    results = _spawned(_together, 3)
     for rank, (ended, alive) in results.items():
         kind = "KeyError" if rank == 0 else "RuntimeError"  # its message alone would not tell
         assert ended[:4] == [rank, ("OSError", "disk"), (kind, "'k'"), rank]

@@ -65,8 +65,8 @@ class TorchLoop(base.Loop):
         mesh = init_device_mesh(self.runtime.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         if sizes["data"] == 1:
             mesh = mesh["fsdp"]
-        # Parameters are gathered in their own dtype, and autocast casts what it casts in one process: norms and position
-        # embeddings are as exact as there. Inputs are not cast: the flow must stay invertible.
+        # Parameters are gathered in their own dtype, and autocast casts what it casts in one process. So norms and
+        # position embeddings are as exact as there. Inputs are not cast: the flow must stay invertible.
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -319,6 +319,7 @@ int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) {
   if (active) *active = 1;
   return cudaSuccess;
 }
+int cuModuleLoad(void **module) { return new_handle(module); }
 int cuModuleLoadData(void **module) { return new_handle(module); }
 int cuModuleLoadDataEx(void **module) { return new_handle(module); }
 int cuModuleGetFunction(void **function) { return new_handle(function); }
@@ -399,6 +400,7 @@ SUCCEEDS(cuModuleUnload)
 SUCCEEDS(cuFuncSetAttribute)
 SUCCEEDS(cuFuncSetCacheConfig)
 SUCCEEDS(cuTensorMapEncodeTiled)
+SUCCEEDS(cuTensorMapEncodeIm2col)
 SUCCEEDS(cublasDestroy_v2)
 SUCCEEDS(cublasSetStream_v2)
 SUCCEEDS(cublasSetWorkspace_v2)

@@ -1,6 +1,7 @@
 """A run on the device from its first step to its samples: checkpoints, evaluators, resuming, loading."""
 
 import torch
+from torch._dynamo.utils import counters
 from upath import UPath
 
 import jetformer
@@ -25,3 +26,18 @@ def test_a_run(tmp_path, data_dir, seen):
     assert saves == [4]  # at 4, 6, 8 and 12: one wait for all tensors
     model = jetformer.load(workdir, device="cuda")
     assert model.sample(classes=[3], num_images=2).shape == (2, 8, 8, 1)
+
+
+def test_compiled_blocks(tmp_path, data_dir):
+    """Nothing is compiled after the first step: neither by evaluators, nor when a run resumes with evaluations."""
+    workdir = UPath(tmp_path / "run")
+    graphs = []
+    for total_steps in (6, 12):
+        torch.compiler.reset()
+        overrides = {"train__total_steps": total_steps, "train__compile": '"blocks"', "train__autocast": '"bfloat16"'}
+        config.parse(["experiments/digits.gin"], bindings(data_dir, **overrides))
+        before = counters["stats"]["unique_graphs"]
+        train(config.call(Experiment), workdir, Runtime(torch.device("cuda:0")))
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+    # The decoder's block, the head, and the coupling: the first one's input needs no gradient.
+    assert graphs == [4, 4]
