@@ -98,7 +98,7 @@ def synthetic_batch(model: nn.Module, batch_size: int, text_length: int) -> dict
       text_length: T; 0 for no texts.
 
     Returns:
-      image uint8 `[B, H, W, C]`; label int32 `[B]`; text int32, text_mask and text_loss bool `[B, T]`.
+      image uint8 `[B, H, W, C]`; label int32 `[B]`; text int32, text_loss and, of several tokens, text_mask bool `[B, T]`.
     """
     rng = np.random.default_rng(0)
     batch = {}
@@ -109,7 +109,9 @@ def synthetic_batch(model: nn.Module, batch_size: int, text_length: int) -> dict
     if text_length:
         shape = batch_size, text_length
         batch["text"] = rng.integers(0, model.first_special(text_length), shape, dtype=np.int32)
-        batch |= {name: np.ones(shape, bool) for name in ("text_mask", "text_loss")}
+        batch["text_loss"] = np.ones(shape, bool)
+        if text_length > 1:  # class labels need no mask
+            batch["text_mask"] = np.ones(shape, bool)
     return batch
 
 

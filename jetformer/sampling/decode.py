@@ -86,7 +86,10 @@ class CachedDecoder:
         decoder = model.decoder
         shape = (batch_size, decoder.num_kv_heads, length + num_steps, decoder.head_dim)
         self._next_slot = self._slots[length : length + 1].clone()
-        self._layers = [tuple(self._prefix.new_zeros(shape) for _ in range(2)) for _ in decoder.blocks]
+        # Keys and values come in autocast's dtype.
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        self._layers = [tuple(x.new_zeros(shape, dtype=dtype) for _ in range(2)) for _ in decoder.blocks]
 
     def _run(self, x: Tensor, mask: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         caches = [KVCache(k, v, slots) for k, v in self._layers]

@@ -1,10 +1,10 @@
 // A CUDA runtime, driver and cuBLAS that compute nothing: on them PyTorch's CUDA build runs on a machine without a GPU.
 //
-// Preloaded, it stands in for libcudart, libcublas and libcublasLt. PyTorch sees one H100. Memory, small copies, streams,
+// Preloaded, it stands in for libcudart, libcublas and libcublasLt. PyTorch sees a GPU. Memory, small copies, streams,
 // events, pinned memory and the rules of a graph's capture are real; kernels do nothing, so results mean nothing. It
 // counts what a program asks of the device, and calls a hook whenever the host would wait for it.
 //
-// NULLCUDA_CAPABILITY (90) is the compute capability, NULLCUDA_MEMORY_GB (80) the size of the memory.
+// NULLCUDA_CAPABILITY (80, an A100's) is the compute capability, NULLCUDA_MEMORY_GB (80) the size of the memory.
 
 #define _GNU_SOURCE
 #include <driver_types.h>  // not cuda_runtime_api.h: most functions here take no notice of their arguments
@@ -52,7 +52,7 @@ static long setting(const char *name, long otherwise) {
   return value ? atol(value) : otherwise;
 }
 
-static long capability(void) { return setting("NULLCUDA_CAPABILITY", 90); }
+static long capability(void) { return setting("NULLCUDA_CAPABILITY", 80); }
 
 // Memory. Device and pinned memory are parts of two address ranges that are reserved once. A page before each allocation
 // holds its size. Addresses are not used twice.
@@ -237,7 +237,7 @@ int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { return *least 
 
 int cudaGetDeviceProperties(struct cudaDeviceProp *out, int device) {
   memset(out, 0, sizeof *out);
-  strcpy(out->name, "Null H100");
+  strcpy(out->name, "nullcuda");
   out->totalGlobalMem = total_memory();
   out->major = capability() / 10;
   out->minor = capability() % 10;

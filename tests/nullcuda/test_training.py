@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map_only
 
 from jetformer import benchmark, config
 from jetformer.data import tokenizer
 from jetformer.experiment import Experiment
+from jetformer.models import attention
 from jetformer.runtime import Runtime
 from jetformer.state import State, make_loop
 from jetformer.trainer import training_of
@@ -60,12 +62,21 @@ NAMES = sorted(
 
 @pytest.mark.parametrize("autocast", [None, "bfloat16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_steps_do_not_wait(name, autocast, seen):
+def test_steps_do_not_wait(name, autocast, seen, monkeypatch):
+    """And attention has a fused kernel, which keeps no scores, on the oldest GPU with bfloat16."""
+    kernels, fused = set(), attention.F.scaled_dot_product_attention
+
+    def attend(*args, **kwargs):
+        kernels.add(SDPBackend(torch._fused_sdp_choice(*args, **kwargs)))
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", attend)
     experiment, state = load(name, "train.batch_size = 8", f"train.autocast = {autocast!r}", "train.compile = None")
     for _ in steps(experiment, state, 3):
         waits, places = seen["waits"], dict(seen.places)
         seen.reset()
     assert waits == 0, places
+    assert SDPBackend.MATH not in kernels
 
 
 @pytest.fixture
