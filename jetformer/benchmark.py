@@ -98,7 +98,8 @@ def synthetic_batch(model: nn.Module, batch_size: int, text_length: int) -> dict
       text_length: T; 0 for no texts.
 
     Returns:
-      image uint8 `[B, H, W, C]`; label int32 `[B]`; text int32, text_loss and, of several tokens, text_mask bool `[B, T]`.
+      image uint8 `[B, H, W, C]`; label int32 `[B]`; text int32, text_loss bool and, of several tokens, text_mask bool
+      `[B, T]`.
     """
     rng = np.random.default_rng(0)
     batch = {}

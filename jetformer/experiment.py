@@ -68,6 +68,7 @@ class Experiment:
         products on TPUs; "medium", bfloat16.
       activation_checkpointing: what the backward pass recomputes: "none", "blocks" of the decoder, "couplings" of the
         flow, or "everything", both.
+      activation_checkpointing_every: recompute only every so many of these blocks: less time, more memory.
       compile: what torch.compile compiles: "blocks", every module with `is_block = True` by itself; "step", the whole
         forward pass; None: nothing. Both also compile the image head's likelihood. (XLA always compiles the whole
         step.)
@@ -108,6 +109,7 @@ class Experiment:
     autocast: str | None = None
     matmul_precision: str = "highest"
     activation_checkpointing: str = "none"
+    activation_checkpointing_every: PositiveInt = 1
     compile: str | None = None
     mesh: dict[str, int] | None = None
     compilation_cache: str | None = None
@@ -143,6 +145,11 @@ class Experiment:
         ):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"train.{name} = {value!r}: expected one of {', '.join(map(repr, choices))}")
+        if self.activation_checkpointing == "none" and self.activation_checkpointing_every > 1:
+            raise ValueError(
+                f"train.activation_checkpointing_every = {self.activation_checkpointing_every} needs "
+                "train.activation_checkpointing: bind it, as to 'everything'"
+            )
         for name in ("keep_best_mode", "patience"):
             if self.keep_best is None and (value := getattr(self, name)) is not None:
                 raise ValueError(

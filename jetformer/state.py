@@ -119,7 +119,7 @@ def build_to_load(experiment: Experiment, loop: Loop, fill: Callable[[nn.Module]
 
 def _place(experiment: Experiment, loop: Loop, model: nn.Module, compile: str | None) -> State:
     """Moves a model from the CPU to the devices; returns the state without optimizer."""
-    remat.set_policy(model, experiment.activation_checkpointing)
+    remat.set_policy(model, experiment.activation_checkpointing, experiment.activation_checkpointing_every)
     state = State(loop, loop.place(model, compile), optimizer=None, ema=None)
     if experiment.ema_decay:
         state.ema = {name: p.detach().clone() for name, p in model.named_parameters()}

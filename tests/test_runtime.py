@@ -174,13 +174,13 @@ def _wait_long(rank, port, results):
     limit = datetime.timedelta(seconds=1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=limit)
     machine = runtime.Runtime(torch.device("cpu"), rank, 2, 2, _get_default_store())
-    results[rank] = [machine.on_first(lambda: time.sleep(2) or number) for number in range(2)]
+    results[rank] = [machine.on_first(lambda: time.sleep(2) or "done") for _ in range(2)]
     runtime.shut_down()
 
 
 @pytest.mark.slow
 def test_the_first_may_take_longer_than_a_collective():
-    assert _spawned(_wait_long, 2) == {0: [0, 1], 1: [0, 1]}
+    assert _spawned(_wait_long, 2) == {0: ["done", "done"], 1: ["done", "done"]}
 
 
 @pytest.mark.slow

@@ -13,16 +13,21 @@ from torch.utils.checkpoint import checkpoint
 POLICIES = ("none", "blocks", "couplings", "everything")
 
 
-def set_policy(model: nn.Module, policy: str) -> None:
+def set_policy(model: nn.Module, policy: str, every: int = 1) -> None:
     """Chooses the blocks of a model that `run_block` recomputes in the backward pass.
 
     Args:
       model: any module.
       policy: one of `POLICIES`.
+      every: recompute only each so many of the policy's blocks, from the first on; 1: all of them.
     """
+    chosen = 0
     for module in model.modules():
         if getattr(module, "is_block", False):
             module.recompute = policy in (getattr(module, "recompute_policy", "blocks"), "everything")
+            if module.recompute:
+                module.recompute = chosen % every == 0
+                chosen += 1
 
 
 def run_block(block: nn.Module, x: Tensor, *args):

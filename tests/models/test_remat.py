@@ -37,16 +37,23 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("policy", "calls"),
-    [("none", [1, 1, 1]), ("blocks", [2, 1, 2]), ("couplings", [1, 2, 1]), ("everything", [2, 2, 2])],
+    ("policy", "every", "calls"),
+    [
+        ("none", 1, [1, 1, 1]),
+        ("blocks", 1, [2, 1, 2]),
+        ("couplings", 1, [1, 2, 1]),
+        ("everything", 1, [2, 2, 2]),
+        ("blocks", 2, [2, 1, 1]),
+        ("everything", 2, [2, 1, 2]),
+    ],
 )
-def test_a_policy_recomputes_its_blocks(policy, calls):
+def test_a_policy_recomputes_its_blocks(policy, every, calls):
     torch.manual_seed(0)
     model, x = Model(), torch.randn(3, 4, requires_grad=True)
     expected = torch.autograd.grad(model(x).square().sum(), (x, *model.parameters()))
     for block in model.blocks:
         block.calls = 0
-    remat.set_policy(model, policy)
+    remat.set_policy(model, policy, every)
     gradients = torch.autograd.grad(model(x).square().sum(), (x, *model.parameters()))
     assert [block.calls for block in model.blocks] == calls
     assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))

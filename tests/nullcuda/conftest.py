@@ -1,4 +1,6 @@
-"""What tests on the CUDA runtime that computes nothing share: see `runtime.c`. `run.sh` runs them.
+"""What tests on the CUDA runtime that computes nothing share: see `runtime.c`.
+
+    tests/nullcuda/run.sh python -m pytest tests/nullcuda
 
 Results mean nothing. What a test can see is that nothing is on the wrong device, how many kernels are launched, where
 the host waits for the device, how much memory is allocated, and which kernels PyTorch chooses.
