@@ -106,7 +106,7 @@ class MixtureHead(_Head):
       num_mixtures: K.
       scale_tol: smallest standard deviation.
       dtype: dtype of the projection, "float32" or "bfloat16"; the likelihood is in float32 either way.
-      block: tokens whose logits training holds at a time, on each device.
+      block: tokens whose logits training holds at a time, on each device; None: see `mixture_nll.default_block`.
       mean_init_std: standard deviation of the normal noise that the biases of the means start with, in units of the
         tokens. At 0, as in the reference, all components start equal and get equal gradients. Up to rounding they stay
         equal, and the mixture is one Gaussian.
@@ -127,7 +127,7 @@ class MixtureHead(_Head):
         num_mixtures: int,
         scale_tol: float = 1e-6,
         dtype: str = "float32",
-        block: int = 256,
+        block: int | None = None,
         mean_init_std: float = 0.0,
         scale_init: float = 1.0,
         kmeans_init: bool = False,
