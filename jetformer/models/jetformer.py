@@ -62,7 +62,8 @@ class JetFormer(nn.Module):
       multivariate: use one Gaussian with full covariance instead; requires K = 1.
       scale_tol: smallest scale of the image head.
       head_dtype: dtype of the image head's projection, "float32" or "bfloat16".
-      head_block: tokens whose logits the image head holds at a time in training, on each device.
+      head_block: tokens whose logits the image head holds at a time in training, on each device; None chooses by the
+        device, see `mixture_nll.default_block`.
       mean_init_std: standard deviation of the normal noise that the biases of the mixture's means start with, in units
         of the image tokens. At 0, as in the reference, the components stay equal up to rounding, as one Gaussian.
       scale_init: standard deviation that the mixture's components start with, in the same units.
@@ -97,7 +98,7 @@ class JetFormer(nn.Module):
         multivariate: bool = False,
         scale_tol: PositiveFloat = 1e-6,
         head_dtype: str = "float32",
-        head_block: PositiveInt = 256,
+        head_block: PositiveInt | None = None,
         mean_init_std: NonNegativeFloat = 0.0,
         scale_init: PositiveFloat = 1.0,
         kmeans_init: bool = False,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jetformer.models.autocast import without_autocast
-from jetformer.models.mixture_nll import LOG_2PI, TokenScores, mixture_nll
+from jetformer.models.mixture_nll import LOG_2PI, TokenScores, mixture_nll, split_logits
 
 CLUSTERED_TOKENS = 20_000  # that k-means clusters, in seconds
 _MIN_SCALE_INIT = 1e-3  # of a component that starts at a cluster
@@ -106,7 +106,7 @@ class MixtureHead(_Head):
       num_mixtures: K.
       scale_tol: smallest standard deviation.
       dtype: dtype of the projection, "float32" or "bfloat16"; the likelihood is in float32 either way.
-      block: tokens whose logits training holds at a time, on each device.
+      block: tokens whose logits training holds at a time, on each device; None: see `mixture_nll.default_block`.
       mean_init_std: standard deviation of the normal noise that the biases of the means start with, in units of the
         tokens. At 0, as in the reference, all components start equal and get equal gradients. Up to rounding they stay
         equal, and the mixture is one Gaussian.
@@ -127,7 +127,7 @@ class MixtureHead(_Head):
         num_mixtures: int,
         scale_tol: float = 1e-6,
         dtype: str = "float32",
-        block: int = 256,
+        block: int | None = None,
         mean_init_std: float = 0.0,
         scale_init: float = 1.0,
         kmeans_init: bool = False,
@@ -146,7 +146,7 @@ class MixtureHead(_Head):
     def init_weights(self, generator: torch.Generator) -> None:
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        _, means, raw_scales = self._parts(self.linear.bias)
+        _, means, raw_scales = split_logits(self.linear.bias, self.num_mixtures)
         if self.mean_init_std:
             nn.init.normal_(means, std=self.mean_init_std, generator=generator)
         nn.init.constant_(raw_scales, square_plus_inverse(self.scale_init))
@@ -182,18 +182,12 @@ class MixtureHead(_Head):
         scales = self.scale_init * torch.maximum(stds, 0.05 * tokens.std(0, correction=0))
         scales = scales.clamp(min=_MIN_SCALE_INIT + self.scale_tol)  # for dimensions that hardly vary
         values = (counts / counts.mean()).log(), centres, square_plus_inverse(scales)
-        for rows, value in zip(self._parts(self.linear.bias), values, strict=True):
+        for rows, value in zip(split_logits(self.linear.bias, self.num_mixtures), values, strict=True):
             rows.copy_(value)
-
-    def _parts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Splits rows `[P, ...]` into those of log-weights `[K, ...]`, means and raw scales `[K, D, ...]`."""
-        k = self.num_mixtures
-        weights, means, raw_scales = rows.split((k, (len(rows) - k) // 2, (len(rows) - k) // 2))
-        return weights, means.unflatten(0, (k, -1)), raw_scales.unflatten(0, (k, -1))
 
     def components_equal(self) -> bool:
         """Returns whether all components have equal parameters, so that training cannot tell them apart."""
-        parts = (part for p in self.linear.parameters() for part in self._parts(p))
+        parts = (part for p in self.linear.parameters() for part in split_logits(p, self.num_mixtures))
         return all(bool((part == part[:1]).all()) for part in parts)
 
     def forward(self, hidden: Tensor, target: Tensor, token_weight: Tensor) -> TokenScores:

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOG_2PI = math.log(2 * math.pi)
+# The most logits that a block may have on a CPU or a TPU: 128 MiB in float32.
+_BLOCK_LOGITS = 2**25
 # About 5 arrays of so many floats fit a CPU's caches. (1024 mixtures of 48 dimensions, 512 tokens, 2 cores: 0.07 s, or
 # 0.27 s with everything at once.)
 _CPU_CHUNK = 2**18
@@ -38,32 +40,51 @@ class TokenScores(NamedTuple):
     responsibility_entropy: Tensor | None = None
 
 
-def _score_block(logits: Tensor, x: Tensor, w: Tensor, k: int, raw_min: float, differentiate: bool, chunk: int):
+def split_logits(rows: Tensor, num_mixtures: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Splits rows `[P, ...]` into those of weights `[K, ...]`, means and raw scales `[K, D, ...]`; they share memory."""
+    k = num_mixtures
+    weights, means, raw_scales = rows.split((k, (len(rows) - k) // 2, (len(rows) - k) // 2))
+    return weights, means.unflatten(0, (k, -1)), raw_scales.unflatten(0, (k, -1))
+
+
+def _score_block(
+    weights: Tensor,
+    means: Tensor,
+    raw_scales: Tensor,
+    x: Tensor,
+    w: Tensor,
+    raw_min: float,
+    differentiate: bool,
+    chunk: int,
+):
     """Scores n tokens and overwrites their logits with the gradients of their weighted negative log-likelihoods.
 
+    Logits have tokens last, which makes products faster and lets sums over D and K run along tokens. They are three
+    tensors, not one: torch.compile copies a whole tensor to change a part of it.
+
     Args:
-      logits: `[P, n]`; changed in place. Tokens come last, which makes products faster and lets sums over D and K run
-        along tokens.
-      x: `[n, D]`, the tokens.
+      weights: `[K, n]`, logits of the weights; this and the next two change in place if `differentiate`.
+      means: `[K, D, n]`.
+      raw_scales: `[K, D, n]`.
+      x: `[n, D]`, the tokens, in the dtype to compute in.
       w: `[n]`, their weights.
-      k: K.
       raw_min: smallest raw scale.
       differentiate: whether to compute gradients.
       chunk: approximate number of means to process at a time.
 
     Returns:
-      Log-likelihoods `[n]`; responsibilities `[K, n]` and their entropies in nats `[n]`; gradients of `x` `[n, D]`, or
-      None.
+      Log-likelihoods `[n]`; responsibilities `[K, n]` and their entropies in nats `[n]`; gradients of `x` `[n, D]` and
+      of the biases `[P]`, or None.
     """
     n, d = x.shape
-    weights, means, raw_scales = logits.split((k, k * d, k * d))
-    means, raw_scales = means.unflatten(0, (k, d)), raw_scales.unflatten(0, (k, d))
+    logits = weights, means, raw_scales
+    weights, means, raw_scales = (part.to(x.dtype) for part in logits)
     x = x.t().contiguous()
     # In the comments, s is the scale and z = (x - mean) / s. With q = sqrt(r² + 4): s = (r + q) / 2 and
     # ds / dr = s / q. Factors of 1/2 and 1/4 are applied after the sums over D.
     components = []
     size = max(1, chunk // (d * n))
-    for first in range(0, k, size):
+    for first in range(0, len(weights), size):
         m, r = means[first : first + size], raw_scales[first : first + size]
         r.clamp_(min=raw_min)
         q = r.square().add_(4).sqrt_()
@@ -77,20 +98,39 @@ def _score_block(logits: Tensor, x: Tensor, w: Tensor, k: int, raw_min: float, d
             t = torch.mul(m, m, out=t).mul_(-0.25).add_(1).div_(q)
             r.copy_(torch.ops.aten.threshold_backward(t, r, raw_min))
             m.mul_(precision)  # d nll / d mean = -posterior · z / s
+    log_prob, responsibilities, entropy, log_weights = _mix(weights, torch.cat(components), d)
+    if not differentiate:
+        return log_prob, responsibilities, entropy, None, None
+    posterior = responsibilities * w
+    weights.copy_(log_weights.exp_().mul_(w).sub_(posterior))
+    raw_scales.mul_(posterior.unsqueeze(1))
+    means.mul_(posterior.mul_(0.25).unsqueeze(1))
+    grads = weights, means, raw_scales
+    for part, grad in zip(logits, grads, strict=True):
+        part.copy_(grad)
+    grad_bias = torch.cat([grad.flatten(0, -2).sum(1) for grad in grads])
+    return log_prob, responsibilities, entropy, means.sum(0).neg_().t(), grad_bias
+
+
+def _mix(weights: Tensor, components: Tensor, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mixes components.
+
+    Args:
+      weights: `[K, n]`, logits of the weights.
+      components: `[K, n]`, log-densities of the components in nats, without their constant; changed in place.
+      d: D.
+
+    Returns:
+      Log-likelihoods `[n]`, responsibilities `[K, n]`, their entropies in nats `[n]`, and log-weights `[K, n]`.
+    """
     log_weights = weights.log_softmax(0)
-    joint = torch.cat(components).add_(log_weights).sub_(d * (math.log(2) + 0.5 * LOG_2PI))
+    joint = components.add_(log_weights).sub_(d * (math.log(2) + 0.5 * LOG_2PI))
     log_prob = torch.logsumexp(joint, dim=0)
     # At -1e4 the posterior is 0, and so is its share of the entropy; at -inf that would be 0 · inf = NaN.
     log_posterior = (joint - log_prob).clamp_(min=-1e4)
     responsibilities = log_posterior.exp()
     entropy = log_posterior.mul_(responsibilities).sum(0).neg_()
-    if not differentiate:
-        return log_prob, responsibilities, entropy, None
-    posterior = responsibilities * w
-    weights.copy_(log_weights.exp_().mul_(w).sub_(posterior))
-    raw_scales.mul_(posterior.unsqueeze(1))
-    means.mul_(posterior.mul_(0.25).unsqueeze(1))
-    return log_prob, responsibilities, entropy, means.sum(0).neg_().t()
+    return log_prob, responsibilities, entropy, log_weights
 
 
 @functools.cache
@@ -122,14 +162,15 @@ class _MixtureNLL(torch.autograd.Function):
         grad_target = torch.empty_like(target) if needs[3] else None
         # The raw scale at which the scale is scale_tol.
         raw_min = scale_tol - 1 / scale_tol
-        buffer = None  # shared by all blocks, which saves memory and the time to allocate it
+        logits = None  # shared by all blocks, which saves memory and the time to allocate it
         for rows in token_blocks(*target.shape[:2], block, num_shards):
             h, x, w = (y[rows].flatten(0, 1) for y in (hidden, target, token_weight))
             examples = nll[rows].shape[:1]
-            if buffer is None or buffer.shape[1] != len(h):
-                buffer = weight.new_empty(len(weight), len(h))
-            logits = torch.addmm(bias[:, None], weight, h.t(), out=buffer).to(target.dtype)
-            log_prob, posterior, entropy, grad_x = score_block(logits, x, w, num_mixtures, raw_min, any(needs), chunk)
+            if logits is None or logits.shape[1] != len(h):
+                logits = weight.new_empty(len(weight), len(h))
+            torch.addmm(bias[:, None], weight, h.t(), out=logits)
+            scores = score_block(*split_logits(logits, num_mixtures), x, w, raw_min, any(needs), chunk)
+            log_prob, posterior, entropy, grad_x, block_grad_bias = scores
             nll[rows] = -log_prob.view(*examples, -1)
             responsibilities[rows[0]] += posterior.view(num_mixtures, *examples, -1).sum(-1).t()
             responsibility_entropy[rows[0]] += entropy.view(*examples, -1).sum(-1)
@@ -138,14 +179,11 @@ class _MixtureNLL(torch.autograd.Function):
             if needs[3]:
                 grad_target[rows] = grad_x.unflatten(0, (*examples, -1))
             if needs[2]:
-                grad_bias.add_(logits.sum(1))
-            logits = logits.to(weight.dtype)
+                grad_bias.add_(block_grad_bias)
             if needs[0]:
                 grad_hidden[rows] = (logits.t() @ weight).unflatten(0, (*examples, -1))
-            if needs[1] and grad_weight.dtype == weight.dtype:
-                grad_weight.addmm_(logits, h)
-            elif needs[1]:
-                grad_weight.add_(logits @ h)
+            if needs[1]:
+                _add_product(grad_weight, logits, h)
         ctx.dtypes = (hidden.dtype, weight.dtype, bias.dtype, target.dtype)
         ctx.grads = (grad_hidden, grad_weight, grad_bias, grad_target)
         averages = (responsibilities / target.shape[1], responsibility_entropy / target.shape[1])
@@ -158,6 +196,33 @@ class _MixtureNLL(torch.autograd.Function):
         pairs = zip(ctx.grads, ctx.dtypes, strict=True)
         grads = (g if g is None else g.mul_(grad_sum).to(dtype) for g, dtype in pairs)
         return *grads, None, None, None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds a product to a total in place, whose dtype may be wider than that of the factors."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:  # only there PyTorch has it: the sum is kept as wide as the total, and no product is stored
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # the product is rounded to the factors' dtype once for each block
+        total.add_(a @ b)
+
+
+def default_block(num_logits: int, device: torch.device) -> int:
+    """Returns the number of tokens whose logits to hold at a time, a power of two.
+
+    Each block reads the weight and adds to the weight's gradient, which takes longer the faster the products are. So a
+    GPU gets up to 4096 tokens, as many as fill a sixteenth of its memory with logits in float32; any other device up to
+    256, whose logits fill 128 MiB. For 263,168 logits that is 4096 tokens with 80 GB, 2048 with 40 GB, and 64 on a CPU.
+
+    Args:
+      num_logits: P.
+      device: of the tokens.
+    """
+    most, logits = 256, _BLOCK_LOGITS
+    if device.type == "cuda":
+        most, logits = 4096, torch.cuda.get_device_properties(device).total_memory // (16 * 4)
+    return min(most, 2 ** int(math.log2(max(logits // num_logits, 1))))
 
 
 def token_blocks(batch_size: int, length: int, block: int, num_shards: int | None) -> list[tuple[slice, slice]]:
@@ -182,7 +247,7 @@ def mixture_nll(
     *,
     num_mixtures: int,
     scale_tol: float,
-    block: int,
+    block: int | None = None,
     num_shards: int | None = None,
     compiled: bool = False,
 ) -> TokenScores:
@@ -199,7 +264,7 @@ def mixture_nll(
       token_weight: `[B, L]`, factor of each token in the sum; it gets no gradient.
       num_mixtures: K.
       scale_tol: smallest standard deviation.
-      block: tokens at a time.
+      block: tokens at a time; None: see `default_block`.
       num_shards: number of devices that the examples are sharded over. A block then has tokens of all examples, `block`
         on each device, so that no token moves between devices. None: one device holds all examples.
       compiled: whether to compile, by torch.compile, the operations between the products.
@@ -207,6 +272,8 @@ def mixture_nll(
     Returns:
       The scores. Only `total` has a gradient.
     """
+    if block is None:
+        block = default_block(len(weight), target.device)
     tensors = (hidden, weight, bias, target)
     if not torch.is_grad_enabled():
         tensors = (x.detach() for x in tensors)  # otherwise the forward pass would compute gradients

@@ -1,5 +1,7 @@
 """The image head: blocked equals plain, gradients are right, samples follow the density."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from jetformer.models.mixture import (
     count_components,
     square_plus,
 )
-from jetformer.models.mixture_nll import mixture_nll, token_blocks
+from jetformer.models.mixture_nll import default_block, mixture_nll, token_blocks
 from jetformer.sampling import guidance
 from mixtures import mixture_from_logits, mixture_of
 
@@ -46,6 +48,27 @@ def test_blocks_are_no_larger_than_requested():
             shards = num_shards or 1
             assert seen[rows].numel() <= max(block, -(-batch_size // shards) if num_shards else 1) * shards
         assert (seen == 1).all()
+
+
+GPU, CPU, XLA = torch.device("cuda"), torch.device("cpu"), torch.device("xla")
+
+
+@pytest.mark.parametrize(
+    ("device", "gigabytes", "num_logits", "block"),
+    [
+        *((device, None, 263_168, 64) for device in (CPU, XLA)),  # 1024 mixtures of 128 dimensions
+        *((device, None, 99_328, 256) for device in (CPU, XLA)),  # of 48 dimensions
+        (GPU, 80, 263_168, 4096),
+        (GPU, 40, 263_168, 2048),
+        (GPU, 24, 263_168, 1024),
+        (GPU, 80, 100, 4096),
+        (CPU, None, 2**30, 1),
+    ],
+)
+def test_the_device_chooses_the_block(monkeypatch, device, gigabytes, num_logits, block):
+    properties = lambda asked: types.SimpleNamespace(total_memory=gigabytes * 10**9) if asked == GPU else None
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert default_block(num_logits, device) == block
 
 
 def plain_nll(hidden, weight, bias, target, num_mixtures, scale_tol):
