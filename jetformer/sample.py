@@ -48,11 +48,16 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("batch_size", 32, "Samples at a time, per process.", lower_bound=1)
 flags.DEFINE_string(
-    "guidance", None, "Classifier-free guidance: density, interp or none; default: density with a --guidance_weight."
+    "guidance",
+    None,
+    "Classifier-free guidance: density, clipped, resample, interp or none; default: density with a --guidance_weight.",
 )
 flags.DEFINE_float("guidance_weight", 0.0, "Weight w of guidance, which samples from p(x | y)^(1+w) / p(x)^w.")
 flags.DEFINE_string(
     "guidance_schedule", "constant", "Guidance weight over the tokens of an image: constant, linear or cosine."
+)
+flags.DEFINE_integer(
+    "guidance_candidates", None, "Candidates of each token with --guidance=resample; default: 16.", lower_bound=1
 )
 flags.DEFINE_float(
     "temperature",

@@ -22,11 +22,12 @@ from jetformer.sampling.sampler import Request, Sampler, draw, repeated
 
 FLAGS = flags.FLAGS  # defined in `jetformer.sample`
 
+_OF_IMAGES = ("temperature_probs", "guidance", "guidance_weight", "guidance_schedule", "guidance_candidates")
 # Flags that apply to some tasks only.
 _FLAGS_OF = {
-    "image": ("temperature_probs", "guidance", "guidance_weight", "guidance_schedule"),
-    "complete": ("temperature_probs", "guidance", "guidance_weight", "guidance_schedule", "rows"),
-    "inpaint": ("temperature_probs", "guidance", "guidance_weight", "guidance_schedule", "mask"),
+    "image": _OF_IMAGES,
+    "complete": (*_OF_IMAGES, "rows"),
+    "inpaint": (*_OF_IMAGES, "mask"),
     "caption": ("top_k", "top_p"),
     "text": ("top_k", "top_p"),
     "flow": (),
@@ -171,7 +172,7 @@ def sample() -> None:
         raise ValueError("jetformer.sample with --device=xla runs in one process: start it on one host")
     if "://" in FLAGS.out:
         raise ValueError(f"--out={FLAGS.out}: expected a local directory")
-    guidance = guidance_of(FLAGS.guidance, FLAGS.guidance_weight, FLAGS.guidance_schedule)
+    guidance = guidance_of(FLAGS.guidance, FLAGS.guidance_weight, FLAGS.guidance_schedule, FLAGS.guidance_candidates)
     # Each process loads and runs the whole model, so that none waits for another within a batch.
     found = trained.load(
         source(),

@@ -149,6 +149,7 @@ class Trained:
         guidance: str | None = None,
         guidance_weight: float = 0.0,
         guidance_schedule: str = "constant",
+        guidance_candidates: int | None = None,
         batch_size: int = 32,
         progress: bool = False,
     ) -> npt.NDArray[np.uint8]:
@@ -161,7 +162,7 @@ class Trained:
           seed: of the first sample of each.
           temperature: multiplies the scales of the mixtures of image tokens, or the latents of a flow.
           temperature_probs: multiplies the log-weights of the mixtures.
-          guidance, guidance_weight, guidance_schedule: see `sampling.guidance.guidance_of`.
+          guidance, guidance_weight, guidance_schedule, guidance_candidates: see `sampling.guidance.guidance_of`.
           batch_size: samples at a time.
           progress: show a progress bar.
 
@@ -172,18 +173,18 @@ class Trained:
           ValueError: for arguments that do not fit the model.
         """
         requests = self._requests(classes, prompts)
+        guided = guidance_of(guidance, guidance_weight, guidance_schedule, guidance_candidates)
         options: dict[str, Any] = {"temperature": temperature, "compile": self.state.loop.compile}
         sampler: Sampler
         if isinstance(self.module, JetFormer):
             if not requests:
                 raise ValueError("nothing to sample: give classes or prompts")
-            guided = guidance_of(guidance, guidance_weight, guidance_schedule)
             options |= {"guidance": guided, "temperature_probs": temperature_probs}
             sampler = ImageSampler(self.experiment, self.module, **options)
         elif isinstance(self.module, LanguageModel):
             raise ValueError("a LanguageModel samples no images: use continue_texts")
         else:
-            if guidance_of(guidance, guidance_weight, guidance_schedule).on or temperature_probs != 1:
+            if guided.on or temperature_probs != 1:
                 raise ValueError("guidance and temperature_probs do not apply to a flow: leave them out")
             sampler = FlowSampler(self.module, **options)
             requests = requests or [Request("sample")]
@@ -204,6 +205,7 @@ class Trained:
         guidance: str | None = None,
         guidance_weight: float = 0.0,
         guidance_schedule: str = "constant",
+        guidance_candidates: int | None = None,
         batch_size: int = 32,
         progress: bool = False,
     ) -> Array:
@@ -216,8 +218,8 @@ class Trained:
           classes, prompts: what the images show.
           num_images: samples of each image.
           seed: of the first sample of each.
-          temperature, temperature_probs, guidance, guidance_weight, guidance_schedule, batch_size, progress: see
-            `sample`.
+          temperature, temperature_probs, guidance, guidance_weight, guidance_schedule, guidance_candidates, batch_size,
+            progress: see `sample`.
 
         Returns:
           Images, `num_images` of the first image, then of the second, and so on.
@@ -231,7 +233,7 @@ class Trained:
         sampler = ImageSampler(
             self.experiment,
             model,
-            guidance=guidance_of(guidance, guidance_weight, guidance_schedule),
+            guidance=guidance_of(guidance, guidance_weight, guidance_schedule, guidance_candidates),
             temperature=temperature,
             temperature_probs=temperature_probs,
             rows=model.image_shape[0] // 2 if rows is None else rows,
@@ -255,6 +257,7 @@ class Trained:
         guidance: str | None = None,
         guidance_weight: float = 0.0,
         guidance_schedule: str = "constant",
+        guidance_candidates: int | None = None,
         batch_size: int = 32,
         progress: bool = False,
     ) -> Array:
@@ -267,8 +270,8 @@ class Trained:
           classes, prompts: what the images show.
           num_images: samples of each image.
           seed: of the first sample of each.
-          temperature, temperature_probs, guidance, guidance_weight, guidance_schedule, batch_size, progress: see
-            `sample`.
+          temperature, temperature_probs, guidance, guidance_weight, guidance_schedule, guidance_candidates, batch_size,
+            progress: see `sample`.
 
         Returns:
           Images, `num_images` of the first image, then of the second, and so on.
@@ -287,7 +290,7 @@ class Trained:
         sampler = ImageSampler(
             self.experiment,
             model,
-            guidance=guidance_of(guidance, guidance_weight, guidance_schedule),
+            guidance=guidance_of(guidance, guidance_weight, guidance_schedule, guidance_candidates),
             temperature=temperature,
             temperature_probs=temperature_probs,
             compile=self.state.loop.compile,

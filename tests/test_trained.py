@@ -95,7 +95,16 @@ def drawn_by_program(out, workdir, *flags):
     ("name", "arguments", "flags"),
     [
         ("digits", {"classes": [3, 7], "guidance_weight": 1.5}, ["--classes=3,7", "--guidance_weight=1.5"]),
-        ("digits", {"classes": 3, "temperature": 0.8}, ["--classes=3", "--temperature=0.8"]),
+        (
+            "digits",
+            {"classes": 3, "guidance": "resample", "guidance_weight": 1.0, "guidance_candidates": 3},
+            ["--classes=3", "--guidance=resample", "--guidance_weight=1", "--guidance_candidates=3"],
+        ),
+        (
+            "digits",
+            {"classes": 3, "temperature": 0.8, "guidance": "clipped", "guidance_weight": 2.0},
+            ["--classes=3", "--temperature=0.8", "--guidance=clipped", "--guidance_weight=2"],
+        ),
         ("shapes", {"prompts": PROMPTS}, [f"--prompt={prompt}" for prompt in PROMPTS]),
         ("flow", {"classes": np.array([3, 7])}, ["--classes=3,7"]),
         ("flow", {"temperature": 0.5}, ["--temperature=0.5"]),
@@ -402,6 +411,7 @@ finally:
         ("flow", lambda m: m.sample(guidance_weight=1.0), "guidance"),
         ("texts", lambda m: m.sample(), "continue_texts"),
         ("digits", lambda m: m.sample([3], guidance="strong"), "strong"),
+        ("digits", lambda m: m.sample([3], guidance_weight=1.0, guidance_candidates=4), "4 candidates .*density"),
         ("digits", lambda m: m.sample([3], temperature=0.0), "temperatures 0.0"),
         ("digits", lambda m: m.sample([3], num_images=0), "num_images = 0"),
         ("digits", lambda m: m.sample([3], batch_size=0), "batch_size = 0"),

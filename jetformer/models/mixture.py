@@ -235,6 +235,15 @@ class MixtureHead(_Head):
             y = (weight @ h.unsqueeze(-1)).squeeze(-1) + bias
         return tuple(y.to(self.linear.weight.dtype))
 
+    def mixture(
+        self, hidden: Tensor, temperature_scales: float = 1.0, temperature_probs: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns all components of each token: normalized log-weights `[B, K]`, means and standard deviations
+        `[B, K, D]`; arguments as in `sample`."""
+        weights, means, raw_scales = self._parts(self.logits(hidden).t())
+        log_weights = (weights.t() * temperature_probs).log_softmax(-1)
+        return log_weights, means.movedim(-1, 0), self.scale(raw_scales).movedim(-1, 0) * temperature_scales
+
     def scale(self, raw: Tensor) -> Tensor:
         """Raw scales to standard deviations."""
         return square_plus(raw).clamp(min=self.scale_tol)

@@ -179,6 +179,7 @@ def sample_latents(
             weights.index_select(0, number).squeeze(0),
             temperature_scales,
             temperature_probs,
+            guidance.num_candidates,
         )
 
     def draw() -> tuple[guidance_lib.Noise, Tensor]:

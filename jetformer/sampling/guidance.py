@@ -3,9 +3,11 @@ unconditional density p_u.
 
 `density` is the reference's method (GIVT, arXiv 2312.02116, section 3; big_vision
 `models/proj/givt/parallel_decode.py`): the weights of p_c choose a component, and each dimension is sampled from the
-quotient of that component's Gaussians in p_c and p_u. `interp` extrapolates the parameters of the mixture instead.
+quotient of that component's Gaussians in p_c and p_u. `clipped` is the same, with the scales' ratio clipped so that
+every quotient is a Gaussian (STARFlow, arXiv 2506.06276). `resample` draws candidates from p_c and chooses one by
+(p_c / p_u)^w (FARMER, arXiv 2510.23588). `interp` extrapolates the parameters of the mixture.
 
-Dimensions: B batch, L image tokens, K mixtures, D token dimension, E width.
+Dimensions: B batch, L image tokens, K mixtures, D token dimension, E width, M candidates.
 """
 
 import dataclasses
@@ -17,15 +19,15 @@ from torch import Tensor
 
 from jetformer import prng
 from jetformer.models.mixture import MixtureHead, MultivariateHead
-from jetformer.ranges import NonNegativeFloat
+from jetformer.ranges import NonNegativeFloat, PositiveInt
 
 # The reference's rejection sampling: number of proposals, distance from the mean within which it searches the target's
 # maximum, and scale of the proposals relative to the wider Gaussian.
 _MAX_PROPOSALS, _REACH, _WIDER = 1000, 10.0, 2.0
 # Folded into a token's key.
-_COMPONENT, _GAUSSIAN, _REJECTION = range(3)
+_COMPONENT, _GAUSSIAN, _MORE = range(3)
 
-MODES = ("none", "density", "interp")
+MODES = ("none", "density", "clipped", "resample", "interp")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -34,15 +36,17 @@ class Guidance:
     """Configures classifier-free guidance.
 
     Attributes:
-      mode: "density", "interp" or "none".
+      mode: "density", "clipped", "resample", "interp" or "none".
       weight: w; 0 samples from the conditional density.
       schedule: the weight over an image's tokens: "constant"; "linear", from 0 at the first to w at the last; "cosine",
         likewise along half a cosine, flat at both ends.
+      num_candidates: M, of each token with "resample". The more, the closer to p_c^(1+w) / p_u^w; one is no guidance.
     """
 
     mode: str = "none"
     weight: NonNegativeFloat = 0.0
     schedule: str = "constant"
+    num_candidates: PositiveInt = 16
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -52,7 +56,9 @@ class Guidance:
         if not self.weight >= 0:
             raise ValueError(f"guidance weight {self.weight}: expected 0 or more")
         if self.mode == "none" and self.weight:
-            raise ValueError(f"guidance weight {self.weight} without guidance: set the guidance to density or interp")
+            raise ValueError(f"guidance weight {self.weight} without guidance: choose {', '.join(MODES[1:])}")
+        if self.num_candidates < 1:
+            raise ValueError(f"{self.num_candidates} candidates of guidance: expected 1 or more")
 
     @property
     def on(self) -> bool:
@@ -77,18 +83,24 @@ class Guidance:
         return self.weight * shape[self.schedule]
 
 
-def guidance_of(mode: str | None, weight: float, schedule: str) -> Guidance:
+def guidance_of(mode: str | None, weight: float, schedule: str, candidates: int | None = None) -> Guidance:
     """Returns classifier-free guidance, which samples from p(x | y)^(1+w) / p(x)^w.
 
     Args:
-      mode: "density", "interp" or "none"; None: density if there is a weight.
+      mode: "density", "clipped", "resample", "interp" or "none"; None: density if there is a weight.
       weight: w.
       schedule: "constant", "linear" or "cosine", see `Guidance`.
+      candidates: of each token with "resample"; None: 16.
 
     Raises:
-      ValueError: for other values.
+      ValueError: for other values, and for candidates without "resample".
     """
-    return Guidance(mode or ("density" if weight else "none"), weight, schedule)
+    mode = mode or ("density" if weight else "none")
+    if candidates is None:
+        return Guidance(mode, weight, schedule)
+    if mode != "resample":
+        raise ValueError(f"{candidates} candidates of guidance {mode}: they apply to the guidance resample only")
+    return Guidance(mode, weight, schedule, candidates)
 
 
 class Noise(NamedTuple):
@@ -96,7 +108,7 @@ class Noise(NamedTuple):
 
     gumbel: `[B, L, K]`, standard Gumbel noise, to choose components.
     normal: `[B, L, D]`, standard normal noise.
-    keys: int32 `[B, L, 2]`, for rejection sampling.
+    keys: int32 `[B, L, 2]`, for further draws, of rejection sampling and of candidates.
     """
 
     gumbel: Tensor
@@ -127,7 +139,7 @@ def draw(head: MixtureHead | MultivariateHead, keys: Tensor, num_tokens: int, di
     keys = prng.fold_in(keys[:, None], numbers)
     components = gumbel(prng.fold_in(keys, _COMPONENT), head.num_mixtures)
     normal = prng.normal(prng.fold_in(keys, _GAUSSIAN), (dim,))
-    return Noise(components, normal, prng.fold_in(keys, _REJECTION))
+    return Noise(components, normal, prng.fold_in(keys, _MORE))
 
 
 def gumbel(keys: Tensor, size: int) -> Tensor:
@@ -145,6 +157,7 @@ def draft_token(
     weight: Tensor,
     temperature_scales: float = 1.0,
     temperature_probs: float = 1.0,
+    num_candidates: int = Guidance.num_candidates,
 ) -> Draft:
     """Samples one token of each image, except for rejection sampling, which waits for the device and is left to
     `resolve`: a CUDA graph can capture this.
@@ -157,9 +170,13 @@ def draft_token(
       weight: w at this token, 0-dimensional.
       temperature_scales: multiplies the standard deviations of both densities.
       temperature_probs: multiplies the log-weights.
+      num_candidates: see `Guidance`.
     """
     if mode == "none":
         return Draft(head.sample(hidden, noise.gumbel, noise.normal, temperature_scales, temperature_probs))
+    if mode == "resample":
+        mixtures = head.mixture(hidden, temperature_scales, temperature_probs)
+        return Draft(resample(*mixtures, weight, noise.keys, num_candidates))
     logits = head.component_logits(hidden if mode == "interp" else hidden[: len(hidden) // 2])
 
     def extrapolate(x: Tensor) -> Tensor:
@@ -173,11 +190,19 @@ def draft_token(
     if mode == "interp":
         return Draft(extrapolate(locs) + head.scale(extrapolate(raw_scales)) * temperature_scales * noise.normal)
     (loc_c, loc_u), (scale_c, scale_u) = locs.chunk(2), (head.scale(raw_scales) * temperature_scales).chunk(2)
-    return draft_quotient(loc_c, scale_c, loc_u, scale_u, weight, noise.normal, noise.keys)
+    quotient = (loc_c, scale_c, loc_u, scale_u, weight, noise.normal, noise.keys)
+    return draft_quotient(*quotient, clip=mode == "clipped")
 
 
 def draft_quotient(
-    loc_c: Tensor, scale_c: Tensor, loc_u: Tensor, scale_u: Tensor, weight: Tensor, normal: Tensor, keys: Tensor
+    loc_c: Tensor,
+    scale_c: Tensor,
+    loc_u: Tensor,
+    scale_u: Tensor,
+    weight: Tensor,
+    normal: Tensor,
+    keys: Tensor,
+    clip: bool = False,
 ) -> Draft:
     """Samples each dimension from the density proportional to N(loc_c, scale_c)^(1+w) / N(loc_u, scale_u)^w.
 
@@ -191,13 +216,18 @@ def draft_quotient(
       weight: w, 0-dimensional.
       normal: `[B, D]`, standard normal noise.
       keys: int32 `[B, 2]`, for rejection sampling.
+      clip: replace scale_u by scale_c where it is smaller: every quotient is a Gaussian, not wider than scale_c.
     """
+    if clip:
+        scale_u = torch.maximum(scale_u, scale_c)
     ratio = (scale_c / scale_u).square()
     precision = 1 + weight - weight * ratio  # times scale_c²
     is_gaussian = precision > 0
     precision = precision.where(is_gaussian, 1.0)
     loc = loc_c + weight * ratio * (loc_c - loc_u) / precision
     sample = loc + scale_c * precision.rsqrt() * normal
+    if clip:
+        return Draft(sample)
     keys = prng.fold_in(keys[:, None], torch.arange(loc.shape[1], dtype=torch.int32, device=loc.device))
     quotient = (loc_c, scale_c, loc_u, scale_u, normal, weight.expand_as(loc), keys)
     if loc.device.type == "xla":  # a transfer to the host costs more than rejection sampling for all dimensions
@@ -240,3 +270,35 @@ def _reject(
     accepted = prng.uniform(prng.fold_in(keys, 1), (_MAX_PROPOSALS,)).log() < log_acceptance
     first = proposals.gather(-1, accepted.int().argmax(-1, keepdim=True))
     return first.where(accepted.any(-1, keepdim=True), loc_c + scale_c * normal).squeeze(-1)
+
+
+def resample(
+    log_weights: Tensor, locs: Tensor, scales: Tensor, weight: Tensor, keys: Tensor, num_candidates: int
+) -> Tensor:
+    """Samples from p_c^(1+w) / p_u^w of two mixtures by self-normalized importance resampling: draws candidates from
+    p_c, and chooses one of them by the weights (p_c / p_u)^w.
+
+    Args:
+      log_weights: `[2 B, K]`, of the components, first those of p_c, then of p_u.
+      locs, scales: `[2 B, K, D]`, means and standard deviations.
+      weight: w, 0-dimensional.
+      keys: int32 `[B, 2]`.
+      num_candidates: M.
+
+    Returns:
+      `[B, D]`.
+    """
+    numbered = prng.fold_in(keys[:, None], torch.arange(num_candidates, dtype=torch.int32, device=keys.device))
+    batch_size, dim = len(keys), locs.shape[2]
+    noise = gumbel(prng.fold_in(numbered, _COMPONENT), log_weights.shape[1])
+    chosen = (log_weights[:batch_size, None] + noise).argmax(-1, keepdim=True).expand(-1, -1, dim)
+    normal = prng.normal(prng.fold_in(numbered, _GAUSSIAN), (dim,))
+    candidates = locs[:batch_size].gather(1, chosen) + scales[:batch_size].gather(1, chosen) * normal
+    differences = []
+    for x in candidates.unbind(1):  # one at a time, for it takes as much memory as the mixtures
+        z = (x.repeat(2, 1)[:, None] - locs) / scales
+        c, u = (log_weights - (0.5 * z.square() + scales.log()).sum(-1)).logsumexp(-1).chunk(2)
+        differences.append(c - u)
+    log_ratios = weight * torch.stack(differences, dim=1)
+    best = (log_ratios + gumbel(prng.fold_in(keys, num_candidates), num_candidates)).argmax(-1)
+    return candidates.take_along_dim(best[:, None, None], dim=1).squeeze(1)

@@ -122,6 +122,8 @@ class ImageSampler(Sampler):
             "guidance_weight": guidance.weight,
             "guidance_schedule": guidance.schedule,
         }
+        if guidance.mode == "resample":
+            self.settings["guidance_candidates"] = guidance.num_candidates
         self.num_tokens = model.num_image_tokens
         if rows is not None:
             self.settings["rows"] = rows

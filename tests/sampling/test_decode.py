@@ -153,13 +153,14 @@ def test_cached_text_equals_uncached(kwargs):
     torch.testing.assert_close(torch.stack(hidden, dim=1), expected)
 
 
+@pytest.mark.parametrize("mode", ["density", "clipped", "resample"])
 @torch.no_grad()
-def test_guided_equals_guiding_two_batches():
+def test_guided_equals_guiding_two_batches(mode):
     """One batch with both halves equals the model on the texts and the model without them."""
     model = small_model(num_mixtures=3).float().eval()
     text = torch.tensor([[1, 2], [3, 4], [5, 6]])
     text_mask = torch.tensor([[True, True], [True, False], [True, True]])
-    guidance = Guidance("density", 1.5, "linear")
+    guidance = Guidance(mode, 1.5, "linear", num_candidates=3)
     latents = sample_latents(model, text, keys(0, 3), text_mask=text_mask, guidance=guidance)
     noise = draw(model.image_head, keys(0, 3), L, model.out_dim)
     _, given_text = model(text, latents.tokens, text_first=True, text_mask=text_mask)
@@ -167,7 +168,8 @@ def test_guided_equals_guiding_two_batches():
     _, without = model(text, latents.tokens, text_first=True, text_mask=text_mask, drop_prefix=all_dropped)
     for i, weight in enumerate(guidance.weights(L)):
         hidden = torch.cat((given_text[:, i], without[:, i]))
-        expected = resolve(draft_token(model.image_head, hidden, noise.at(torch.tensor([i])), "density", weight))
+        options = {"mode": mode, "weight": weight, "num_candidates": 3}
+        expected = resolve(draft_token(model.image_head, hidden, noise.at(torch.tensor([i])), **options))
         torch.testing.assert_close(latents.tokens[:, i], expected, rtol=1e-4, atol=1e-4)
 
 

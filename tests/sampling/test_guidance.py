@@ -11,7 +11,7 @@ from jetformer import prng
 from jetformer.models.mixture import MixtureHead, MultivariateHead
 from jetformer.sampling import guidance
 from jetformer.sampling.guidance import Guidance
-from mixtures import mixture_of
+from mixtures import mixture_from_logits, mixture_of
 
 N = 20_000
 # loc_c, scale_c, loc_u, scale_u, w; all of these can be normalized.
@@ -107,6 +107,78 @@ def test_weight_0_is_no_guidance():
         assert stats.kstest(x, stats.norm(loc, scale).cdf).pvalue > 1e-3
 
 
+def integral(grid, log_density):
+    """Returns the distribution function of an unnormalized log-density on a grid."""
+    cdf = np.exp(log_density - log_density.max()).cumsum()
+    return lambda at: np.interp(at, grid, cdf / cdf[-1])
+
+
+def test_clipped_is_the_gaussian_with_the_unconditional_scale_at_least_the_conditional():
+    grid = np.linspace(-30, 30, 600_001)
+    for case in (*GAUSSIAN, *NOT_GAUSSIAN):
+        keys = prng.example_keys(0, torch.arange(N, dtype=torch.int32))
+        quotient = [torch.tensor(x, dtype=torch.float64).expand(N, 1) for x in case[:4]]
+        quotient += [torch.tensor(case[4]), prng.normal(keys, (1,)).double(), keys]
+        draft = guidance.draft_quotient(*quotient, clip=True)
+        assert draft.pending is None
+        drawn = draft.sample[:, 0].numpy()
+        loc_c, scale_c, loc_u, scale_u, w = case
+        log_density = log_target(grid, loc_c, scale_c, loc_u, max(scale_c, scale_u), w)
+        assert stats.kstest(drawn, integral(grid, log_density)).pvalue > 1e-3
+        assert drawn.std() < scale_c * 1.02
+        if scale_c <= scale_u:  # nothing is clipped
+            np.testing.assert_array_equal(drawn, guidance.draft_quotient(*quotient).sample[:, 0])
+
+
+def resampled(mixtures, weight, num_candidates, n):
+    """Draws n times from the quotient of two mixtures in one dimension, `[2, K]` of log-weights, means and scales."""
+    log_weights, locs, scales = (torch.tensor(x).repeat_interleave(n, 0) for x in mixtures)
+    keys = prng.example_keys(0, torch.arange(n, dtype=torch.int32))
+    mixtures = log_weights, locs[..., None], scales[..., None]
+    return guidance.resample(*mixtures, torch.tensor(weight), keys, num_candidates)[:, 0].numpy()
+
+
+def test_resample_converges_to_the_quotient_of_mixtures():
+    mixtures = np.log([[0.3, 0.7], [0.5, 0.5]]), [[-1.0, 1.0], [-0.5, 1.5]], [[0.4, 0.6], [0.8, 1.0]]
+    log_c, log_u = (
+        lambda x, log_weights=log_weights, locs=locs, scales=scales: np.logaddexp(
+            *(a + stats.norm.logpdf(x, m, s) for a, m, s in zip(log_weights, locs, scales, strict=True))
+        )
+        for log_weights, locs, scales in zip(*mixtures, strict=True)
+    )
+    grid, w, n = np.linspace(-10, 10, 20_001), 2.0, 4000
+    target = integral(grid, (1 + w) * log_c(grid) - w * log_u(grid))
+    conditional = integral(grid, log_c(grid))
+    assert stats.kstest(resampled(mixtures, w, 1, n), conditional).pvalue > 1e-3
+    assert stats.kstest(resampled(mixtures, 0.0, 8, n), conditional).pvalue > 1e-3
+    distances = [stats.kstest(resampled(mixtures, w, m, n), target) for m in (1, 4, 16, 256)]
+    assert distances[0].statistic > 2 * distances[1].statistic > 2 * distances[2].statistic
+    assert distances[0].pvalue < 1e-9
+    assert distances[3].pvalue > 1e-3
+
+
+@torch.no_grad()
+def test_the_mixtures_to_resample_are_the_heads():
+    head, hidden = random_head()
+    log_weights, locs, scales = head.mixture(hidden, 0.9, 1.1)
+    expected = mixture_from_logits(head.logits(hidden), head.num_mixtures, head.scale_tol, 0.9, 1.1)
+    torch.testing.assert_close(log_weights, expected.logits.log_softmax(-1))
+    torch.testing.assert_close((locs, scales), (expected.locs, expected.scales))
+
+
+@torch.no_grad()
+def test_a_resampled_token_is_a_candidate_of_its_own_key():
+    """It depends on its key and hidden states, not on the other tokens of the batch."""
+    head, hidden = random_head()
+    noise = guidance.draw(head, prng.example_keys(0, torch.arange(3, dtype=torch.int32)), 4, 3).at(torch.tensor([2]))
+    weight = torch.tensor(1.5)
+    whole = guidance.draft_token(head, hidden, noise, "resample", weight, num_candidates=5).sample
+    for i in range(3):
+        mine = guidance.Noise(*(x[i : i + 1] for x in noise))
+        drawn = guidance.draft_token(head, hidden[[i, 3 + i]], mine, "resample", weight, num_candidates=5).sample
+        torch.testing.assert_close(drawn, whole[i : i + 1])
+
+
 def random_head(k=5, d=3):
     generator = torch.Generator().manual_seed(0)
     head = MixtureHead(8, d, k)
@@ -117,13 +189,13 @@ def random_head(k=5, d=3):
 
 @torch.no_grad()
 def test_modes_agree_without_a_difference_to_guide_by():
-    """With equal hidden states with and without the text, all modes at all weights are plain sampling."""
+    """With equal hidden states with and without the text, modes at all weights are plain sampling."""
     head, hidden = random_head()
     keys = prng.example_keys(0, torch.arange(6, dtype=torch.int32))
     noise = guidance.draw(head, keys, 4, 3).at(torch.tensor([2]))
     plain = guidance.resolve(guidance.draft_token(head, hidden, noise, "none", torch.tensor(0.0), 0.9, 1.1))
     twice = torch.cat((hidden, hidden))
-    for mode in ("density", "interp"):
+    for mode in ("density", "clipped", "interp"):
         for weight in (0.0, 3.0):
             guided = guidance.resolve(guidance.draft_token(head, twice, noise, mode, torch.tensor(weight), 0.9, 1.1))
             torch.testing.assert_close(guided, plain)
@@ -175,12 +247,19 @@ def test_schedules():
         (("dense", 1.0), "'dense'"),
         (("density", 1.0, "square"), "'square'"),
         (("density", -1.0), "-1.0"),
-        (("none", 1.0), "without guidance"),
+        (("none", 1.0), "without guidance: .*clipped"),
+        (("resample", 1.0, "constant", 0), "0 candidates"),
     ],
 )
 def test_mistakes(arguments, message):
     with pytest.raises(ValueError, match=message):
         Guidance(*arguments)
+
+
+def test_candidates_apply_to_resampling_only():
+    assert guidance.guidance_of("resample", 1.0, "constant", 4).num_candidates == 4
+    with pytest.raises(ValueError, match=r"4 candidates .*clipped"):
+        guidance.guidance_of("clipped", 1.0, "constant", 4)
 
 
 def test_one_multivariate_gaussian_is_not_guided():
