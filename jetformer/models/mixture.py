@@ -240,7 +240,7 @@ class MixtureHead(_Head):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns all components of each token: normalized log-weights `[B, K]`, means and standard deviations
         `[B, K, D]`; arguments as in `sample`."""
-        weights, means, raw_scales = self._parts(self.logits(hidden).t())
+        weights, means, raw_scales = split_logits(self.logits(hidden).t(), self.num_mixtures)
         log_weights = (weights.t() * temperature_probs).log_softmax(-1)
         return log_weights, means.movedim(-1, 0), self.scale(raw_scales).movedim(-1, 0) * temperature_scales
 
