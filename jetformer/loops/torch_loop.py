@@ -28,6 +28,7 @@ from torch.utils._triton import has_triton
 from jetformer import prng
 from jetformer.loops import base
 from jetformer.models.mixture import MixtureHead, MultivariateHead
+from jetformer.models.mixture_nll import Backend
 from jetformer.runtime import resolve_mesh
 
 # Eager calls before `Graphed` captures a function: libraries initialize in them, and fewer do not pay for a graph.
@@ -48,14 +49,16 @@ class TorchLoop(base.Loop):
         blocks = [module for module in model.modules() if getattr(module, "is_block", False)]
         if compile is not None:
             _check_compiler(self.runtime.device)
-            for module in model.modules():
-                if isinstance(module, MixtureHead):
-                    module.compiled = True
             if compile == "blocks":
                 for block in blocks:
                     block.compile(dynamic=False)
             # A module that reaches its limit of graphs would otherwise train on without them.
             torch._dynamo.config.fail_on_recompile_limit_hit = True
+        for module in model.modules():
+            if isinstance(module, MixtureHead):
+                module.backend = _head_backend(self.runtime.device, compile is not None)
+                if compile == "step":  # traced into a graph, its work in place would become copies
+                    module.forward = torch.compiler.disable(module.forward)
         sizes = resolve_mesh(self.mesh, self.runtime.device_count)
         if sizes["fsdp"] > 1:
             self._shard(runner, blocks, sizes)
@@ -193,6 +196,16 @@ class TorchLoop(base.Loop):
                 yield
         else:
             yield
+
+
+def _head_backend(device: torch.device, compile: bool) -> Backend:
+    """Returns what computes the image head's likelihood: on a GPU Triton, which PyTorch for GPUs brings, unless
+    JETFORMER_TRITON=0 is in the environment. On a CPU nothing compiled is as fast as chunks that fit its caches."""
+    if device.type != "cuda":
+        return "eager"
+    if has_triton() and os.environ.get("JETFORMER_TRITON") != "0":
+        return "triton"
+    return "compiled" if compile else "eager"
 
 
 def _check_compiler(device: torch.device) -> None:

@@ -141,7 +141,7 @@ class MixtureHead(_Head):
             raise ValueError(f"scale_init = {scale_init}: use a finite number above scale_tol, {scale_tol}")
         self.num_mixtures, self.block = num_mixtures, block
         self.mean_init_std, self.scale_init, self.kmeans_init = mean_init_std, scale_init, kmeans_init
-        self.num_shards, self.compiled = None, False  # set by the loop, see `mixture_nll`
+        self.num_shards, self.backend = None, "eager"  # set by the loop, see `mixture_nll`
 
     def init_weights(self, generator: torch.Generator) -> None:
         nn.init.zeros_(self.linear.weight)
@@ -212,7 +212,7 @@ class MixtureHead(_Head):
                 scale_tol=self.scale_tol,
                 block=self.block,
                 num_shards=self.num_shards,
-                compiled=self.compiled,
+                backend=self.backend,
             )
 
     # Sampling projects to the log-weights, and then to one component per token, not to all P logits.

@@ -8,13 +8,21 @@ P = K + 2·K·D logits a token, in the order of `mixture.py`.
 """
 
 import functools
+import importlib.util
 import math
 import sys
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+if importlib.util.find_spec("triton"):  # PyTorch for GPUs brings it
+    from jetformer.models import mixture_triton
+
+# What computes the likelihood between the products: PyTorch's operations, one after the other or compiled by
+# torch.compile, or Triton kernels.
+Backend = Literal["eager", "compiled", "triton"]
 
 LOG_2PI = math.log(2 * math.pi)
 # The most logits that a block may have on a CPU or a TPU: 128 MiB in float32.
@@ -41,10 +49,15 @@ class TokenScores(NamedTuple):
 
 
 def split_logits(rows: Tensor, num_mixtures: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Splits rows `[P, ...]` into those of weights `[K, ...]`, means and raw scales `[K, D, ...]`; they share memory."""
+    """Splits rows `[P, ...]` into views: of weights `[K, ...]`, means and raw scales `[K, D, ...]`."""
     k = num_mixtures
     weights, means, raw_scales = rows.split((k, (len(rows) - k) // 2, (len(rows) - k) // 2))
     return weights, means.unflatten(0, (k, -1)), raw_scales.unflatten(0, (k, -1))
+
+
+# Log-likelihoods [n]; responsibilities [K, n] and their entropies in nats [n]; gradients of the tokens [n, D] and of
+# the biases [P], or None.
+_BlockScores = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def _score_block(
@@ -56,7 +69,7 @@ def _score_block(
     raw_min: float,
     differentiate: bool,
     chunk: int,
-):
+) -> _BlockScores:
     """Scores n tokens and overwrites their logits with the gradients of their weighted negative log-likelihoods.
 
     Logits have tokens last, which makes products faster and lets sums over D and K run along tokens. They are three
@@ -71,10 +84,6 @@ def _score_block(
       raw_min: smallest raw scale.
       differentiate: whether to compute gradients.
       chunk: approximate number of means to process at a time.
-
-    Returns:
-      Log-likelihoods `[n]`; responsibilities `[K, n]` and their entropies in nats `[n]`; gradients of `x` `[n, D]` and
-      of the biases `[P]`, or None.
     """
     n, d = x.shape
     logits = weights, means, raw_scales
@@ -112,6 +121,24 @@ def _score_block(
     return log_prob, responsibilities, entropy, means.sum(0).neg_().t(), grad_bias
 
 
+def _score_block_triton(
+    weights: Tensor, means: Tensor, raw_scales: Tensor, x: Tensor, w: Tensor, raw_min: float, differentiate: bool, _
+) -> _BlockScores:
+    """Equals `_score_block` by Triton kernels."""
+    d = x.shape[1]
+    x = x.t().contiguous()
+    components = mixture_triton.component_log_densities(means, raw_scales, x, raw_min)
+    log_prob, responsibilities, entropy, log_weights = _mix(weights.to(x.dtype), components, d)
+    if not differentiate:
+        return log_prob, responsibilities, entropy, None, None
+    posterior = responsibilities * w
+    weight_grads = log_weights.exp_().mul_(w).sub_(posterior)
+    weights.copy_(weight_grads)
+    grad_x, *grad_bias = mixture_triton.differentiate(means, raw_scales, x, posterior, raw_min)
+    grad_bias = torch.cat([weight_grads.sum(1), *(grad.flatten() for grad in grad_bias)])
+    return log_prob, responsibilities, entropy, grad_x.t(), grad_bias
+
+
 def _mix(weights: Tensor, components: Tensor, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mixes components.
 
@@ -147,11 +174,13 @@ class _MixtureNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, token_weight, num_mixtures, scale_tol, block, num_shards, compiled):
+    def forward(ctx, hidden, weight, bias, target, token_weight, num_mixtures, scale_tol, block, num_shards, backend):
         needs = ctx.needs_input_grad[:4]
-        score_block = _compiled_score_block() if compiled else _score_block
+        score_block = _score_block
+        if backend != "eager":
+            score_block = _score_block_triton if backend == "triton" else _compiled_score_block()
         # On a CPU what fits its caches, elsewhere all at once.
-        chunk = _CPU_CHUNK if target.device.type == "cpu" and not compiled else sys.maxsize
+        chunk = _CPU_CHUNK if target.device.type == "cpu" and backend == "eager" else sys.maxsize
         nll = target.new_empty(target.shape[:2])
         responsibilities = target.new_zeros(len(target), num_mixtures)
         responsibility_entropy = target.new_zeros(len(target))
@@ -249,7 +278,7 @@ def mixture_nll(
     scale_tol: float,
     block: int | None = None,
     num_shards: int | None = None,
-    compiled: bool = False,
+    backend: Backend = "eager",
 ) -> TokenScores:
     """Projects hidden states to mixtures and scores tokens under them, `block` tokens at a time.
 
@@ -267,7 +296,7 @@ def mixture_nll(
       block: tokens at a time; None: see `default_block`.
       num_shards: number of devices that the examples are sharded over. A block then has tokens of all examples, `block`
         on each device, so that no token moves between devices. None: one device holds all examples.
-      compiled: whether to compile, by torch.compile, the operations between the products.
+      backend: what computes the likelihood between the products, see `Backend`.
 
     Returns:
       The scores. Only `total` has a gradient.
@@ -278,5 +307,5 @@ def mixture_nll(
     if not torch.is_grad_enabled():
         tensors = (x.detach() for x in tensors)  # otherwise the forward pass would compute gradients
     return TokenScores(
-        *_MixtureNLL.apply(*tensors, token_weight.detach(), num_mixtures, scale_tol, block, num_shards, compiled)
+        *_MixtureNLL.apply(*tensors, token_weight.detach(), num_mixtures, scale_tol, block, num_shards, backend)
     )

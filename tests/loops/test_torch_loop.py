@@ -11,6 +11,7 @@ from jetformer import prng
 from jetformer.loops import torch_loop
 from jetformer.loops.base import Runner
 from jetformer.loops.torch_loop import TorchLoop
+from jetformer.models.mixture import MixtureHead
 from jetformer.runtime import Runtime
 from jetformer.sampling import decode
 from jetformer.sampling.guidance import Guidance
@@ -19,9 +20,9 @@ from small_models import inputs, small_model
 CPU = Runtime(torch.device("cpu"))
 
 
-def place(device, compile):
+def place(device, compile, model=None):
     # `device` is only asked for its type: there is none to place the model on.
-    model = nn.Linear(2, 2)
+    model = model or nn.Linear(2, 2)
     model.to = lambda device: model
     return TorchLoop(Runtime(torch.device(device))).place(model, compile)
 
@@ -40,6 +41,28 @@ def test_compiling_on_a_cpu_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setattr(torch_loop.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler on a CPU, and there is none"):
         place("cpu", "blocks")
+
+
+@pytest.mark.parametrize(
+    ("device", "triton", "switch", "compile", "backend"),
+    [
+        ("cpu", True, None, None, "eager"),
+        ("cpu", True, None, "blocks", "eager"),
+        ("cuda", True, None, None, "triton"),
+        ("cuda", True, None, "step", "triton"),
+        ("cuda", True, "0", None, "eager"),
+        ("cuda", True, "0", "blocks", "compiled"),
+        ("cuda", False, None, None, "eager"),
+    ],
+)
+def test_the_device_chooses_the_backend_of_the_head(monkeypatch, device, triton, switch, compile, backend):
+    monkeypatch.setattr(torch_loop, "has_triton", lambda: triton)
+    monkeypatch.delenv("JETFORMER_TRITON", raising=False)
+    if switch is not None:
+        monkeypatch.setenv("JETFORMER_TRITON", switch)
+    head = MixtureHead(2, 2, 2)
+    place(device, compile, nn.Sequential(head))
+    assert head.backend == backend
 
 
 def test_rows_are_of_examples_in_their_order():

@@ -117,10 +117,11 @@ def test_blocked_equals_plain(batch, tokens, k, d, block, scale_tol, num_shards,
         torch.testing.assert_close(actual, value)
 
 
-def test_blocked_equals_plain_in_float32():
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_blocked_equals_plain_in_float32(backend):
     inputs, token_weight = head_inputs(64, 32, 16, 12, torch.float32)
     kwargs = {"num_mixtures": 16, "scale_tol": 1e-6}
-    total, nll, *_ = mixture_nll(**inputs, token_weight=token_weight, block=24, **kwargs)
+    total, nll, *_ = mixture_nll(**inputs, token_weight=token_weight, block=24, backend=backend, **kwargs)
     expected = plain_nll(**inputs, **kwargs)
     torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
     gradients = torch.autograd.grad(total, inputs.values())
@@ -147,6 +148,25 @@ def test_extreme_scales_in_float32(raw):
     for actual, value in zip(gradients, expected, strict=True):
         bound = 1e-3 * value.abs().max().item() + 1e-5  # of differences of weights near 1
         torch.testing.assert_close(actual.double(), value, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_a_compiled_step_leaves_the_likelihood_out(backend):
+    head = MixtureHead(8, 2, 3)
+    torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(0))
+    head.backend = backend
+    shapes = (2, 5, 8), (2, 5, 2), (2, 5)
+    inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in shapes]
+    graphs = []
+
+    def record(graph, example_inputs):
+        del example_inputs
+        graphs.append(graph)
+        return graph.forward
+
+    step = lambda hidden, target, weight: 2 * head(hidden + 1, target, weight).total
+    torch.testing.assert_close(torch.compile(step, backend=record)(*inputs), step(*inputs))
+    assert not any("log_softmax" in str(node.target) for graph in graphs for node in graph.graph.nodes)
 
 
 def test_gradcheck():
