@@ -79,6 +79,18 @@ def test_steps_do_not_wait(name, autocast, seen, monkeypatch):
     assert SDPBackend.MATH not in kernels
 
 
+@pytest.mark.parametrize(
+    ("name", "most"), [("digits", 3_750), ("cifar10", 9_700), ("imagenet256", 21_000), ("jet_imagenet64", 5_800)]
+)
+def test_launches(name, most, seen):
+    """Of a training step in bfloat16 that nothing compiles."""
+    experiment, state = load(name, "train.batch_size = 8", "train.autocast = 'bfloat16'", "train.compile = None")
+    for _ in steps(experiment, state, 2):
+        launches = seen["launches"]
+        seen.reset()
+    assert launches <= most
+
+
 @pytest.fixture
 def eight():
     """The first of eight processes; the others and their collectives are made up."""
