@@ -34,6 +34,7 @@ from jetformer.models.language_model import LanguageModel
 from jetformer.models.mixture import MixtureHead
 from jetformer.sampling import decode
 from jetformer.sampling.guidance import Guidance
+from jetformer.sampling.jacobi import Jacobi
 from jetformer.state import State, build, make_loop
 
 flags.adopt_module_key_flags(program)
@@ -336,12 +337,36 @@ def _bytes_of(state: State, experiment: Experiment, batch: dict[str, np.ndarray]
 def _measure_flow(
     flow: nn.Module, shape: tuple[int, ...], batch_size: int, machine: Machine, loop: Loop, steps: int, warmup: int
 ) -> dict:
-    """Measures the flow's two directions in turn, for a batch of inputs of a shape, without gradients."""
+    """Measures the flow's two directions in turn, for a batch of inputs of a shape, without gradients.
+
+    With `Jacobi` it also measures the sequential inverse, and counts the iterations of a segment in each block.
+    """
     x = torch.rand(batch_size, *shape, device=machine.runtime.device) * 2 - 1
     forward, inverse = loop.compile(lambda: flow(x)[0]), loop.compile(lambda: flow.inverse(x)[0])
     pairs = [(machine.time(forward), machine.time(inverse)) for _ in range(warmup + steps)][warmup:]
     forwards, inverses = map(list, zip(*pairs, strict=True))
-    return {"batch_size": batch_size, "forward_seconds": forwards, "inverse_seconds": inverses}
+    results = {"batch_size": batch_size, "forward_seconds": forwards, "inverse_seconds": inverses}
+    blocks = [block for block in flow.modules() if isinstance(getattr(block, "inverse_method", None), Jacobi)]
+    if not blocks:
+        return results
+    iterations = []
+
+    def counting(block: nn.Module, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        tokens, logdet, counts, _ = method.solve(block, z, context)
+        iterations.append(statistics.mean(counts))
+        return tokens, logdet
+
+    method = blocks[0].inverse_method  # all blocks have the one that the experiment binds
+    for block in blocks:
+        block.inverse_method = counting
+    flow.inverse(x)
+    for block in blocks:
+        block.inverse_method = None
+    sequential = loop.compile(lambda: flow.inverse(x)[0])
+    seconds = [machine.time(sequential) for _ in range(warmup + steps)][warmup:]
+    for block in blocks:
+        block.inverse_method = method
+    return results | {"jacobi_iterations": iterations, "sequential_inverse_seconds": seconds}
 
 
 def _measure_sampling(
@@ -398,6 +423,10 @@ def metrics(results: dict) -> dict[str, float]:
     if "flow" in results:
         flow = {name: statistics.median(results["flow"][f"{name}_seconds"]) for name in ("forward", "inverse")}
         values |= {f"flow {name} images/s": results["flow"]["batch_size"] / s for name, s in flow.items()}
+        if "jacobi_iterations" in results["flow"]:
+            values["Jacobi iterations"] = statistics.mean(results["flow"]["jacobi_iterations"])
+            sequential = statistics.median(results["flow"]["sequential_inverse_seconds"])
+            values["speed-up by Jacobi"] = sequential / flow["inverse"]
     if "sampling" in results:
         sampling = results["sampling"]
         for guidance, seconds in sampling["seconds"].items():
@@ -442,6 +471,10 @@ def report(results: dict) -> str:
     for direction in ("forward", "inverse") if "flow" in results else ():
         median = statistics.median(results["flow"][f"{direction}_seconds"])
         rows[f"flow {direction}"] = f"{median * 1e3:.1f} ms, {values[f'flow {direction} images/s']:.1f} images/s"
+    if "Jacobi iterations" in values:
+        iterations = ", ".join(f"{x:.1f}" for x in results["flow"]["jacobi_iterations"])
+        rows["Jacobi"] = f"{values['speed-up by Jacobi']:.2f} times as fast as token by token"
+        rows["Jacobi"] += f"; iterations of a segment, by block: {iterations}"
     for guidance, taken in results["sampling"]["seconds"].items() if "sampling" in results else ():
         count, tokens = results["sampling"]["count"], results["sampling"]["tokens"]
         how = "sampling" if guidance == "none" else f"{guidance} guidance"

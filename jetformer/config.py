@@ -22,7 +22,7 @@ from upath import UPath
 from jetformer import evaluators, objectives, optim
 from jetformer.data import dataset
 from jetformer.models import decoder, flow_ablations, invertible, jetformer, labelled, language_model, patches, tarflow
-from jetformer.sampling import guidance
+from jetformer.sampling import guidance, jacobi
 from jetformer.storage import PLACES, write_whole
 
 CONFIG_FILE = "config.gin"  # in the workdir: everything that was parsed, with includes resolved
@@ -49,6 +49,7 @@ for _configurable in (
     invertible.IdentityFlow,
     invertible.LearnedProjection,
     invertible.PCAProjection,
+    jacobi.Jacobi,
     jetformer.JetFormer,
     labelled.LabelledFlow,
     language_model.LanguageModel,

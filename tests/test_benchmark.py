@@ -141,6 +141,21 @@ def test_measurements(results):
 
 
 @pytest.mark.slow
+def test_iterations_and_speed_up_of_a_parallel_inverse():
+    small = ["TarFlow.depth = 2", "TarFlow.emb_dim = 8", "train.batch_size = 2", "train.ema_decay = 0.0"]
+    bound = ["TarFlow.inverse_method = @Jacobi()", "Jacobi.segment = 5"]
+    config.parse(["experiments/tarflow_digits.gin"], [*small, *bound])
+    results = benchmark.measure(config.call(Experiment), CPU, steps=2, warmup=1, samples=0, profile=None)
+    # The new flow is the identity.
+    assert results["flow"]["jacobi_iterations"] == [1, 1]
+    values = benchmark.metrics(results)
+    assert values["Jacobi iterations"] == 1
+    sequential, parallel = (results["flow"][name] for name in ("sequential_inverse_seconds", "inverse_seconds"))
+    assert values["speed-up by Jacobi"] == statistics.median(sequential) / statistics.median(parallel)
+    assert f"{values['speed-up by Jacobi']:.2f} times" in benchmark.report(results)
+
+
+@pytest.mark.slow
 def test_measurements_of_a_language_model():
     small = {"width": 16, "depth": 1, "mlp_dim": 32, "num_heads": 2, "head_dim": 8}
     config.parse(

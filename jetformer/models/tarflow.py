@@ -32,17 +32,17 @@ _EMBEDDING_STD = 0.01
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, for calls with one token at a time.
+    """Keys and values of one layer, for calls with some tokens at a time.
 
     k, v: `[B, heads, N, E / heads]`, written in place.
-    slot: int64 `[1]`, the token's number. (A tensor, so that all steps are one graph to a compiler.)
-    mask: bool `[1, 1, N]`, true for the token and those before it.
+    slots: int64 `[T]`, the tokens' numbers. (A tensor, so that all steps are one graph to a compiler.)
+    mask: bool `[1, T, N]`, true for each token and those before it.
     temperature: divides the attention logits.
     """
 
     k: Tensor
     v: Tensor
-    slot: Tensor
+    slots: Tensor
     mask: Tensor
     temperature: float
 
@@ -56,8 +56,8 @@ class CausalAttention(SelfAttention):
         if cache is None:
             y = attend(q, k, v, is_causal=True)
         else:
-            k = cache.k.index_copy_(2, cache.slot, k.to(cache.k.dtype)).to(q.dtype)
-            v = cache.v.index_copy_(2, cache.slot, v.to(cache.v.dtype)).to(q.dtype)
+            k = cache.k.index_copy_(2, cache.slots, k.to(cache.k.dtype)).to(q.dtype)
+            v = cache.v.index_copy_(2, cache.slots, v.to(cache.v.dtype)).to(q.dtype)
             y = attend(q / cache.temperature, k, v, cache.mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -96,6 +96,7 @@ class TarFlowBlock(nn.Module):
       emb_dim: E.
       num_heads: attention heads.
       context_dim: X; None for no context.
+      inverse_method: see `TarFlow`.
       flip: start at the last token.
     """
 
@@ -110,10 +111,11 @@ class TarFlowBlock(nn.Module):
         emb_dim: int,
         num_heads: int,
         context_dim: int | None,
+        inverse_method: "InverseMethod | None",
         flip: bool,
     ):
         super().__init__()
-        self.flip = flip
+        self.inverse_method, self.flip = inverse_method, flip
         self.init_proj = nn.Linear(dim, emb_dim)
         self.posemb = nn.Parameter(torch.empty(num_tokens, emb_dim))
         self.context_proj = nn.Linear(context_dim, emb_dim, bias=False) if context_dim else None
@@ -149,7 +151,7 @@ class TarFlowBlock(nn.Module):
         """Predicts shift and log-scale `[B, T, D]` of the token after each.
 
         Args:
-          x: `[B, T, D]`, tokens in the block's order: the first T, or with caches one.
+          x: `[B, T, D]`, tokens in the block's order: the first T, or with caches those at their slots.
           condition: `[1 or B, T, E]`, see `condition`.
           caches: one for each layer.
         """
@@ -168,7 +170,10 @@ class TarFlowBlock(nn.Module):
         return self.in_order((x - shift) * (-log_scale).exp()), -log_scale.sum(dim=(1, 2))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Inverts `forward`, token by token; returns the inverse's log-determinants. It has no gradient."""
+        """Inverts `forward`, token by token or by `inverse_method`; returns the inverse's log-determinants. It has no
+        gradient."""
+        if self.inverse_method is not None:
+            return self.inverse_method(self, z, context)
         return self.invert(z, CachedBlock(self, z, context).step)
 
     def invert(self, z: Tensor, predict: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -191,8 +196,12 @@ class TarFlowBlock(nn.Module):
         return self.in_order(torch.cat(tokens, dim=1)), logdet
 
 
+# Inverts a block: called with the block, z `[B, N, D]` and the context, returns as `TarFlowBlock.inverse`.
+InverseMethod = Callable[[TarFlowBlock, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
 class CachedBlock:
-    """Runs a block on one token at a time, with a KV cache.
+    """Runs a block on some tokens at a time, with a KV cache.
 
     Args:
       block: the block.
@@ -205,20 +214,34 @@ class CachedBlock:
         self._block = block
         self._condition = block.condition(context)
         batch_size, num_tokens = x.shape[:2]
-        self._slot = torch.zeros(1, dtype=torch.int64, device=x.device)
-        self._mask = torch.zeros(1, 1, num_tokens, dtype=torch.bool, device=x.device)
+        self._numbers = torch.arange(num_tokens, device=x.device)
+        self._next = torch.zeros(1, dtype=torch.int64, device=x.device)
+        self._temperature = temperature
         width = self._condition.shape[-1]
         self._caches = []
         for layer in block.layers:
             heads = layer.attn.num_heads
             k, v = (x.new_zeros(batch_size, heads, num_tokens, width // heads) for _ in range(2))
-            self._caches.append(LayerCache(k, v, self._slot, self._mask, temperature))
+            self._caches.append((k, v))
+
+    def predict(self, tokens: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes tokens to the cache and predicts those after them, from all tokens up to each.
+
+        Args:
+          tokens: `[B, T, D]`.
+          slots: int64 `[T]`, their numbers in the block's order. The cache holds all tokens before them.
+
+        Returns:
+          Shift and log-scale `[B, T, D]`.
+        """
+        mask = (self._numbers <= slots[:, None])[None]
+        caches = [LayerCache(k, v, slots, mask, self._temperature) for k, v in self._caches]
+        return self._block.predict(tokens, self._condition.index_select(1, slots), caches)
 
     def step(self, token: Tensor) -> tuple[Tensor, Tensor]:
         """Appends a token `[B, 1, D]`, and returns shift and log-scale `[B, 1, D]` of the next one."""
-        self._mask.index_fill_(2, self._slot, True)
-        predicted = self._block.predict(token, self._condition.index_select(1, self._slot), self._caches)
-        self._slot.add_(1)
+        predicted = self.predict(token, self._next)
+        self._next.add_(1)
         return predicted
 
 
@@ -234,6 +257,7 @@ class TarFlow(nn.Module):
       ps: patch size.
       context_dim: X; the average of the context's tokens is mapped to E dimensions and added to every token. None for
         no context.
+      inverse_method: inverts a block; None: token by token, which is exact. See `sampling.jacobi.Jacobi`.
 
     Raises:
       ValueError: if sizes do not divide.
@@ -248,11 +272,22 @@ class TarFlow(nn.Module):
         num_heads: PositiveInt = 12,
         ps: PositiveInt = 2,
         context_dim: PositiveInt | None = None,
+        inverse_method: InverseMethod | None = None,
     ):
         super().__init__()
+        if isinstance(inverse_method, type):
+            raise ValueError(f"TarFlow.inverse_method is a class: write @{inverse_method.__name__}(), with parentheses")
         self.image_shape = tuple(input_shape)
         self.patchify = Patchify(input_shape, ps, order="chw")
-        sizes = (self.patchify.num_tokens, self.patchify.dim, block_depth, emb_dim, num_heads, context_dim)
+        sizes = (
+            self.patchify.num_tokens,
+            self.patchify.dim,
+            block_depth,
+            emb_dim,
+            num_heads,
+            context_dim,
+            inverse_method,
+        )
         self.blocks = nn.ModuleList(TarFlowBlock(*sizes, flip=i % 2 == 1) for i in range(depth))
         initializers.init_on_cpu(self)
 
@@ -278,7 +313,7 @@ class TarFlow(nn.Module):
         return self.patchify.inverse(x)[0], logdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Maps latents to images, one token after another; arguments and results as in `forward`."""
+        """Maps latents to images, block by block; arguments and results as in `forward`."""
         z, logdet = self.patchify(z)
         for block in reversed(self.blocks):
             z, block_logdet = block.inverse(z, context)
