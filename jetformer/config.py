@@ -243,7 +243,16 @@ def call(function: Callable) -> Any:
 
 
 # Arguments of models that may change when a run resumes: the function that the parameters define stays the same.
-_NOT_ARCHITECTURE = ("dropout", "head_block", "head_dtype", "kmeans_init", "mean_init_std", "path", "scale_init")
+_NOT_ARCHITECTURE = (
+    "dropout",
+    "head_block",
+    "head_dtype",
+    "inverse_method",
+    "kmeans_init",
+    "mean_init_std",
+    "path",
+    "scale_init",
+)
 _MODELS = {
     "JetFormer": jetformer.JetFormer,
     "LanguageModel": language_model.LanguageModel,
