@@ -47,9 +47,8 @@ def main(_) -> None:
         for method in methods[1:]:
             error = (images[method] - images[None]).abs().max().item() * 127.5
             name = "all at once" if method.segment is None else f"{method.segment} at a time"
-            print(
-                f"  {name}: {medians[method]:.3f} s, {medians[None] / medians[method]:.2f} times as fast, error {error:.2f}"
-            )
+            ratio = medians[None] / medians[method]
+            print(f"  {name}: {medians[method]:.3f} s, {ratio:.2f} times as fast, error {error:.2f}")
 
 
 if __name__ == "__main__":
