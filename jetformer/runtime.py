@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -46,6 +45,7 @@ class Runtime:
       process_count: number of processes.
       device_count: number of devices of all processes.
       store: key-value store that several processes share.
+      group: what they exchange values through, see `patient_group`; None: the default group.
     """
 
     device: torch.device
@@ -53,6 +53,7 @@ class Runtime:
     process_count: int = 1
     device_count: int = 1
     store: dist.Store | None = dataclasses.field(default=None, repr=False, compare=False)
+    group: dist.ProcessGroup | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def agree_on(self, name: str, value: Any) -> None:
         """Checks that a value is the same on all processes.
@@ -127,25 +128,11 @@ class Runtime:
         return result
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Returns the values of all processes, on all processes. It waits for them without limit: preparing a dataset
-        takes a process hours, while the others are here."""
+        """Returns the values of all processes, on all processes."""
         values = [value] * self.process_count
         if self.process_count > 1:
-            self._meet()
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, self.group)
         return values
-
-    def _meet(self) -> None:
-        """Waits until all processes have called this as often. (A collective would give up after its timeout.)"""
-        number = self.store.add(f"meet/calls/{self.process_index}", 1)
-        arrived = f"meet/{number}"
-        self.store.add(arrived, 1)
-        delay = 0.001
-        # By polling, so that Python can handle signals.
-        while self.store.add(arrived, 0) < self.process_count:
-            time.sleep(delay)
-            delay = min(1.5 * delay, 1.0)
-        self.store.delete_key(f"meet/{number - 1}")  # which all have left
 
     def broadcast(self, value: Any) -> Any:
         """Returns the value of process 0 on all processes."""
@@ -222,7 +209,13 @@ def _initialize_torchrun(device: str, cuda_count: int) -> Runtime:
     dist.init_process_group(backend, timeout=_TIMEOUT, device_id=None if device == "cpu" else torch.device(device))
     signal.signal(signal.SIGTERM, handler)
     count = dist.get_world_size()
-    return Runtime(torch.device(device), dist.get_rank(), count, count, _get_default_store())
+    return Runtime(torch.device(device), dist.get_rank(), count, count, _get_default_store(), patient_group())
+
+
+def patient_group() -> dist.ProcessGroup:
+    """Returns a group of all processes that waits for a process as long as it lives: preparing a dataset takes one of
+    them hours, while the others wait for it."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
 
 
 def shut_down() -> None:
@@ -264,15 +257,15 @@ def _initialize_xla() -> Runtime:
     import torch_xla.runtime as xr
 
     xr.use_spmd()
-    store = None
+    store = group = None
     if xr.process_count() > 1:
         # For checkpoints and preemption, which synchronize hosts, not devices.
         import torch_xla.distributed.xla_backend
 
         dist.init_process_group("gloo", init_method="xla://", timeout=_TIMEOUT)
-        store = _get_default_store()
+        store, group = _get_default_store(), patient_group()
     devices = xr.global_runtime_device_count()
-    return Runtime(torch_xla.device(), xr.process_index(), xr.process_count(), devices, store)
+    return Runtime(torch_xla.device(), xr.process_index(), xr.process_count(), devices, store, group)
 
 
 def resolve_mesh(mesh: dict[str, int] | None, device_count: int) -> dict[str, int]:

@@ -173,7 +173,7 @@ def _spawned(function, nprocs):
 def _wait_long(rank, port, results):
     store = dist.TCPStore("127.0.0.1", port, 2, rank == 0)  # waits until both have started
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=2))
-    machine = runtime.Runtime(torch.device("cpu"), rank, 2, 2, _get_default_store())
+    machine = runtime.Runtime(torch.device("cpu"), rank, 2, 2, store, runtime.patient_group())
     results[rank] = [machine.on_first(lambda: time.sleep(3) or "done") for _ in range(2)]
     runtime.shut_down()
 
