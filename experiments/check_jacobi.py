@@ -21,7 +21,7 @@ from jetformer.sampling.jacobi import Jacobi
 WORKDIR = flags.DEFINE_string("workdir", None, "Run of a TarFlow.", required=True)
 COUNTS = flags.DEFINE_multi_integer("count", [1, 8], "Numbers of images at a time.")
 REPEATS = flags.DEFINE_integer("repeats", 5, "Number of times to measure each.", lower_bound=1)
-TOLERANCE = flags.DEFINE_float("tolerance", 1e-3, "See Jacobi.")
+TOLERANCE = flags.DEFINE_float("tolerance", 1e-5, "See Jacobi.")
 SEGMENTS = (None, 64, 32)
 
 

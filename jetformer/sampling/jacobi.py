@@ -51,7 +51,7 @@ class Jacobi:
         tolerance, a warning has the error.
     """
 
-    tolerance: NonNegativeFloat = 1e-3
+    tolerance: NonNegativeFloat = 1e-5
     segment: PositiveInt | None = None
     max_iterations: PositiveInt | None = None
 
