@@ -143,10 +143,10 @@ def test_measurements(results):
 @pytest.mark.slow
 def test_iterations_and_speed_up_of_a_parallel_inverse():
     small = ["TarFlow.depth = 2", "TarFlow.emb_dim = 8", "train.batch_size = 2", "train.ema_decay = 0.0"]
-    bound = ["TarFlow.inverse_method = @Jacobi()", "Jacobi.segment = 5"]
+    bound = ["TarFlow.inverse_method = @Jacobi()", "Jacobi.segment = 5", "Jacobi.tolerance = 1e-3"]
     config.parse(["experiments/tarflow_digits.gin"], [*small, *bound])
     results = benchmark.measure(config.call(Experiment), CPU, steps=2, warmup=1, samples=0, profile=None)
-    # The new flow is the identity.
+    # The new flow is nearly the identity.
     assert results["flow"]["jacobi_iterations"] == [1, 1]
     values = benchmark.metrics(results)
     assert values["Jacobi iterations"] == 1
