@@ -327,6 +327,7 @@ int cuFuncGetAttribute(int *value, int attribute) {  // 0: threads per block, 4:
   return *value = attribute == 0 ? 1024 : attribute == 4 ? 64 : 0, cudaSuccess;
 }
 int cuPointerGetAttribute(void **value, int attribute, void *pointer) { return *value = pointer, cudaSuccess; }
+int cuStreamIsCapturing(void *stream, int *status) { return cudaStreamIsCapturing(stream, status); }
 int cuGetErrorString(int error, const char **text) { return *text = "nullcuda", cudaSuccess; }
 
 static int succeeds() { return cudaSuccess; }
