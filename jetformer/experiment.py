@@ -70,8 +70,7 @@ class Experiment:
         flow, or "everything", both.
       activation_checkpointing_every: recompute only every so many of these blocks: less time, more memory.
       compile: what torch.compile compiles: "blocks", every module with `is_block = True` by itself; "step", the whole
-        forward pass; None: nothing. Both also compile the image head's likelihood. (XLA always compiles the whole
-        step.)
+        forward pass but the image head's likelihood; None: nothing. (XLA always compiles the whole step.)
       mesh: sizes of the axes "data" and "fsdp" of the device mesh. Batches are sharded over both, large parameters over
         "fsdp"; -1 takes the remaining devices. None: all in "data". With torchrun "data" is DDP, "fsdp" is FSDP2.
       compilation_cache: local directory where XLA keeps compiled graphs for the next start; None: in the workdir, or in

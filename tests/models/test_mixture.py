@@ -11,6 +11,7 @@ from scipy import stats
 from torch.nn import functional as F
 
 from jetformer import prng
+from jetformer.loops.torch_loop import TorchLoop
 from jetformer.models.initializers import init_weights
 from jetformer.models.mixture import (
     MixtureHead,
@@ -20,6 +21,7 @@ from jetformer.models.mixture import (
     square_plus,
 )
 from jetformer.models.mixture_nll import default_block, mixture_nll, token_blocks
+from jetformer.runtime import Runtime
 from jetformer.sampling import guidance
 from mixtures import mixture_from_logits, mixture_of
 
@@ -154,6 +156,7 @@ def test_extreme_scales_in_float32(raw):
 def test_a_compiled_step_leaves_the_likelihood_out(backend):
     head = MixtureHead(8, 2, 3)
     torch.nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(0))
+    TorchLoop(Runtime(CPU)).place(head, compile="step")
     head.backend = backend
     shapes = (2, 5, 8), (2, 5, 2), (2, 5)
     inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in shapes]
