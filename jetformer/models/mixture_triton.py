@@ -89,8 +89,9 @@ def gradients_kernel(
     total = tl.zeros((BLOCK_ROWS, BLOCK_N), x.dtype)
     for i in range(COMPONENTS):
         k = part * COMPONENTS + i
-        valid = inside & (k < K)
-        logits = (k.to(tl.int64) * D + d) * n + t
+        row = k * D + d
+        valid = inside & (row < K * D)  # that is, k < K
+        logits = row.to(tl.int64) * n + t
         m = tl.load(means + logits, valid, 0).to(x.dtype)
         r = tl.load(raw_scales + logits, valid, 0).to(x.dtype)
         r, inverse_q, precision, z = standardize(m, r, x, RAW_MIN)
@@ -100,9 +101,10 @@ def gradients_kernel(
         tl.store(means + logits, m, valid)
         tl.store(raw_scales + logits, r, valid)
         total -= m
-        sums = (tile * K + k) * D + d
-        tl.store(mean_grads + sums, tl.sum(m, 1, keep_dims=True), (d < D) & (k < K))
-        tl.store(scale_grads + sums, tl.sum(r, 1, keep_dims=True), (d < D) & (k < K))
+        sums = tile * K * D + row
+        summed = (d < D) & (row < K * D)
+        tl.store(mean_grads + sums, tl.sum(m, 1, keep_dims=True), summed)
+        tl.store(scale_grads + sums, tl.sum(r, 1, keep_dims=True), summed)
     tl.store(token_grads + (part * D + d) * n + t, total, inside)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -60,14 +61,12 @@ def test_kernels_compile_for_gpus(monkeypatch, tmp_path, kernel, dtype, capabili
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert f".target {architecture}" in compiled.asm["ptx"]
     assert "ld.global.v4.b32" in compiled.asm["ptx"]
-    assert registers_spilled(compiled.asm["ptx"], architecture, tmp_path) == 0
+    assert local_memory(compiled.asm["cubin"], tmp_path) == 0
 
 
-def registers_spilled(ptx: str, architecture: str, folder: pathlib.Path) -> int:
-    """Returns the bytes of registers that ptxas stores in memory."""
-    ptxas = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    (folder / "kernel.ptx").write_text(ptx)
-    command = [ptxas, "-v", f"--gpu-name={architecture}", "kernel.ptx", "-o", "kernel.cubin"]
-    done = subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, text=True, check=True)
-    (words,) = (line.split() for line in done.stderr.splitlines() if "bytes spill stores" in line)
-    return int(words[words.index("spill") - 2])
+def local_memory(cubin: bytes, folder: pathlib.Path) -> int:
+    """Returns the bytes of memory in which a thread keeps what does not fit into its registers."""
+    (folder / "kernel.cubin").write_bytes(cubin)
+    command = [pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", "-res-usage", "kernel.cubin"]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    return int(re.search(r"\bSTACK:(\d+)", done.stdout)[1])
