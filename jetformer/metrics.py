@@ -25,7 +25,8 @@ from upath import UPath
 from jetformer.sampling.grid import to_pil
 
 WANDB_ID_FILE = "wandb_id"  # in the workdir: the ID of its W&B run
-_LOGGED = ("/bits_per_dim", "/text_bits_per_token", "/effective_components")  # of an evaluation, at normal verbosity
+# Of an evaluation, at normal verbosity.
+_LOGGED = ("/bits_per_dim", "/noisy_bits_per_dim", "/text_bits_per_token", "/effective_components")
 WANDB_INIT_SECONDS = 60.0  # limit for starting a W&B run
 WANDB_FINISH_SECONDS = 30.0  # limit for uploading what is left at the end
 
@@ -116,6 +117,7 @@ class LogWriter:
         formats = {
             "train/loss": "loss {:.5g}",
             "train/bits_per_dim": "{:.4f} bits per dim",
+            "train/noisy_bits_per_dim": "{:.4f} noisy bits per dim",
             "train/text_bits_per_token": "{:.4f} bits per token",
             "examples_per_sec": "{:,.4g} examples/s",
         }

@@ -199,6 +199,20 @@ class JetFormerObjective:
                 f"{self.text_prefix_prob}"
             )
 
+    def denoising_std(self, noise_min: float) -> float:
+        """Returns the standard deviation of the noise on the images that training ends with, in units of [-1, 1].
+
+        Args:
+          noise_min: of the run's noise curriculum.
+
+        Raises:
+          ValueError: if it ends without noise.
+        """
+        if not noise_min:
+            raise ValueError("denoise applies to a model of noisy images, and this one's train.noise_min is 0")
+        # Rounding adds a twelfth of a squared grey level, and so does dequantization.
+        return math.sqrt(noise_min**2 + (2 if self.dequantize else 1) / 12) / 127.5
+
     def draw(self, model: JetFormer, batch: Batch, keys: Tensor, train: bool) -> Draws:
         """Makes the random draws of one step.
 
@@ -379,25 +393,51 @@ class JetObjective:
 
     Attributes:
       dequantize: add dequantization noise.
+      noise_std: standard deviation of Gaussian noise on images in [-1, 1], in the place of dequantization noise (as
+        TarFlow, arXiv 2412.06329). The flow then learns the density of noisy images, and bits per dim, which cannot be
+        compared with those of 8-bit images, are called noisy_bits_per_dim.
       drop_labels_prob: probability that training drops a label, so that a `LabelledFlow` also learns images without
         one.
     """
 
     dequantize: bool = True
+    noise_std: NonNegativeFloat = 0.0
     drop_labels_prob: Probability = 0.0
+
+    def denoising_std(self, noise_min: float = 0.0) -> float:
+        """Returns noise_std, see `JetFormerObjective.denoising_std`.
+
+        Raises:
+          ValueError: if it is 0.
+        """
+        del noise_min
+        if not self.noise_std:
+            raise ValueError("denoise applies to a flow of noisy images, and this one's JetObjective.noise_std is 0")
+        return self.noise_std
+
+    def check_guidance(self, mode: str) -> None:
+        """Checks that the flow learns what guidance needs, see `JetFormerObjective.check_guidance`."""
+        if mode != "none" and not self.drop_labels_prob:
+            raise ValueError(
+                f"guidance {mode} needs a flow that was also trained without labels, and this one was not: its "
+                "JetObjective.drop_labels_prob is 0. Sample without guidance, or train with 0.1"
+            )
 
     def draw(self, model: nn.Module, batch: Batch, keys: Tensor, train: bool) -> Draws:
         """Makes the random draws of one step, see `JetFormerObjective.draw`.
 
         Returns:
-          dequant `[B, H, W, C]`, uniform in [0, 1); in training also drop_labels, bool `[B]`.
+          dequant `[B, H, W, C]`, uniform in [0, 1), or noise `[B, H, W, C]` (normal); in training also drop_labels,
+          bool `[B]`.
 
         Raises:
           ValueError: if drop_labels_prob is set, but the model takes no labels.
         """
-        draws = {}
-        if self.dequantize:
-            draws["dequant"] = prng.uniform(prng.fold_in(keys, _DEQUANT), batch["image"].shape[1:])
+        draws, shape = {}, batch["image"].shape[1:]
+        if self.noise_std:
+            draws["noise"] = prng.normal(prng.fold_in(keys, _RGB_NOISE), shape)
+        elif self.dequantize:
+            draws["dequant"] = prng.uniform(prng.fold_in(keys, _DEQUANT), shape)
         if self.drop_labels_prob and not isinstance(model, LabelledFlow):
             raise ValueError(
                 f"JetObjective.drop_labels_prob needs a LabelledFlow, not a {type(model).__name__}: leave it at 0"
@@ -427,8 +467,8 @@ class JetObjective:
         The batch has image, uint8 `[B, H, W, C]`, and for a `LabelledFlow` labels, see `labels_of`.
 
         Returns:
-          The loss in bits per dim, and its terms by example: bits_per_dim = bits_per_dim_latents - bits_per_dim_logdet;
-          with a bounded flow also flow_expansion_used, see `expansion_used`.
+          The loss in bits per dim, and its terms by example: bits_per_dim = bits_per_dim_latents - bits_per_dim_logdet,
+          all called noisy_… with noise_std; with a bounded flow also flow_expansion_used, see `expansion_used`.
 
         Raises:
           ValueError: if there is a noise curriculum, which Jet's objective does not have, or the batch lacks a key.
@@ -439,14 +479,19 @@ class JetObjective:
         normalizers = normalizers or self.normalizers(batch, draws, train)
         parameter = next(model.parameters(), None)  # a flow may have none
         pixels = batch["image"].to(torch.get_default_dtype() if parameter is None else parameter.dtype)
-        if self.dequantize:
-            pixels = pixels + draws["dequant"]
+        if self.noise_std:
+            x = to_unit_range(pixels + 0.5) + self.noise_std * draws["noise"]
+        else:
+            x = to_unit_range(pixels + draws["dequant"] if self.dequantize else pixels)
         context = None
         if isinstance(model, LabelledFlow):
             context = model.context(labels_of(batch).long(), draws.get("drop_labels") if train else None)
-        terms = self.score(model, to_unit_range(pixels), context)
+        terms = self.score(model, x, context)
         loss = terms["bits_per_dim"][0].sum() / normalizers["image"]
-        return loss, {name: (value.detach(), counts) for name, (value, counts) in terms.items()}
+        terms = {name: (value.detach(), counts) for name, (value, counts) in terms.items()}
+        if self.noise_std:
+            terms = {f"noisy_{name}" if name.startswith("bits") else name: term for name, term in terms.items()}
+        return loss, terms
 
     @staticmethod
     def score(model: nn.Module, x: Tensor, context: Tensor | None = None) -> Terms:

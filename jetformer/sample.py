@@ -50,7 +50,8 @@ flags.DEFINE_integer("batch_size", 32, "Samples at a time, per process.", lower_
 flags.DEFINE_string(
     "guidance",
     None,
-    "Classifier-free guidance: density, clipped, resample, interp or none; default: density with a --guidance_weight.",
+    "Classifier-free guidance: density, clipped, resample, interp or none; default with a --guidance_weight: density, "
+    "of a flow alone interp.",
 )
 flags.DEFINE_float("guidance_weight", 0.0, "Weight w of guidance, which samples from p(x | y)^(1+w) / p(x)^w.")
 flags.DEFINE_string(
@@ -64,6 +65,7 @@ flags.DEFINE_float(
     1.0,
     "Multiplies the scales of the mixtures of image tokens, or the latents of a flow; divides the logits of texts.",
 )
+flags.DEFINE_bool("denoise", False, "Remove the noise that the model was trained with from images.")
 flags.DEFINE_float("temperature_probs", 1.0, "Multiplies the log-weights of the mixtures of image tokens.")
 flags.DEFINE_integer("top_k", None, "Texts: number of most probable tokens to choose from.")
 flags.DEFINE_float("top_p", 1.0, "Texts: choose from the most probable tokens with at least this probability.")

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import pathlib
+from typing import Any
 
 import numpy as np
 from absl import flags, logging
@@ -22,17 +23,17 @@ from jetformer.sampling.sampler import Request, Sampler, draw, repeated
 
 FLAGS = flags.FLAGS  # defined in `jetformer.sample`
 
-_OF_IMAGES = ("temperature_probs", "guidance", "guidance_weight", "guidance_schedule", "guidance_candidates")
+_OF_FLOWS = ("guidance", "guidance_weight", "guidance_schedule")
+_OF_IMAGES = (*_OF_FLOWS, "temperature_probs", "guidance_candidates")
 # Flags that apply to some tasks only.
 _FLAGS_OF = {
-    "image": _OF_IMAGES,
+    "image": (*_OF_IMAGES, "denoise"),
     "complete": (*_OF_IMAGES, "rows"),
     "inpaint": (*_OF_IMAGES, "mask"),
     "caption": ("top_k", "top_p"),
     "text": ("top_k", "top_p"),
-    "flow": (),
+    "flow": (*_OF_FLOWS, "denoise"),
 }
-
 
 # Tasks that sample a part of an image.
 _EDITING = ("complete", "inpaint")
@@ -100,16 +101,16 @@ def prepare(
       cannot be read.
     """
     experiment, model, prompts, classes = found.experiment, found.module, given_prompts(), FLAGS.classes or []
-    options = {"temperature": FLAGS.temperature, "compile": found.state.loop.compile}
+    options: dict[str, Any] = {"temperature": FLAGS.temperature, "compile": found.state.loop.compile}
     given, unreadable = {}, []
     if FLAGS.images is not None:
         given, unreadable = read_pictures(FLAGS.images, model.image_shape, experiment.data.background())
     if task == "flow":
-        sampler = images.FlowSampler(model, **options)
-        requests = [Request("sample")]
-        if classes:
-            requests = images.class_requests(experiment, model, classes, found.class_names)
-        return sampler, requests, {}, unreadable
+        sampler = images.FlowSampler(experiment, model, guidance=guidance, denoise=FLAGS.denoise, **options)
+        requests = images.class_requests(experiment, model, classes, found.class_names)
+        if guidance.on and not requests:
+            raise ValueError("guidance needs --classes")
+        return sampler, requests or [Request("sample")], {}, unreadable
     if task in ("caption", "text"):
         tokenizing = run_files.texts(experiment, found.directory)
         requests, num_tokens = [Request(path, image=image) for path, image in given.items()], None
@@ -119,6 +120,8 @@ def prepare(
         return texts.TextSampler(experiment, model, tokenizing, **options), requests, {}, unreadable
 
     options |= {"guidance": guidance, "temperature_probs": FLAGS.temperature_probs}
+    if task == "image":
+        options["denoise"] = FLAGS.denoise
     if task == "complete":
         options["rows"] = model.image_shape[0] // 2 if FLAGS.rows is None else FLAGS.rows
     sampler = images.ImageSampler(experiment, model, **options)
@@ -172,7 +175,8 @@ def sample() -> None:
         raise ValueError("jetformer.sample with --device=xla runs in one process: start it on one host")
     if "://" in FLAGS.out:
         raise ValueError(f"--out={FLAGS.out}: expected a local directory")
-    guidance = guidance_of(FLAGS.guidance, FLAGS.guidance_weight, FLAGS.guidance_schedule, FLAGS.guidance_candidates)
+    given = (FLAGS.guidance, FLAGS.guidance_weight, FLAGS.guidance_schedule, FLAGS.guidance_candidates)
+    guidance_of(*given)  # before the model loads
     # Each process loads and runs the whole model, so that none waits for another within a batch.
     found = trained.load(
         source(),
@@ -185,6 +189,7 @@ def sample() -> None:
         verify=FLAGS.verify,
     )
     task, out = task_of(found.module), pathlib.Path(FLAGS.out)
+    guidance = guidance_of(*given, default="interp" if task == "flow" else "density")
     sampler, requests, more, unreadable = prepare(task, found, guidance)
     settings = {"task": task, "run": str(found.directory), "step": found.step, "ema": found.averaged}
     settings |= sampler.settings | more

@@ -265,6 +265,7 @@ def evaluator_context(
         check_batch=experiment.check_batch,
         each_batch=each_batch,
         class_names=class_names.saved(workdir) if names is None else names,
+        noise_min=experiment.noise_min,
     )
 
 

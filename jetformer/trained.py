@@ -150,6 +150,7 @@ class Trained:
         guidance_weight: float = 0.0,
         guidance_schedule: str = "constant",
         guidance_candidates: int | None = None,
+        denoise: bool = False,
         batch_size: int = 32,
         progress: bool = False,
     ) -> npt.NDArray[np.uint8]:
@@ -162,7 +163,9 @@ class Trained:
           seed: of the first sample of each.
           temperature: multiplies the scales of the mixtures of image tokens, or the latents of a flow.
           temperature_probs: multiplies the log-weights of the mixtures.
-          guidance, guidance_weight, guidance_schedule, guidance_candidates: see `sampling.guidance.guidance_of`.
+          guidance, guidance_weight, guidance_schedule, guidance_candidates: see `sampling.guidance.guidance_of`; of a
+            flow `sampling.flows.check_guidance`.
+          denoise: remove the noise that the model was trained with, see `sampling.denoising.denoise`.
           batch_size: samples at a time.
           progress: show a progress bar.
 
@@ -173,20 +176,23 @@ class Trained:
           ValueError: for arguments that do not fit the model.
         """
         requests = self._requests(classes, prompts)
-        guided = guidance_of(guidance, guidance_weight, guidance_schedule, guidance_candidates)
-        options: dict[str, Any] = {"temperature": temperature, "compile": self.state.loop.compile}
+        default = "density" if isinstance(self.module, JetFormer) else "interp"
+        guided = guidance_of(guidance, guidance_weight, guidance_schedule, guidance_candidates, default=default)
+        options: dict[str, Any] = {"temperature": temperature, "guidance": guided, "denoise": denoise}
+        options["compile"] = self.state.loop.compile
         sampler: Sampler
         if isinstance(self.module, JetFormer):
             if not requests:
                 raise ValueError("nothing to sample: give classes or prompts")
-            options |= {"guidance": guided, "temperature_probs": temperature_probs}
-            sampler = ImageSampler(self.experiment, self.module, **options)
+            sampler = ImageSampler(self.experiment, self.module, temperature_probs=temperature_probs, **options)
         elif isinstance(self.module, LanguageModel):
             raise ValueError("a LanguageModel samples no images: use continue_texts")
         else:
-            if guided.on or temperature_probs != 1:
-                raise ValueError("guidance and temperature_probs do not apply to a flow: leave them out")
-            sampler = FlowSampler(self.module, **options)
+            if temperature_probs != 1:
+                raise ValueError("temperature_probs does not apply to a flow: leave it out")
+            sampler = FlowSampler(self.experiment, self.module, **options)
+            if guided.on and not requests:
+                raise ValueError("guidance needs classes")
             requests = requests or [Request("sample")]
         drawn = self._draw(sampler, requests, num_images, seed, batch_size, progress)
         return np.stack([sample["image"] for sample in drawn])
@@ -391,9 +397,14 @@ class Trained:
           float64 `[N]`.
 
         Raises:
-          ValueError: for arguments that do not fit the model.
+          ValueError: for arguments that do not fit the model, or a flow of noisy images.
         """
         rows, objective = {"image": self._pixels(images)}, self.experiment.objective
+        if getattr(objective, "noise_std", 0):
+            raise ValueError(
+                "the flow learns the density of noisy images, not of 8-bit ones: to score these load it with "
+                'gin_bindings="JetObjective.noise_std = 0"'
+            )
         shown = self._of_each(len(rows["image"]), self._requests(classes, prompts))
         _check_at_least(0, seed=seed)
         if isinstance(objective, JetFormerObjective):
@@ -513,7 +524,7 @@ class Trained:
         if isinstance(self.module, LanguageModel):
             raise ValueError("a LanguageModel is of texts alone, without images")
         if not isinstance(self.module, JetFormer):
-            FlowSampler(self.module)  # raises for others
+            FlowSampler(self.experiment, self.module)  # raises for others
         return self.module
 
     def _requests(self, classes: Classes | None, prompts: str | Sequence[str] | None) -> list[Request]:

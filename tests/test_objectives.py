@@ -11,6 +11,7 @@ from flows import randomized
 from jetformer import objectives, prng
 from jetformer.models.flow_ablations import make_jet
 from jetformer.models.initializers import init_weights
+from jetformer.models.invertible import IdentityFlow
 from jetformer.models.jet import Jet
 from jetformer.objectives import JetFormerObjective, JetObjective
 from small_models import small_model
@@ -182,3 +183,34 @@ def test_a_flow_without_bound_has_no_share_of_it():
     init_weights(flow, torch.Generator().manual_seed(0))
     _, terms = JetObjective(dequantize=False)(flow, batch_of(2, (4, 4, 1)), {})
     assert "flow_expansion_used" not in terms
+
+
+def test_noise_in_the_place_of_dequantization():
+    """The density of noisy images, under another name; in training and evaluation alike."""
+    objective, batch = JetObjective(noise_std=0.3), batch_of(64)
+    flow = IdentityFlow((4, 4, 3))
+    for train in (True, False):
+        draws = objective.draw(flow, batch, keys(0, 64), train)
+        assert draws.keys() == {"noise"}
+        assert stats.kstest(draws["noise"].flatten(), "norm").pvalue > 0.01
+        loss, terms = objective(flow, batch, draws, train=train)
+        x = (batch["image"] + 0.5) / 127.5 - 1 + 0.3 * draws["noise"]
+        nats = 0.5 * (x.square() + math.log(2 * math.pi)).mean()
+        torch.testing.assert_close(loss, nats / math.log(2) + math.log2(127.5))
+        names = ("noisy_bits_per_dim", "noisy_bits_per_dim_latents", "noisy_bits_per_dim_logdet")
+        assert set(terms) == set(names)
+        torch.testing.assert_close(terms[names[0]][0].mean(), loss)
+
+
+def test_noise_that_denoising_removes():
+    """The standard deviation of what rounding, dequantization and the noise of the end add to pixels."""
+    assert JetObjective(noise_std=0.05).denoising_std() == 0.05
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (200_000,), generator=generator)
+    noisy = torch.round(pixels + 3 * torch.randn(200_000, generator=generator))
+    for dequantize, noise in ((True, torch.rand(200_000, generator=generator)), (False, 0)):
+        measured = ((noisy + noise - pixels) / 127.5).std().item()
+        assert JetFormerObjective(dequantize=dequantize).denoising_std(3.0) == pytest.approx(measured, rel=5e-3)
+    for objective, name in ((JetObjective(), "noise_std"), (JetFormerObjective(), "noise_min")):
+        with pytest.raises(ValueError, match=f"{name} is 0"):
+            objective.denoising_std(0.0)

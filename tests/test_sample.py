@@ -5,6 +5,7 @@ import functools
 import hashlib
 import http.server
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -296,6 +297,7 @@ def test_several_processes_equal_one(classes, tmp_path):
             r"mask has shape .*\[8, 8\]",
         ),
         ("captioned", ["--images=/nowhere/*.png", "--task=caption"], r"/nowhere/\*.png: "),
+        ("captioned", ["--prompt=a", "--denoise"], "noise_min is 0"),
         ("captioned", ["--prompt=a", "--step=3"], "checkpoint of step 3, .* 4"),
         ("captioned", [], "--classes, --prompt, --prompts or --images"),
         (
@@ -482,12 +484,29 @@ def test_a_flow_of_classes_resumes(flow, tmp_path):
     assert "4 of 6 samples" in log
 
 
+def test_a_flow_of_noisy_images(tmp_path, data_dir):
+    """Its likelihoods have another name, and what was done shows in the records."""
+    small = bindings(data_dir, train__total_steps=1, train__evaluators="{}", train__noise_scale=0.0, TarFlow__depth=2)
+    workdir = finished(tmp_path / "run", "experiments/tarflow_digits_noisy.gin", small)
+    flags = ["--classes=3,7", "--num_images=1", "--guidance_weight=2", "--denoise"]
+    code, log, records = sample(tmp_path / "out", f"--workdir={workdir}", *flags)
+    assert code == 0, log
+    for record in records:
+        assert (record["guidance"], record["guidance_weight"], record["denoise"]) == ("interp", 2.0, True)
+        expected = -record["log_likelihood"] / (64 * math.log(2))
+        assert record["noisy_bits_per_dim"] == pytest.approx(expected)
+        assert "bits_per_dim" not in record
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--classes=10"], r"class or token 10: .* 0 to 9"),
         (["--prompt=a"], r"--prompt .*\(flow\)"),
         (["--top_k=3"], r"--top_k .*\(flow\)"),
+        (["--guidance_candidates=3", "--guidance=resample"], r"--guidance_candidates .*\(flow\)"),
+        (["--guidance_weight=1", "--classes=3"], r"LabelledFlow of a TarFlow"),
+        (["--denoise"], "noise_std is 0"),
     ],
 )
 def test_flags_that_do_not_apply_to_a_flow(flow, tmp_path, flags, message):

@@ -92,6 +92,26 @@ def test_fsdp_is_one_process(one, sharded):
     assert_equal_from(1, one, sharded)
 
 
+def test_a_flow_of_noisy_images_under_fsdp(tmp_path, data_dir):
+    """Losses, and samples, from which a gradient through the flow removes the noise."""
+    small = {"train__total_steps": 4, "train__noise_scale": 0.0, "TarFlow__depth": 2, "TarFlow__emb_dim": 16}
+    small |= {"Likelihood__every_steps": 4, "FlowSamples__every_steps": 4, "FlowSamples__batch_size": 8}
+    small |= {"train__evaluators": '{"val": @Likelihood(), "samples": @FlowSamples()}'}
+    for name, processes in (("one", 1), ("two", 2)):
+        gin_bindings = bindings(data_dir, **small, train__mesh=FSDP)
+        args = command(tmp_path / name, gin_bindings, "experiments/tarflow_digits_noisy.gin")
+        process = start(torchrun(args, processes), OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
+        _, log = process.communicate(timeout=300)
+        assert process.returncode == 0, log[-8000:]
+    expected, actual = scalars(tmp_path / "one"), scalars(tmp_path / "two")
+    for name in ("train/loss", "val/noisy_bits_per_dim", "val_ema/noisy_bits_per_dim", "samples/latents_std"):
+        assert actual[name] == pytest.approx(expected[name], rel=1e-5)
+    for name in ("grid", "classes"):
+        paths = [tmp_path / run / "eval_samples" / name / "000000004.png" for run in ("one", "two")]
+        one, two = (np.asarray(Image.open(path)).astype(int) for path in paths)
+        assert np.abs(one - two).max() <= 1
+
+
 def test_compiled_blocks_under_fsdp(one, tmp_path, data_dir):
     """Without sampling, whose graphs Inductor compiles for minutes."""
     overrides = {"train__compile": '"blocks"', "train__evaluators": '{"val": @Likelihood()}'}

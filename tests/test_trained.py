@@ -48,10 +48,13 @@ def runs(tmp_path_factory, data_dir, shapes_dir):
     new = tmp_path_factory.mktemp
     best = {"train__keep_best": '"val/bits_per_dim"', "train__keep_best_mode": '"higher"', "Likelihood__every_steps": 2}
     flow = {"train__noise_scale": 0.0, "train__ema_decay": 0.0, "make_optimizer__lr": 0.03}
+    slowly = {"train__total_steps": 40, "make_optimizer__lr": 2e-3}  # its scales have no bound
+    noise = {"train__noise_scale": 9.0, "train__noise_min": 8.0}
     return {
-        "digits": trained(new("digits"), "digits.gin", data_dir, train__checkpoint_steps=2, **best),
+        "digits": trained(new("digits"), "digits.gin", data_dir, train__checkpoint_steps=2, **best, **noise),
         "shapes": trained(new("shapes"), "shapes.gin", shapes_dir, Jet__num_heads=2),
         "flow": trained(new("flow"), "jet_digits_labelled.gin", data_dir, **flow),
+        "noisy": trained(new("noisy"), "tarflow_digits_noisy.gin", data_dir, **flow | slowly),
         "texts": trained(new("texts"), "tinystories.gin", shapes_dir, **OF_TEXTS),
     }
 
@@ -105,6 +108,13 @@ def drawn_by_program(out, workdir, *flags):
             {"classes": 3, "temperature": 0.8, "guidance": "clipped", "guidance_weight": 2.0},
             ["--classes=3", "--temperature=0.8", "--guidance=clipped", "--guidance_weight=2"],
         ),
+        ("digits", {"classes": 3, "denoise": True}, ["--classes=3", "--denoise"]),
+        ("noisy", {"classes": 3, "denoise": True}, ["--classes=3", "--denoise"]),
+        (
+            "noisy",
+            {"classes": [3, 7], "guidance_weight": 9.0, "guidance_schedule": "linear"},
+            ["--classes=3,7", "--guidance_weight=9", "--guidance_schedule=linear"],
+        ),
         ("shapes", {"prompts": PROMPTS}, [f"--prompt={prompt}" for prompt in PROMPTS]),
         ("flow", {"classes": np.array([3, 7])}, ["--classes=3,7"]),
         ("flow", {"temperature": 0.5}, ["--temperature=0.5"]),
@@ -112,7 +122,10 @@ def drawn_by_program(out, workdir, *flags):
 )
 def test_samples_are_those_of_the_program(name, arguments, flags, runs, models, tmp_path):
     expected = drawn_by_program(tmp_path, runs[name], "--num_images=2", "--seed=1", *flags)
-    np.testing.assert_array_equal(models[name].sample(**arguments, num_images=2, seed=1), expected)
+    actual = models[name].sample(**arguments, num_images=2, seed=1)
+    np.testing.assert_array_equal(actual, expected)
+    plain = {option: value for option, value in arguments.items() if not option.startswith(("denoise", "guidance"))}
+    assert plain == arguments or (models[name].sample(**plain, num_images=2, seed=1) != actual).any()
 
 
 def test_texts_are_those_of_the_program(runs, models, tmp_path):
@@ -408,7 +421,13 @@ finally:
         ("shapes", lambda m: m.sample([3]), "prompts"),
         ("shapes", lambda m: m.sample(prompts=[" "]), "empty"),
         ("flow", lambda m: m.sample(prompts=["a cat"]), "LabelledFlow"),
-        ("flow", lambda m: m.sample(guidance_weight=1.0), "guidance"),
+        ("flow", lambda m: m.sample(3, guidance_weight=1.0), "LabelledFlow of a TarFlow"),
+        ("flow", lambda m: m.sample(3, temperature_probs=0.5), "temperature_probs"),
+        ("flow", lambda m: m.sample(3, denoise=True), "noise_std is 0"),
+        ("noisy", lambda m: m.sample(guidance_weight=1.0), "guidance needs classes"),
+        ("noisy", lambda m: m.sample(3, guidance="density"), "density .*interp"),
+        ("noisy", lambda m: m.bits_per_dim(random_images((8, 8, 1)), 3), "noise_std = 0"),
+        ("shapes", lambda m: m.sample(prompts=PROMPTS, denoise=True), "noise_min is 0"),
         ("texts", lambda m: m.sample(), "continue_texts"),
         ("digits", lambda m: m.sample([3], guidance="strong"), "strong"),
         ("digits", lambda m: m.sample([3], guidance_weight=1.0, guidance_candidates=4), "4 candidates .*density"),

@@ -33,6 +33,7 @@ class Context:
       check_batch: raises a ValueError if a batch does not fit the model; it computes shapes only.
       each_batch: called after every batch of examples.
       class_names: by label; None: unknown.
+      noise_min: standard deviation that the RGB noise of training ends with, in 8-bit pixel values.
     """
 
     runner: Runner
@@ -47,6 +48,15 @@ class Context:
     check_batch: Callable[[dict[str, np.ndarray]], None]
     each_batch: Callable[[], None] = lambda: None
     class_names: Sequence[str] | None = None
+    noise_min: float = 0.0
+
+    def denoising_std(self, wanted: bool) -> float:
+        """Returns the standard deviation of the noise to remove from samples, in units of [-1, 1]; 0 if not wanted.
+
+        Raises:
+          ValueError: if the model was trained without noise.
+        """
+        return self.objective.denoising_std(self.noise_min) if wanted else 0.0
 
     @property
     def model(self) -> nn.Module:

@@ -4,7 +4,9 @@ Dimensions: N generated images, M real ones, F features, K classes.
 """
 
 import dataclasses
+import functools
 import inspect
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +28,13 @@ from jetformer.evaluators.features import (
 from jetformer.evaluators.samples import sampling_function
 from jetformer.loops.base import Rows
 from jetformer.models.jetformer import JetFormer
-from jetformer.objectives import check_tokens
+from jetformer.models.labelled import LabelledFlow
+from jetformer.objectives import check_tokens, labels_of
 from jetformer.ranges import PositiveFloat, PositiveInt
-from jetformer.sampling import grid
+from jetformer.sampling import flows, grid
+from jetformer.sampling.decode import Compile
 from jetformer.sampling.guidance import Guidance
+from jetformer.sampling.images import sample_flow
 
 _SEED = 6
 _READ_SEED = 0  # nothing is drawn
@@ -50,8 +55,8 @@ class Fid(Evaluator):
     """Compares generated images with the real ones of a split, or with statistics of real ones.
 
     It generates an image for the text (or class) of each example of the split, in order, and repeats the split until
-    there are enough. The seeds are the same at every step. Each process computes features of the images that it has
-    generated; images are not exchanged. Metrics:
+    there are enough. A flow alone generates images of the labels if it is a `LabelledFlow`. The seeds are the same at
+    every step. Each process computes features of the images that it has generated; images are not exchanged. Metrics:
       fid: Fréchet distance between Gaussians fitted to the features (arXiv 1706.08500); with other features than
         Inception's, which define FID, it is called frechet_distance;
       inception_score: a mean over ten parts (arXiv 1606.03498); it needs no real images;
@@ -75,8 +80,9 @@ class Fid(Evaluator):
       features: of images, see `evaluators.features`.
       batch_size: images to generate at a time, over all processes; None: as in evaluation.
       guidance: see `Guidance`.
-      temperature_scales: multiplies the standard deviations of the tokens' mixtures.
+      temperature_scales: multiplies the standard deviations of the tokens' mixtures, or the latents of a flow alone.
       temperature_probs: multiplies the log-weights of the tokens' mixtures.
+      denoise: remove the noise that the model was trained with, see `sampling.denoising.denoise`.
       ema: use the moving average of the parameters, if there is one.
       keep_images: also write the images, to `<workdir>/eval_<name>/images/<step>/<number>.png`.
     """
@@ -92,6 +98,7 @@ class Fid(Evaluator):
     guidance: Guidance = Guidance()  # noqa: RUF009 (frozen)
     temperature_scales: PositiveFloat = 1.0
     temperature_probs: PositiveFloat = 1.0
+    denoise: bool = False
     keep_images: bool = False
     ema: bool = True
 
@@ -107,14 +114,24 @@ class Fid(Evaluator):
 
     def check(self, context: Context) -> None:
         model = context.model
-        if not isinstance(model, JetFormer):
-            raise ValueError(f"Fid needs a JetFormer, not a {type(model).__name__}: unbind it in train.evaluators")
+        is_flow = not isinstance(model, JetFormer)
+        if is_flow and not hasattr(model, "inverse"):
+            raise ValueError(
+                f"Fid needs a model of images, not a {type(model).__name__}: unbind it in train.evaluators"
+            )
+        if is_flow and self.temperature_probs != 1:
+            raise ValueError("Fid.temperature_probs does not apply to a flow alone: leave it out")
         for name in self.metrics or ():  # not in __post_init__, so that a job's other evaluators still run
             if name not in METRICS:
                 raise ValueError(f"Fid.metrics: there is no {name!r}; choose from {', '.join(METRICS)}")
-        self.guidance.check(model.image_head)
-        context.objective.check_guidance(self.guidance.mode)
-        context.objective.check_order(text_first=True)
+        if is_flow:
+            flows.check_guidance(model, self.guidance)
+        else:
+            self.guidance.check(model.image_head)
+            context.objective.check_order(text_first=True)
+        if self.guidance.on:
+            context.objective.check_guidance(self.guidance.mode)
+        context.denoising_std(self.denoise)
         metrics = self.metrics_of(context)
         if metrics != ("class_accuracy",):
             torch_fidelity()
@@ -125,10 +142,11 @@ class Fid(Evaluator):
                     f"{type(self.features).__name__} is not: remove it, or bind Fid.features = @ClassifierFeatures()"
                 )
             if not self._has_classes(context):
-                raise ValueError("Fid.metrics: class_accuracy needs classes, and this run has texts: remove it")
+                raise ValueError("Fid.metrics: class_accuracy needs classes, and this model has none: remove it")
         batch = next(context.batches(self.data, self.split))
         context.check_batch(batch)
-        check_tokens(batch["text"], model)
+        if condition := _condition(model, batch):
+            check_tokens(condition["text"], model)
         self.features.check(context)
         if self.statistics is not None:
             self._read_statistics(context)
@@ -143,6 +161,8 @@ class Fid(Evaluator):
 
     def _has_classes(self, context: Context) -> bool:
         data = self._data(context)
+        if not isinstance(context.model, JetFormer):
+            return isinstance(context.model, LabelledFlow)
         return not data.has_texts() and data.text_length() == 1
 
     def metrics_of(self, context: Context) -> tuple[str, ...]:
@@ -170,7 +190,7 @@ class Fid(Evaluator):
             if self.save_statistics is not None:
                 saved = {name: real[name] for name in ("mu", "sigma", "features")}
                 write_arrays(UPath(self.save_statistics), saved | {"extractor": np.array(self.features.name(context))})
-            return self._scalars(metrics, generated, real, rows["text"])
+            return self._scalars(metrics, generated, real, rows.get("text"))
 
         return Results(context.loop.runtime.on_first(compare))  # eigenvalues of large matrices use all cores of a host
 
@@ -186,7 +206,7 @@ class Fid(Evaluator):
             return read_splits[key]
 
         def copy(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
-            return {name: batch[name] for name in ("image", *_TEXTS) if name in batch}
+            return {"image": batch["image"]} | _condition(model, batch)
 
         def to_rows(rows: Rows) -> Rows:
             found = extract(rows["image"]) if names else {}
@@ -232,8 +252,13 @@ class Fid(Evaluator):
         """Generates images for texts; returns, as far as needed, their features `[N, F]` and logits `[N, K]`."""
         names = ["features"] * bool(set(_COMPARING) & set(metrics))
         names += ["logits"] * bool({"inception_score", "class_accuracy"} & set(metrics))
-        options = {name: getattr(self, name) for name in ("guidance", "temperature_scales", "temperature_probs")}
-        sample = sampling_function(context, **options)
+        options = {"guidance": self.guidance, "noise_std": context.denoising_std(self.denoise)}
+        if isinstance(context.model, JetFormer):
+            options |= {"temperature_scales": self.temperature_scales, "temperature_probs": self.temperature_probs}
+            sample = sampling_function(context, **options)
+        else:
+            options |= {"temperature": self.temperature_scales, "compile": context.loop.compile}
+            sample = functools.partial(_sample_flow, **options)
 
         def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
             return sample(model, batch, keys) | {"number": batch["number"]}
@@ -259,7 +284,9 @@ class Fid(Evaluator):
         batches = context.batches_of(rows, self.batch_size)
         return context.per_example(function, batches, seed=_SEED, averaged=self.ema, staged=True, to_rows=to_rows)
 
-    def _scalars(self, metrics: tuple[str, ...], generated: Rows, real: Rows, text: np.ndarray) -> dict[str, float]:
+    def _scalars(
+        self, metrics: tuple[str, ...], generated: Rows, real: Rows, text: np.ndarray | None
+    ) -> dict[str, float]:
         scalars = {}
         if "fid" in metrics:
             scalars[self.features.distance] = frechet_distance(statistics(generated["features"]), real)
@@ -273,6 +300,20 @@ class Fid(Evaluator):
         if "class_accuracy" in metrics:
             scalars["class_accuracy"] = class_accuracy(generated["logits"], text)
         return scalars
+
+
+def _condition(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """Returns what images are generated for: text `[B, T]`, the label of a flow `[B, 1]`, and text_mask, if any."""
+    if isinstance(model, LabelledFlow):
+        return {"text": labels_of(batch)[:, None]}
+    return {name: batch[name] for name in _TEXTS if name in batch} if isinstance(model, JetFormer) else {}
+
+
+def _sample_flow(
+    flow: nn.Module, batch: dict[str, Tensor], keys: Tensor, compile: Compile, **options: Any
+) -> dict[str, Tensor]:
+    labels = batch["text"][:, 0].long() if "text" in batch else None
+    return {"image": compile(lambda: sample_flow(flow, keys, labels, **options)[0])()}
 
 
 def statistics(features: np.ndarray) -> Rows:

@@ -14,8 +14,9 @@ from jetformer.models.labelled import LabelledFlow
 from jetformer.objectives import to_unit_range
 from jetformer.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt
 from jetformer.runtime import derive_seed
-from jetformer.sampling import grid
+from jetformer.sampling import flows, grid
 from jetformer.sampling.decode import to_uint8
+from jetformer.sampling.guidance import Guidance
 
 _SEED = 7
 
@@ -40,6 +41,8 @@ class FlowSamples(Evaluator):
       temperatures: standard deviations of the latents.
       num_images: samples in a row, and images in a row of interpolation.
       num_classes: number of classes to sample.
+      guidance: of classes, see `sampling.flows.check_guidance`.
+      denoise: remove the noise that the flow was trained with from samples, see `sampling.denoising.denoise`.
       num_interpolations: number of pairs; 0 for none.
       num_round_trips: number of images to encode and decode; 0 for none.
       batch_size: images at a time, over all processes; None: as in evaluation.
@@ -48,6 +51,8 @@ class FlowSamples(Evaluator):
     temperatures: tuple[NonNegativeFloat, ...] = (0.5, 0.7, 0.85, 1.0)
     num_images: PositiveInt = 8
     num_classes: PositiveInt = 10
+    guidance: Guidance = Guidance()  # noqa: RUF009 (frozen)
+    denoise: bool = False
     num_interpolations: NonNegativeInt = 4
     num_round_trips: NonNegativeInt = 8
     batch_size: PositiveInt | None = None
@@ -62,6 +67,10 @@ class FlowSamples(Evaluator):
         model = context.model
         if not hasattr(model, "inverse"):
             raise ValueError(f"FlowSamples needs a flow alone, not a {type(model).__name__}: bind Samples in its place")
+        flows.check_guidance(model, self.guidance)
+        if self.guidance.on:
+            context.objective.check_guidance(self.guidance.mode)
+        context.denoising_std(self.denoise)
         if self.num_interpolations or self.num_round_trips:
             context.check_batch(next(context.batches()))
 
@@ -83,24 +92,32 @@ class FlowSamples(Evaluator):
                 "label": classes.repeat(self.num_images),
             }
             labels = [class_names.shown(c, context.class_names) for c in classes.tolist()]
-            results.pictures["classes"] = grid.labelled(self._sample(context, rows), self.num_images, labels)
+            guided = self._sample(context, rows, self.guidance)
+            results.pictures["classes"] = grid.labelled(guided, self.num_images, labels)
         if self.num_interpolations:
             results.pictures["interpolation"] = self._interpolation(context)
         if self.num_round_trips:
             self._round_trip(context, results)
         return results
 
-    def _sample(self, context: Context, rows: dict[str, np.ndarray]) -> np.ndarray:
-        seed = derive_seed(context.seed, _SEED)
+    def _sample(
+        self,
+        context: Context,
+        rows: dict[str, np.ndarray],
+        guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
+    ) -> np.ndarray:
+        seed, noise_std = derive_seed(context.seed, _SEED), context.denoising_std(self.denoise)
 
         def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
             del keys  # the same latents in every row
             noise = prng.normal(prng.example_keys(seed, batch["column"]), model.image_shape)
             latents = noise * batch["temperature"].view(-1, 1, 1, 1)
-            given = model.context(batch["label"].long()) if "label" in batch else None
-            return {"image": to_uint8(model.inverse(latents, given)[0])}
+            labels = batch["label"].long() if "label" in batch else None
+            decode = lambda: flows.decode(model, latents, labels, guidance=guidance, noise_std=noise_std)[0]
+            return {"image": to_uint8(context.loop.compile(decode)())}
 
-        return context.per_example(function, context.batches_of(rows, self.batch_size), seed=_SEED)["image"]
+        batches = context.batches_of(rows, self.batch_size)
+        return context.per_example(function, batches, seed=_SEED, staged=True)["image"]
 
     def _interpolation(self, context: Context) -> np.ndarray:
         def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:

@@ -61,7 +61,8 @@ class Likelihood(Evaluator):
             if self.text_prefix_prob < 1:
                 context.objective.check_order(text_first=False)
             objective = dataclasses.replace(objective, text_prefix_prob=self.text_prefix_prob)
-        if self.num_draws > 1 and not getattr(objective, "dequantize", False):
+        dequantizes = getattr(objective, "dequantize", False) and not getattr(objective, "noise_std", 0)
+        if self.num_draws > 1 and not dequantizes:
             raise ValueError(f"Likelihood.num_draws = {self.num_draws}: without dequantization: leave it at 1")
         return objective
 

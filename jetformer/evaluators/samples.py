@@ -42,6 +42,7 @@ class Samples(Evaluator):
       guidance_weights: sample with each of these weights in the place of that of `guidance`; None: with that.
       temperature_scales: multiplies the standard deviations of the tokens' mixtures.
       temperature_probs: multiplies the log-weights of the tokens' mixtures.
+      denoise: remove the noise that the model was trained with, see `sampling.denoising.denoise`.
       num_round_trips: number of images to encode and decode; 0 for none.
       ema: use the moving average of the parameters, if there is one.
     """
@@ -54,6 +55,7 @@ class Samples(Evaluator):
     guidance_weights: tuple[NonNegativeFloat, ...] | None = None
     temperature_scales: PositiveFloat = 1.0
     temperature_probs: PositiveFloat = 1.0
+    denoise: bool = False
     num_round_trips: NonNegativeInt = 8
     ema: bool = True
 
@@ -104,6 +106,7 @@ class Samples(Evaluator):
             guidance.check(model.image_head)
             context.objective.check_guidance(guidance.mode)
         context.objective.check_order(text_first=True)
+        context.denoising_std(self.denoise)
         if self.prompts is not None:
             context.data.texts().check_whole("Samples.prompts", self.prompts)
         elif context.data.has_texts():
@@ -127,6 +130,7 @@ class Samples(Evaluator):
                 guidance=guidance,
                 temperature_scales=self.temperature_scales,
                 temperature_probs=self.temperature_probs,
+                noise_std=context.denoising_std(self.denoise),
             )
             pictures.append(sampled.reshape(len(labels), self.num_images, *sampled.shape[1:]))
         # All rows of a class or prompt, then the next.

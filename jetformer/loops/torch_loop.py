@@ -95,6 +95,7 @@ class TorchLoop(base.Loop):
         with _resharded(runner) as modules:
             for module in modules:
                 module.set_reshard_after_forward(False, recurse=False)
+                module.set_reshard_after_backward(False, recurse=False)  # of denoising
                 module.unshard()
             yield
 
@@ -237,6 +238,7 @@ def _resharded(runner: base.Runner) -> Iterator[list[FSDPModule]]:
             module.set_reshard_after_forward(True, recurse=False)  # also where a forward pass failed
             module.reshard()
             module.set_reshard_after_forward(module is not runner, recurse=False)
+            module.set_reshard_after_backward(True, recurse=False)
 
 
 def _on_device(batches: Iterator[dict[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:

@@ -23,7 +23,7 @@ UNITS = {
 }
 
 # The first charts of a page, by quantity.
-FIRST = ("bits_per_dim", "text_bits_per_token", "effective_components", "flow_expansion_used")
+FIRST = ("bits_per_dim", "noisy_bits_per_dim", "text_bits_per_token", "effective_components", "flow_expansion_used")
 OVERVIEW = "overview"  # their heading
 
 COLOURS = tuple(f"var(--c{i})" for i in range(10))  # of style.css

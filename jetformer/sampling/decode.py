@@ -21,6 +21,7 @@ from jetformer.models.decoder import KVCache
 from jetformer.models.jetformer import JetFormer
 from jetformer.models.language_model import LanguageModel
 from jetformer.sampling import guidance as guidance_lib
+from jetformer.sampling.denoising import denoise
 from jetformer.sampling.guidance import Draft, Guidance
 
 Compile = Callable[[Callable], Callable]
@@ -227,9 +228,14 @@ def sample_latents(
 
 @torch.no_grad()
 def decode_latents(
-    model: JetFormer, text: Tensor, latents: Latents, text_mask: Tensor | None = None
+    model: JetFormer, text: Tensor, latents: Latents, text_mask: Tensor | None = None, noise_std: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Decodes latents to images and scores them.
+
+    Args:
+      model, text, text_mask: as in `sample_images`.
+      latents: of the images.
+      noise_std: the noise to remove from the images after they are scored, see `denoise`; 0 removes none.
 
     Returns:
       Images uint8 `[B, H, W, C]`, and log-likelihoods `[B]` in nats given the texts, without guidance and at
@@ -237,7 +243,19 @@ def decode_latents(
       they are the objective's bits per dim.
     """
     image, logdet = model.decode_image(*latents)
-    return to_uint8(image), _log_likelihood(model, text, latents, -logdet, text_mask)
+    nats = _log_likelihood(model, text, latents, -logdet, text_mask)
+    if noise_std:
+        image = denoise(functools.partial(_total_log_density, model, text, text_mask), image, noise_std)
+    return to_uint8(image), nats
+
+
+def _total_log_density(model: JetFormer, text: Tensor, text_mask: Tensor | None, x: Tensor) -> Tensor:
+    """Returns the sum of the log-densities in nats of images `[B, H, W, C]` in [-1, 1], given the texts."""
+    encoded = model.encode_image(x)
+    _, hidden = model(text, encoded.tokens, text_first=True, text_mask=text_mask)
+    # Of the head's scores only the total has a gradient.
+    total = model.image_head(hidden, encoded.tokens, torch.ones_like(encoded.tokens[..., 0])).total
+    return encoded.logdet.sum() - total - objectives.standard_normal_nll(encoded.factored).sum()
 
 
 def _log_likelihood(
@@ -272,6 +290,7 @@ def sample_images(
     keys: Tensor,
     *,
     text_mask: Tensor | None = None,
+    noise_std: float = 0.0,
     compile: Compile = lambda function: function,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
@@ -284,6 +303,7 @@ def sample_images(
       text: token ids `[B, T]`.
       keys: int32 `[B, 2]`, see `jetformer.prng`.
       text_mask: bool `[B, T]`, valid tokens; None: all.
+      noise_std: see `decode_latents`.
       compile: compiles the stages (noise, prefix, one token, flow), see `Loop.compile`.
       kwargs: given: latents of the first tokens, which are kept; with `kept`, of all tokens. None for none.
         kept: bool `[B, L]`, the tokens of `given` to keep; each other one is sampled given all tokens before it.
@@ -299,7 +319,7 @@ def sample_images(
       ValueError: if guidance does not fit the model, or a temperature is not positive.
     """
     latents = sample_latents(model, text, keys, text_mask=text_mask, compile=compile, **kwargs)
-    return compile(lambda: decode_latents(model, text, latents, text_mask))()
+    return compile(lambda: decode_latents(model, text, latents, text_mask, noise_std))()
 
 
 @torch.no_grad()

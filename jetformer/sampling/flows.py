@@ -1,4 +1,4 @@
-"""Sampling from a flow beyond its inverse: guidance and denoising.
+"""Sampling from a flow alone: its inverse, with guidance and denoising.
 
 Dimensions: B batch, H × W × C image, N tokens, D token dimension, M context tokens, X their dimension.
 """
@@ -9,7 +9,68 @@ import torch
 from torch import Tensor, nn
 
 from jetformer import objectives
+from jetformer.models.labelled import LabelledFlow
 from jetformer.models.tarflow import CachedBlock, TarFlow
+from jetformer.sampling.denoising import denoise
+from jetformer.sampling.guidance import Guidance
+
+
+def check_guidance(flow: nn.Module, guidance: Guidance) -> None:
+    """Checks that a flow can be guided.
+
+    Raises:
+      ValueError: if not.
+    """
+    if not guidance.on:
+        return
+    if guidance.mode != "interp":
+        raise ValueError(f"guidance {guidance.mode} is of mixtures, and a flow has none: choose interp")
+    if not isinstance(flow, LabelledFlow) or not isinstance(flow.flow, TarFlow):
+        raise ValueError(
+            f"guidance of a flow alone needs a LabelledFlow of a TarFlow, not a {type(flow).__name__}: sample without"
+        )
+
+
+@torch.no_grad()
+def decode(
+    flow: nn.Module,
+    z: Tensor,
+    labels: Tensor | None = None,
+    *,
+    guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
+    noise_std: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Maps latents to images.
+
+    Args:
+      flow: any; in evaluation mode.
+      z: `[B, H, W, C]`.
+      labels: int `[B]`, for a `LabelledFlow`; None for no label.
+      guidance: see `check_guidance`.
+      noise_std: the noise to remove, see `denoise`; 0 removes none.
+
+    Returns:
+      Images `[B, H, W, C]`, which may exceed [-1, 1], and their log-densities `[B]` in nats, without guidance and
+      before denoising.
+    """
+    context = None if labels is None else flow.context(labels)
+    if guidance.on:
+        without = flow.context(labels, torch.ones_like(labels, dtype=torch.bool))
+        weights = guidance.weights(flow.flow.patchify.num_tokens).to(z)
+        x = guided_inverse(flow.flow, z, context, without, weights)
+        nats = log_density(flow, x, context)
+    else:
+        x, logdet = flow.inverse(z, context)
+        nats = -objectives.standard_normal_nll(z) - logdet
+    if noise_std:
+        x = denoise(lambda x: log_density(flow, x, context), x, noise_std)
+    return x, nats
+
+
+def log_density(flow: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """Returns the log-density `[B]` in nats of images `[B, H, W, C]` given `context` `[B, M, X]`."""
+    z, logdet = flow(x, context)
+    return logdet - objectives.standard_normal_nll(z)
 
 
 @torch.no_grad()
@@ -45,22 +106,3 @@ def _guided(given: CachedBlock, without: CachedBlock, weights: Tensor) -> Callab
         return tuple(c + weight * (c - u) for c, u in zip(given.step(token), without.step(token), strict=True))
 
     return predict
-
-
-def denoise(flow: nn.Module, x: Tensor, context: Tensor | None, noise_std: float) -> Tensor:
-    """Removes the noise that a flow was trained with, by Tweedie's formula: x + noise_std² · ∇ log p(x) (as TarFlow).
-
-    Args:
-      flow: any flow.
-      x: samples `[B, H, W, C]`.
-      context: `[B, M, X]` or None.
-      noise_std: standard deviation of the Gaussian noise that was added to the images in training.
-
-    Returns:
-      Images `[B, H, W, C]`.
-    """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        z, logdet = flow(x, context)
-        (score,) = torch.autograd.grad((logdet - objectives.standard_normal_nll(z)).sum(), x)
-    return x.detach() + noise_std**2 * score

@@ -27,7 +27,11 @@ _TILE = 128  # minimum width of an image in the grid, in pixels
 _GAP, _LINE = 4, 16
 _MAX_ROWS, _MAX_COLUMNS = 40, 20
 
-_UNITS = {"bits_per_dim": "bits per dim", "bits_per_token": "bits per token"}
+_UNITS = {
+    "bits_per_dim": "bits per dim",
+    "noisy_bits_per_dim": "bits per dim, of the noisy image",
+    "bits_per_token": "bits per token",
+}
 _BORDER = "#e0006c"  # in the grid
 
 

@@ -83,19 +83,22 @@ class Guidance:
         return self.weight * shape[self.schedule]
 
 
-def guidance_of(mode: str | None, weight: float, schedule: str, candidates: int | None = None) -> Guidance:
+def guidance_of(
+    mode: str | None, weight: float, schedule: str, candidates: int | None = None, *, default: str = "density"
+) -> Guidance:
     """Returns classifier-free guidance, which samples from p(x | y)^(1+w) / p(x)^w.
 
     Args:
-      mode: "density", "clipped", "resample", "interp" or "none"; None: density if there is a weight.
+      mode: "density", "clipped", "resample", "interp" or "none"; None: the default if there is a weight.
       weight: w.
       schedule: "constant", "linear" or "cosine", see `Guidance`.
       candidates: of each token with "resample"; None: 16.
+      default: mode, "interp" for a flow alone.
 
     Raises:
       ValueError: for other values, and for candidates without "resample".
     """
-    mode = mode or ("density" if weight else "none")
+    mode = mode or (default if weight else "none")
     if candidates is None:
         return Guidance(mode, weight, schedule)
     if mode != "resample":

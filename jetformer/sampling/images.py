@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from jetformer import class_names, objectives, prng
 from jetformer.models.jetformer import JetFormer
-from jetformer.sampling import decode
+from jetformer.sampling import decode, flows
 from jetformer.sampling.guidance import Guidance
 from jetformer.sampling.sampler import Request, Sampler
 
@@ -87,11 +87,12 @@ class ImageSampler(Sampler):
       temperature: multiplies the standard deviations of the tokens' mixtures.
       temperature_probs: multiplies the log-weights of the tokens' mixtures.
       rows: number of rows of pixels to keep of the images of requests; None: requests have no images, or a mask.
+      denoise: remove the noise that the model was trained with from whole samples, after they are scored.
       compile: see `Loop.compile`.
 
     Raises:
-      ValueError: if the model does not learn images after texts, guidance does not fit it, or images cannot be
-        completed.
+      ValueError: if the model does not learn images after texts, guidance or denoising do not fit it, or images cannot
+        be completed.
     """
 
     def __init__(
@@ -103,27 +104,25 @@ class ImageSampler(Sampler):
         temperature: float = 1.0,
         temperature_probs: float = 1.0,
         rows: int | None = None,
+        denoise: bool = False,
         compile: decode.Compile = lambda function: function,
     ):
         experiment.objective.check_order(text_first=True)
         guidance.check(model.image_head)
         experiment.objective.check_guidance(guidance.mode)
         self._rows = rows
+        self._noise_std = experiment.objective.denoising_std(experiment.noise_min) if denoise else 0.0
         self._options = {
             "guidance": guidance,
             "temperature_scales": temperature,
             "temperature_probs": temperature_probs,
             "compile": compile,
         }
-        self.settings = {
-            "temperature": temperature,
-            "temperature_probs": temperature_probs,
-            "guidance": guidance.mode,
-            "guidance_weight": guidance.weight,
-            "guidance_schedule": guidance.schedule,
-        }
+        self.settings = {"temperature": temperature, "temperature_probs": temperature_probs} | _settings(guidance)
         if guidance.mode == "resample":
             self.settings["guidance_candidates"] = guidance.num_candidates
+        if denoise:
+            self.settings["denoise"] = True
         self.num_tokens = model.num_image_tokens
         if rows is not None:
             self.settings["rows"] = rows
@@ -139,7 +138,7 @@ class ImageSampler(Sampler):
             guess = fill(batch["image"], batch["mask"])
             sampled, nats = decode.inpaint_images(model, batch["text"], keys, guess, batch["mask"], **options)
         else:
-            sampled, nats = decode.sample_images(model, batch["text"], keys, **options)
+            sampled, nats = decode.sample_images(model, batch["text"], keys, noise_std=self._noise_std, **options)
         return _described(sampled, nats)
 
 
@@ -147,22 +146,28 @@ class FlowSampler(Sampler):
     """Samples images by a flow alone, of classes if it is conditional on them.
 
     Args:
+      experiment: that trained the model.
       model: has `inverse(z, context=None) -> (x, logdet)` with z and x `[B, H, W, C]`, x in [-1, 1], and `image_shape`
         (H, W, C); for classes also `num_labels`, and `context(labels)` that returns the context of labels `[B]`.
+      guidance: see `flows.check_guidance`; requests have classes then.
       temperature: multiplies the latents.
+      denoise: remove the noise that the flow was trained with, after the samples are scored.
       compile: see `Loop.compile`.
 
     Raises:
-      ValueError: if the model is not a flow.
+      ValueError: if the model is not a flow, or guidance or denoising do not fit it.
     """
 
     num_tokens = 1
 
     def __init__(
         self,
+        experiment,
         model: nn.Module,
         *,
+        guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
         temperature: float = 1.0,
+        denoise: bool = False,
         compile: decode.Compile = lambda function: function,
     ):
         if missing := [name for name in ("inverse", "image_shape") if not hasattr(model, name)]:
@@ -170,26 +175,58 @@ class FlowSampler(Sampler):
                 f"{type(model).__name__} cannot be sampled: it is not a JetFormer or LanguageModel, and a flow needs "
                 f"{' and '.join(missing)}"
             )
-        self._temperature, self._compile = temperature, compile
-        self.settings = {"temperature": temperature}
+        flows.check_guidance(model, guidance)
+        if guidance.on:
+            experiment.objective.check_guidance(guidance.mode)
+        self._options = {
+            "guidance": guidance,
+            "temperature": temperature,
+            "noise_std": experiment.objective.denoising_std(experiment.noise_min) if denoise else 0.0,
+        }
+        self._bits = "noisy_bits_per_dim" if getattr(experiment.objective, "noise_std", 0) else "bits_per_dim"
+        self._compile = compile
+        self.settings = {"temperature": temperature} | (_settings(guidance) if guidance.on else {})
+        if denoise:
+            self.settings["denoise"] = True
 
     def __call__(
         self, model: nn.Module, batch: dict[str, Tensor], keys: Tensor, on_token: Callable[[], None]
     ) -> list[dict[str, Any]]:
-        def sample() -> tuple[Tensor, Tensor]:
-            latents = (prng.normal(keys, model.image_shape) * self._temperature).to(dtype_of(model))
-            context = model.context(batch["text"][:, 0]) if "text" in batch else None
-            image, logdet = model.inverse(latents, context)
-            nats = -objectives.standard_normal_nll(latents) - logdet
-            return decode.to_uint8(image), nats - math.prod(model.image_shape) * math.log(127.5)
-
-        with torch.no_grad():
-            sampled, nats = self._compile(sample)()
+        labels = batch["text"][:, 0] if "text" in batch else None
+        sampled, nats = self._compile(lambda: sample_flow(model, keys, labels, **self._options))()
         on_token()
-        return _described(sampled, nats)
+        return _described(sampled, nats, self._bits)
 
 
-def _described(images: Tensor, nats: Tensor) -> list[dict[str, Any]]:
+def sample_flow(
+    flow: nn.Module, keys: Tensor, labels: Tensor | None = None, *, temperature: float = 1.0, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Samples images by a flow alone.
+
+    Args:
+      flow: see `FlowSampler`.
+      keys: int32 `[B, 2]`, see `jetformer.prng`.
+      labels: int `[B]`; None for none.
+      temperature: multiplies the latents.
+      options: of `flows.decode`.
+
+    Returns:
+      Images uint8 `[B, H, W, C]`, and log-likelihoods `[B]` in nats, see `decode.decode_latents`.
+    """
+    latents = (prng.normal(keys, flow.image_shape) * temperature).to(dtype_of(flow))
+    x, nats = flows.decode(flow, latents, labels, **options)
+    return decode.to_uint8(x), nats - math.prod(flow.image_shape) * math.log(127.5)
+
+
+def _settings(guidance: Guidance) -> dict[str, Any]:
+    return {
+        "guidance": guidance.mode,
+        "guidance_weight": guidance.weight,
+        "guidance_schedule": guidance.schedule,
+    }
+
+
+def _described(images: Tensor, nats: Tensor, bits: str = "bits_per_dim") -> list[dict[str, Any]]:
     scale = -1 / (images[0].numel() * math.log(2))
     rows = zip(images.cpu().numpy(), nats.cpu().tolist(), strict=True)
-    return [{"image": image, "log_likelihood": x, "bits_per_dim": x * scale} for image, x in rows]
+    return [{"image": image, "log_likelihood": x, bits: x * scale} for image, x in rows]

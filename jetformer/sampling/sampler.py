@@ -70,8 +70,9 @@ class Sampler(abc.ABC):
           on_token: called after each token of the batch.
 
         Returns:
-          For each request `log_likelihood`, in nats, and: `bits_per_dim` and `image` uint8 `[H, W, C]`; or `text`,
-          `bits_per_token`, and `image` if one was given.
+          For each request `log_likelihood`, in nats, and: `bits_per_dim`, of a flow of noisy images
+          `noisy_bits_per_dim`, and `image` uint8 `[H, W, C]`; or `text`, `bits_per_token`, and `image` if one was
+          given.
         """
 
 

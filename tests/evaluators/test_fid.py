@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.neural_network import MLPClassifier
 from upath import UPath
 
-from jetformer import config
+from jetformer import config, prng
 from jetformer.data.dataset import Data
 from jetformer.evaluators import features, fid
 from jetformer.evaluators.context import Context, prepare
@@ -20,10 +20,12 @@ from jetformer.evaluators.features import ClassifierFeatures, InceptionFeatures
 from jetformer.evaluators.fid import METRICS, Fid
 from jetformer.experiment import Experiment
 from jetformer.loops.base import Runner
-from jetformer.runtime import Runtime
+from jetformer.models.labelled import LabelledFlow
+from jetformer.runtime import Runtime, derive_seed
 from jetformer.sampling.guidance import Guidance
+from jetformer.sampling.images import sample_flow
 from jetformer.state import build, evaluator_context, make_loop
-from runs import bindings
+from runs import bindings, untrained
 
 CPU = Runtime(torch.device("cpu"))
 
@@ -347,6 +349,49 @@ def test_one_array_is_not_a_file_of_statistics(torch_fidelity, context, classifi
         evaluator.check(context)
 
 
+@pytest.mark.parametrize("gin_file", ["jet_digits.gin", "tarflow_digits_noisy.gin"])
+def test_images_of_a_flow_alone(torch_fidelity, data_dir, tmp_path, gin_file):
+    """Their features are those of the sampler's images, of the labels if it has some; any batch size gives the same."""
+    small = {"train__noise_scale": 0.0, "train__evaluators": "{}", "TarFlow__depth": 2}
+    context = untrained(tmp_path, data_dir, f"experiments/{gin_file}", **small)
+    labelled = isinstance(context.model, LabelledFlow)
+    arguments = {"features": ClassifierFeatures(hidden_dim=8, path=str(tmp_path / "classifier.npz")), "num_images": 12}
+    arguments |= {"split": "validation[:12]", "temperature_scales": 0.8, "keep_images": True}
+    if labelled:
+        arguments |= {"guidance": Guidance("interp", 1.0), "denoise": True}
+    evaluator = Fid(**arguments)
+    evaluator.check(context)
+    scalars = evaluator(context).scalars
+    assert set(scalars) == {"frechet_distance", *["class_accuracy"] * labelled}
+    for name, value in Fid(**arguments, batch_size=5)(context).scalars.items():
+        assert value == pytest.approx(scalars[name], rel=1e-4)
+    labels = None
+    if labelled:
+        labels = torch.from_numpy(context.first_examples(12, ("label",))["label"]).long()
+    keys = prng.example_keys(derive_seed(context.seed, 6), torch.arange(12, dtype=torch.int32))
+    options = {"guidance": Guidance("interp", 1.0), "noise_std": 0.1} if labelled else {}
+    with context.averaged():
+        expected, _ = sample_flow(context.model, keys, labels, temperature=0.8, **options)
+    for i, image in enumerate(expected):
+        with Image.open(context.directory / "images" / f"{context.step:09d}" / f"{i:06d}.png") as kept:
+            assert np.abs(np.asarray(kept).astype(int) - image[..., 0].numpy()).max() <= 1
+
+
+def test_what_does_not_fit_a_flow_alone(torch_fidelity, data_dir, tmp_path):
+    context = untrained(
+        tmp_path, data_dir, "experiments/jet_digits.gin", train__noise_scale=0.0, train__evaluators="{}"
+    )
+    classifier = ClassifierFeatures(hidden_dim=8, path=str(tmp_path / "classifier.npz"))
+    for arguments, message in (
+        ({"guidance": Guidance("interp", 1.0)}, "LabelledFlow of a TarFlow"),
+        ({"denoise": True}, "noise_std is 0"),
+        ({"temperature_probs": 0.5}, "temperature_probs"),
+        ({"metrics": ("class_accuracy",)}, "class_accuracy needs classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Fid(features=classifier, **arguments).check(context)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -364,7 +409,7 @@ def test_invalid_arguments(arguments, message):
 
 def test_check_finds_unsuitable_runs(torch_fidelity, context, classifier):
     flow = dataclasses.replace(context, runner=Runner(torch.nn.Linear(1, 1)))
-    with pytest.raises(ValueError, match="Fid needs a JetFormer, not a Linear"):
+    with pytest.raises(ValueError, match="Fid needs a model of images, not a Linear"):
         Fid().check(flow)
     with pytest.raises(ValueError, match=r"class_accuracy needs .* InceptionFeatures is not: .*@ClassifierFeatures"):
         Fid(metrics=("fid", "class_accuracy")).check(context)

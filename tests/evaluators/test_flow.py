@@ -9,6 +9,9 @@ import torch
 from jetformer import prng
 from jetformer.evaluators.flow import FlowSamples, great_circle
 from jetformer.runtime import derive_seed
+from jetformer.sampling.decode import to_uint8
+from jetformer.sampling.flows import decode
+from jetformer.sampling.guidance import Guidance
 from runs import untrained
 
 JET, LABELLED = "experiments/jet_digits.gin", "experiments/jet_digits_labelled.gin"
@@ -84,6 +87,38 @@ def test_classes_of_a_labelled_flow(tmp_path, data_dir):
     rows = [image_at(pictures["classes"], row, 0).astype(int) for row in range(2)]
     plain = image_at(pictures["grid"], 3, 0).astype(int)
     assert all(np.corrcoef(row.flat, plain.flat)[0, 1] > 0.5 for row in rows)
+
+
+def test_guidance_and_denoising(tmp_path, data_dir):
+    """Of the classes' pictures guidance, of all samples denoising; without them they are the plain ones."""
+    context = context_of(tmp_path, data_dir, "experiments/tarflow_digits_noisy.gin", TarFlow__depth=2)
+    arguments = {"temperatures": (1.0,), "num_images": 4, "num_interpolations": 0, "num_round_trips": 0}
+    guided = {"guidance": Guidance("interp", 20.0)}
+    plain, cleaned, moved = (
+        FlowSamples(**arguments, **options)(context).pictures for options in ({}, {"denoise": True}, guided)
+    )
+    labels = torch.zeros(4, dtype=torch.int64)
+    keys = prng.example_keys(derive_seed(0, 7), torch.arange(4, dtype=torch.int32))
+    with context.averaged():
+        x, _ = decode(context.model, prng.normal(keys, (8, 8, 1)), labels, **guided, noise_std=0.0)
+        clean, _ = decode(context.model, prng.normal(keys, (8, 8, 1)), noise_std=0.1)
+    for column in range(4):
+        assert np.abs(image_at(moved["classes"], 0, column) - to_uint8(x)[column].numpy().astype(int)).max() <= 1
+        assert np.abs(image_at(cleaned["grid"], 0, column) - to_uint8(clean)[column].numpy().astype(int)).max() <= 1
+    assert (moved["grid"] == plain["grid"]).all()
+    for other, name in ((cleaned, "grid"), (cleaned, "classes"), (moved, "classes")):
+        assert (other[name] != plain[name]).any()
+
+
+def test_what_a_flow_was_not_trained_for(tmp_path, data_dir):
+    context = context_of(tmp_path, data_dir)
+    with pytest.raises(ValueError, match="LabelledFlow of a TarFlow"):
+        FlowSamples(guidance=Guidance("interp", 1.0)).check(context)
+    with pytest.raises(ValueError, match="noise_std is 0"):
+        FlowSamples(denoise=True).check(context)
+    noisy = context_of(tmp_path, data_dir, "experiments/tarflow_digits_noisy.gin", JetObjective__drop_labels_prob=0.0)
+    with pytest.raises(ValueError, match="drop_labels_prob is 0"):
+        FlowSamples(guidance=Guidance("interp", 1.0)).check(noisy)
 
 
 def test_it_needs_a_flow_alone(tmp_path, data_dir):

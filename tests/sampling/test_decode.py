@@ -392,3 +392,27 @@ def test_keep_top():
 def test_texts_that_cannot_be_sampled(model, kwargs, message):
     with pytest.raises(ValueError, match=message):
         texts(small_model(**model).float(), 0, **kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_mixtures": 1, "multivariate": True}])
+def test_denoising_follows_the_gradient_of_the_objective(kwargs):
+    """The objective's gradient by the dequantization noise is that of the log-density by pixels."""
+    model = small_model(**kwargs).eval()
+    text, _ = inputs(model, batch=2)
+    pixels = torch.randint(0, 256, (2, *model.image_shape), generator=torch.Generator().manual_seed(3))
+    objective, noise_std = JetFormerObjective(text_prefix_prob=1.0, loss_on_prefix=False), 0.02
+    noise = torch.full(pixels.shape, 0.5, dtype=torch.float64, requires_grad=True)
+    batch = {"image": pixels.byte(), "text": text, "text_loss": torch.ones_like(text, dtype=torch.bool)}
+    loss, _ = objective(model, batch, {"dequant": noise}, train=False)
+    (gradient,) = torch.autograd.grad(loss * len(text) * pixels[0].numel() * math.log(2), noise)
+    score = -gradient * 127.5
+    x = (pixels.double() + 0.5) / 127.5 - 1
+    encoded = model.encode_image(x)
+    latents = Latents(encoded.tokens, encoded.factored)
+    with torch.no_grad():
+        plain, nats = decode_latents(model, text, latents)
+        denoised, again = decode_latents(model, text, latents, noise_std=noise_std)
+    assert torch.equal(plain, pixels.byte())
+    assert torch.equal(nats, again)
+    assert torch.equal(denoised, to_uint8(x + noise_std**2 * score))
+    assert not torch.equal(denoised, plain)

@@ -1,6 +1,7 @@
 """Samplers as a library: batches, classes, and flows that are not of this package."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from jetformer.state import State
 from small_models import small_model
 
 CPU = Runtime(torch.device("cpu"))
+EXPERIMENT = types.SimpleNamespace(objective=JetObjective(), noise_min=0.0)
 
 
 class Shift(nn.Module):
@@ -51,7 +53,7 @@ class ShiftByClass(Shift):
 def drawn(model, requests, batch_size=32, **options):
     """The samples of requests."""
     state = State(TorchLoop(CPU, {"data": 1}), Runner(model), None, None)
-    batches = draw(FlowSampler(model, **options), requests, state, CPU, batch_size=batch_size)
+    batches = draw(FlowSampler(EXPERIMENT, model, **options), requests, state, CPU, batch_size=batch_size)
     return [sample for batch in batches for sample in batch]
 
 
@@ -102,4 +104,4 @@ def test_classes_and_tokens_that_a_model_does_not_have():
 def test_a_model_that_cannot_be_sampled():
     """One line names the model and what it lacks."""
     with pytest.raises(ValueError, match=r"^Linear .*inverse and image_shape$"):
-        FlowSampler(nn.Linear(2, 2))
+        FlowSampler(EXPERIMENT, nn.Linear(2, 2))
