@@ -21,7 +21,17 @@ from upath import UPath
 
 from jetformer import evaluators, objectives, optim
 from jetformer.data import dataset
-from jetformer.models import decoder, flow_ablations, invertible, jetformer, labelled, language_model, patches, tarflow
+from jetformer.models import (
+    decoder,
+    factored_prior,
+    flow_ablations,
+    invertible,
+    jetformer,
+    labelled,
+    language_model,
+    patches,
+    tarflow,
+)
 from jetformer.sampling import guidance, jacobi
 from jetformer.storage import PLACES, write_whole
 
@@ -45,6 +55,7 @@ def _evaluators() -> Iterator[type]:
 for _configurable in (
     *_evaluators(),
     decoder.Decoder,
+    factored_prior.FactoredPrior,
     guidance.Guidance,
     invertible.IdentityFlow,
     invertible.LearnedProjection,
@@ -264,6 +275,7 @@ _MODELS = {
     "PatchPCA": patches.PatchPCA,
     "LearnedProjection": invertible.LearnedProjection,
     "PCAProjection": invertible.PCAProjection,
+    "FactoredPrior": factored_prior.FactoredPrior,
 }
 
 

@@ -108,6 +108,25 @@ def standard_normal_nll(x: Tensor) -> Tensor:
     return 0.5 * (x.square() + _LOG_2PI).flatten(1).sum(1)
 
 
+def score_factored(model: JetFormer, tokens: Tensor, factored: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores the factored-out dimensions of images.
+
+    Args:
+      model: its `factored_prior` scores them given the tokens; if that is None, they are standard normal.
+      tokens: `[B, L, D]`.
+      factored: `[B, L, F]`.
+      weight: `[B]`, factor of each image in the sum.
+
+    Returns:
+      The sum of the negative log-densities in nats, and without gradient those of the images, `[B]`.
+    """
+    if model.factored_prior is None:
+        nll = standard_normal_nll(factored)
+        return (weight * nll).sum(), nll.detach()
+    scores = model.factored_prior(tokens, factored, weight[:, None].expand(factored.shape[:2]))
+    return scores.total, scores.nll.sum(1)
+
+
 def to_unit_range(pixels: Tensor) -> Tensor:
     """Scales pixel values in [0, 255] to [-1, 1]."""
     return pixels / 127.5 - 1
@@ -327,7 +346,6 @@ class JetFormerObjective:
 
         encoded = self.encode(model, batch, draws, noise_scale=noise_scale, train=train)
         tokens, factored, logdet, flow_logdet = encoded
-        factored_nll = standard_normal_nll(factored)
 
         if train and self.input_noise_std:
             std = self.input_noise_std * draws["input_noise_std"] * text_first.view(-1, 1, 1)
@@ -355,9 +373,10 @@ class JetFormerObjective:
         image_weight = image_counts / normalizers["image"]
         token_weight = (image_weight * bits)[:, None].expand(-1, tokens.shape[1])
         scores = model.image_head(image_hidden, tokens, token_weight)
+        factored_total, factored_nll = score_factored(model, tokens, factored, image_weight * bits)
         bits_tokens = (scores.nll.sum(1) + factored_nll) * bits
         bits_logdet = logdet * bits - math.log2(127.5)
-        loss_image = scores.total + (image_weight * (factored_nll * bits - bits_logdet)).sum()
+        loss_image = scores.total + factored_total - (image_weight * bits_logdet).sum()
         text_weight = self.text_loss_weight * text_counts / normalizers["text"]
         loss = loss_image + (text_weight * nll_text).sum()
 

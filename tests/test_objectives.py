@@ -9,6 +9,7 @@ from scipy import stats
 
 from flows import randomized
 from jetformer import objectives, prng
+from jetformer.models.factored_prior import FactoredPrior
 from jetformer.models.flow_ablations import make_jet
 from jetformer.models.initializers import init_weights
 from jetformer.models.invertible import IdentityFlow
@@ -52,7 +53,7 @@ def slice_of(tensors, rows):
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 def test_parts_of_a_batch_add_up_to_the_batch(objective):
     """Losses, gradients and terms of the parts, with the batch's normalizers, add up to those of the batch."""
-    model = small_model()
+    model = small_model(factored_prior=FactoredPrior)
     batch = batch_of(8)
     draws = objective.draw(model, batch, keys(3, 8), train=True)
     normalizers = objective.normalizers(batch, draws, train=True)

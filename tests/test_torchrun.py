@@ -132,7 +132,8 @@ def test_bfloat16_under_fsdp(one, tmp_path, data_dir):
 
 
 def test_muon_and_early_stopping_under_fsdp(tmp_path, data_dir):
-    """Muon needs whole matrices, of which each process keeps a shard; all processes stop at the same step."""
+    """Muon needs whole matrices, of which each process keeps a shard; all processes stop at the same step. The prior of
+    factored-out dimensions has a head of its own to shard."""
     sizes = {
         "make_optimizer__muon": True,
         "make_optimizer__frozen": '("flow.couplings.0.*",)',
@@ -142,6 +143,8 @@ def test_muon_and_early_stopping_under_fsdp(tmp_path, data_dir):
         "train__patience": 1,
         "train__evaluators": '{"val": @Likelihood()}',
         "Likelihood__every_steps": 2,
+        "JetFormer__out_dim": 2,
+        "JetFormer__factored_prior": "@FactoredPrior",
     }
     run(tmp_path / "one", data_dir, **sizes)
     run_several(tmp_path / "two", bindings(data_dir, **sizes, train__mesh=FSDP))

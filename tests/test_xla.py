@@ -133,17 +133,23 @@ def test_losses_with(tmp_path, data_dir, overrides, tolerance):
         assert actual[name] == pytest.approx(expected[name], rel=tolerance), name
 
 
-def test_muon_and_frozen_parameters(tmp_path, data_dir):
+def test_muon_frozen_parameters_and_a_factored_prior(tmp_path, data_dir):
     common = SIZES | {
         "train__total_steps": 4,
         "make_optimizer__muon": True,
         "make_optimizer__frozen": '("flow.couplings.0.*", "text_emb.weight")',
         "make_optimizer__lr_factors": '{"decoder.*": 0.5}',
+        "JetFormer__out_dim": 2,
+        "JetFormer__factored_prior": "@FactoredPrior",
+        "Samples__every_steps": 4,
     }
     run(tmp_path / "cpu", data_dir, **common)
     run_on_xla(tmp_path / "xla", bindings(data_dir, **common, train__mesh="{'data': 1, 'fsdp': -1}"), devices=2)
     expected, actual = scalars(tmp_path / "cpu"), scalars(tmp_path / "xla")
     assert actual["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
+    paths = [tmp_path / name / "eval_samples" / "grid" / "000000004.png" for name in ("cpu", "xla")]
+    one, other = (np.asarray(Image.open(path)).astype(int) for path in paths)
+    assert np.abs(one - other).max() <= 2
 
 
 @pytest.mark.parametrize(

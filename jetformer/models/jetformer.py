@@ -58,6 +58,7 @@ class JetFormer(nn.Module):
       before_flow, after_flow: flows that the patches go through first and last, such as `LearnedProjection` and
         `PCAProjection`, called likewise; None for none.
       out_dim: D. The other dimensions of the patches are factored out as standard Gaussian noise. None models all.
+      factored_prior: `FactoredPrior`, called with D and F, to model them in the place of a standard Gaussian.
       num_mixtures: K, components of the image head.
       multivariate: use one Gaussian with full covariance instead; requires K = 1.
       scale_tol: smallest scale of the image head.
@@ -94,6 +95,7 @@ class JetFormer(nn.Module):
         before_flow: Callable[[ImageShape], nn.Module] | None = None,
         after_flow: Callable[[ImageShape], nn.Module] | None = None,
         out_dim: PositiveInt | None = None,
+        factored_prior: Callable[[int, int], nn.Module] | None = None,
         num_mixtures: PositiveInt = 4,
         multivariate: bool = False,
         scale_tol: PositiveFloat = 1e-6,
@@ -134,6 +136,11 @@ class JetFormer(nn.Module):
         self.factored_dim = self.patches.dim - self.out_dim
         if self.factored_dim < 0:
             raise ValueError(f"out_dim {out_dim} exceeds the {self.patches.dim} dimensions of a patch")
+        if factored_prior and not self.factored_dim:
+            raise ValueError(
+                f"factored_prior needs factored-out dimensions: set out_dim below {self.patches.dim}, those of a patch"
+            )
+        self.factored_prior = factored_prior(self.out_dim, self.factored_dim) if factored_prior else None
         token_shape = (*self.patches.grid, self.patches.dim)
         self.flow = flow(token_shape) if flow else None
         self.before_flow = before_flow(token_shape) if before_flow else None

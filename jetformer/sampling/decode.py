@@ -183,9 +183,13 @@ def sample_latents(
             guidance.num_candidates,
         )
 
-    def draw() -> tuple[guidance_lib.Noise, Tensor]:
-        factored = prng.normal(prng.fold_in(keys, FACTORED), (total, model.factored_dim)).to(dtype)
-        return guidance_lib.draw(model.image_head, keys, total, model.out_dim), factored
+    def draw() -> tuple[guidance_lib.Noise, Tensor, Tensor | None]:
+        own = prng.fold_in(keys, FACTORED)
+        normal, gumbel = prng.normal(own, (total, model.factored_dim)).to(dtype), None
+        if model.factored_prior is not None:
+            gumbel = guidance_lib.gumbel(prng.fold_in(own, total), total * model.factored_prior.num_mixtures)
+            gumbel = gumbel.unflatten(-1, (total, -1))
+        return guidance_lib.draw(model.image_head, keys, total, model.out_dim), normal, gumbel
 
     def prefill() -> tuple[CachedDecoder, Draft]:
         prefix = model.embed(
@@ -207,7 +211,7 @@ def sample_latents(
         number.add_(1)
         return pick(decoder.step(twice(token)))
 
-    noise, factored = compile(draw)()
+    noise, factored, gumbel = compile(draw)()
     decoder, draft = compile(prefill)()
     tokens = [guidance_lib.resolve(draft)]
     on_token()
@@ -217,11 +221,14 @@ def sample_latents(
         on_token()
 
     def finish() -> Latents:
-        sampled = Latents(torch.stack(tokens, dim=1).to(dtype), factored[:, start:])
-        sampled = Latents(*(torch.cat(pair, dim=1) for pair in zip(first, sampled, strict=True)))
-        if kept is None:
-            return sampled
-        return Latents(*(x.where(kept[..., None], y) for x, y in zip(given, sampled, strict=True)))
+        whole = torch.cat((first.tokens, torch.stack(tokens, dim=1).to(dtype)), dim=1)
+        if kept is not None:
+            whole = given.tokens.where(kept[..., None], whole)
+        drawn = factored
+        if gumbel is not None:
+            drawn = model.factored_prior.sample(whole, gumbel, factored).to(dtype)
+        drawn = torch.cat((first.factored, drawn[:, start:]), dim=1)
+        return Latents(whole, drawn if kept is None else given.factored.where(kept[..., None], drawn))
 
     return compile(finish)()
 
@@ -255,7 +262,9 @@ def _total_log_density(model: JetFormer, text: Tensor, text_mask: Tensor | None,
     _, hidden = model(text, encoded.tokens, text_first=True, text_mask=text_mask)
     # Of the head's scores only the total has a gradient.
     total = model.image_head(hidden, encoded.tokens, torch.ones_like(encoded.tokens[..., 0])).total
-    return encoded.logdet.sum() - total - objectives.standard_normal_nll(encoded.factored).sum()
+    ones = torch.ones_like(encoded.logdet)
+    factored_total, _ = objectives.score_factored(model, encoded.tokens, encoded.factored, ones)
+    return encoded.logdet.sum() - total - factored_total
 
 
 def _log_likelihood(
@@ -264,8 +273,8 @@ def _log_likelihood(
     """Returns `[B]` in nats, of pixel values in [0, 256); `logdet` is that of encoding the image."""
     _, hidden = model(text, latents.tokens, text_first=True, text_mask=text_mask)
     nll = model.image_head(hidden, latents.tokens, torch.ones_like(latents.tokens[..., 0])).nll
-    nll = nll.sum(1) + objectives.standard_normal_nll(latents.factored)
-    return logdet - nll - math.prod(model.image_shape) * math.log(127.5)
+    _, factored_nll = objectives.score_factored(model, *latents, torch.ones_like(logdet))
+    return logdet - nll.sum(1) - factored_nll - math.prod(model.image_shape) * math.log(127.5)
 
 
 @torch.no_grad()
