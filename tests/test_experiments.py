@@ -32,6 +32,9 @@ PARAMETERS = {
     "jet_digits": 825_408,
     "jet_digits_labelled": 1_026_464,
     "tarflow_digits": 414_784,
+    "tarflow_imagenet64": 460_142_784,
+    "tarflow_imagenet64_class": 817_636_096,
+    "tarflow_afhq256": 463_481_856,
     "jetformer_tarflow_digits": 528_048,
     "jet_cifar10": 103_155_200,
     "jet_imagenet64": 207_177_216,
@@ -54,6 +57,10 @@ PARAMETERS = {
     "ablations/masking": 831_616,
     "ablations/scale_exp": 825_408,
     "ablations/stripes": 825_408,
+    "ablations/tarflow_two_blocks": 403_600,
+    "ablations/tarflow_pixels": 434_704,
+    "ablations/tarflow_labelled": 419_904,
+    "ablations/tarflow_labelled_shared": 431_520,
 }
 # A file to add to an experiment.
 ON_TOP = "ablations/on_photo_patches"
