@@ -739,6 +739,7 @@ def test_variances_of_latents_are_noted(tmp_path):
         ({"var": torch.zeros(1, 1, 1)}, r"not a state dict of ml-tarflow: var .*\[1, 1, 1\]"),
         ({"blocks.0.proj_out.weight": torch.zeros(12, 32)}, "--no-nvp"),
         ({"blocks.1.attn_mask": torch.ones(16, 16)}, "blocks.1.attn_mask .*triangle"),
+        ({"blocks.0.attn_mask": torch.ones(16)}, "blocks.0.attn_mask .*triangle"),
         ({"blocks.1.pos_embed": None}, r"blocks.1.pos_embed is missing: TarFlow .*\[16, 32\]"),
         ({"blocks.1.class_embed": torch.zeros(5, 1, 32)}, r"blocks.1.class_embed .*TarFlow.*\[5, 1, 32\]"),
         (

@@ -94,8 +94,9 @@ def experiment(tensors: dict[str, Tensor], path: str, step: int | None = None) -
     dim = tensors["blocks.0.proj_in.weight"].shape[1]
     if len(tensors["blocks.0.proj_out.weight"]) == dim:
         raise ValueError(f"{path}: a flow without scales (--no-nvp), which preserves volume, is not supported")
+    causal = torch.ones(num_tokens, num_tokens).tril()
     for name, mask in tensors.items():
-        if name.endswith(".attn_mask") and not torch.equal(mask, torch.ones_like(mask).tril()):
+        if name.endswith(".attn_mask") and not torch.equal(mask, causal.to(mask)):
             raise ValueError(f"{path}: {name} is not a lower triangle of ones: only causal attention is supported")
     notes = [
         f"{path} does not determine the noise of its training. With uniform noise a pixel p was mapped to "
