@@ -15,7 +15,7 @@ from upath import UPath
 
 from golden_files import DIRECTORY, Golden, assert_log, assert_output, paths
 from jetformer import config
-from jetformer.convert import big_vision, jet_pytorch, jetformer_pytorch, sharing
+from jetformer.convert import big_vision, jet_pytorch, jetformer_pytorch, ml_tarflow, sharing
 from jetformer.convert.big_vision import from_big_vision, image_head_order
 from jetformer.convert.sources import Source, assemble, fit, permutation
 from jetformer.convert.weights import Weights
@@ -26,13 +26,15 @@ from jetformer.models.initializers import init_weights
 from jetformer.models.jet import Jet, spatial_permutation
 from jetformer.models.jetformer import JetFormer
 from jetformer.models.patches import Patchify, PatchPCA
-from jetformer.objectives import JetFormerObjective
+from jetformer.objectives import JetFormerObjective, JetObjective
 from small_models import small_model
-from test_golden import jet_from_config, load, objective_inputs
+from test_golden import jet_from_config, load, objective_inputs, tarflow_images
 
 TOKENIZER = pathlib.Path("experiments/shapes.model")
 # Hyperparameters that the golden jet-pytorch weights do not determine.
 JET_BINDINGS = ("Jet.num_heads = 2", 'Jet.kinds = ("channels", "spatial")')
+# Likewise of the golden TarFlows; the second is needed with labels.
+TARFLOW_BINDINGS = ("TarFlow.num_heads = 2", 'Data.name = "folder:/data/five"')
 
 
 # Tables.
@@ -638,6 +640,135 @@ def test_a_moving_average_of_format_5_is_noted(tmp_path):
     check_versioned(converted(jetformer_pytorch, weights))
 
 
+# ml-tarflow.
+
+
+def write_tarflow(path, name, **changes):
+    """Writes a golden state dict as train.py does; a tensor that is None is left out."""
+    tensors = Golden(DIRECTORY / f"{name}.npz").tensors("params")
+    num_tokens = len(tensors["var"])
+    masks = {name.replace("pos_embed", "attn_mask") for name in tensors if name.endswith(".pos_embed")}
+    tensors |= dict.fromkeys(masks, torch.ones(num_tokens, num_tokens).tril()) | changes
+    torch.save({name: x for name, x in tensors.items() if x is not None}, path)
+    return path
+
+
+def check_tarflow(model, name):
+    """The model computes what ml-tarflow does: latents, images and bits per dim."""
+    file = Golden(DIRECTORY / f"{name}.npz")
+    x, expected = tarflow_images(file), file.tensors("out")
+    context, without_dropped = None, None
+    if file.config["num_classes"]:
+        labels, with_dropped = (file.tensors("in")[key] for key in ("label", "label_with_dropped"))
+        without_dropped, context = model.context(labels), model.context(with_dropped, with_dropped < 0)
+    patches = Patchify(model.image_shape, file.config["patch_size"], order="chw")
+    with torch.no_grad():
+        assert_output(patches(model(x, context)[0])[0], expected["z"])
+        bits_per_dim, _ = JetObjective.score(model, x, context)["bits_per_dim"]
+        assert_output(model.inverse(patches.inverse(expected["z_labels"])[0], without_dropped)[0], x)
+    # The unit of images was 1 / 128 there, and is 1 / 127.5 here.
+    assert_output(bits_per_dim + np.log2(128 / 127.5), expected["bits_per_dim"])
+
+
+@pytest.mark.parametrize("name", ["tarflow_unconditional", "tarflow_class_conditional"])
+def test_ml_tarflow(name, tmp_path):
+    weights = ml_tarflow.read(str(write_tarflow(tmp_path / "x.pth", name)))
+    needs = {"TarFlow.num_heads"} | ({"Data.name"} if name == "tarflow_class_conditional" else set())
+    assert weights.needs.keys() == needs
+    (note,) = weights.notes
+    assert "noise" in note
+    model = converted(ml_tarflow, weights, *TARFLOW_BINDINGS)
+    check_tarflow(model, name)
+    if name == "tarflow_class_conditional":
+        assert weights.needs["Data.name"] == "the images of its 5 classes"
+
+
+def published(num_tokens, dim, width, num_labels=0, **changes):
+    """The shapes of a published TarFlow of 8 blocks, each of 8 layers, without values."""
+    layer = {
+        **{"attention.norm.weight": (width,), "attention.qkv.weight": (3 * width, width), "mlp.norm.weight": (width,)},
+        **{"attention.proj.weight": (width, width), "mlp.main.0.weight": (4 * width, width)},
+        **{"mlp.main.2.weight": (width, 4 * width)},
+    }
+    block = {"pos_embed": (num_tokens, width), "proj_in.weight": (width, dim), "proj_out.weight": (2 * dim, width)}
+    block |= {f"attn_blocks.{j}.{name}": shape for j in range(8) for name, shape in layer.items()}
+    block |= {"class_embed": (num_labels, 1, width)} if num_labels else {}
+    tensors = {f"blocks.{i}.{k}": torch.empty(v, device="meta") for i in range(8) for k, v in block.items()}
+    return tensors | {"var": torch.ones(num_tokens, dim)} | changes
+
+
+@pytest.mark.parametrize(
+    ("shapes", "model", "size", "num_heads", "data", "count"),
+    [
+        ((1024, 12, 768), "TarFlow", 64, 12, "downsampled_imagenet/64x64", 460e6),
+        ((256, 48, 1024, 1000), "LabelledFlow", 64, 16, "imagenet2012", 820e6),
+        ((1024, 192, 768, 3), "LabelledFlow", 256, 12, "folder:/data/afhq", 463e6),
+    ],
+)
+def test_published_tarflows(shapes, model, size, num_heads, data, count):
+    """Their shapes determine all but the images of labels that are not ImageNet's."""
+    weights = ml_tarflow.experiment(published(*shapes), "x", step=7)
+    assert weights.needs.keys() == ({"Data.name"} if shapes[3:] == (3,) else set())
+    flow = parsed(weights, *('Data.name = "folder:/data/afhq"' for _ in weights.needs))
+    assert type(flow).__name__ == model
+    assert flow.image_shape == (size, size, 3)
+    assert gin.query_parameter("TarFlow.num_heads") == num_heads
+    assert any(note.startswith(f"TarFlow.num_heads = {num_heads}, ") for note in weights.notes)
+    assert gin.query_parameter("Data.name") == data
+    assert sum(p.numel() for p in flow.parameters()) == pytest.approx(count, rel=0.03)
+
+
+def test_hyperparameters_that_ml_tarflow_weights_do_not_determine():
+    weights = ml_tarflow.experiment(published(250, 16, 96), "x")
+    assert weights.needs.keys() == {"TarFlow.num_heads", "TarFlow.ps", "TarFlow.input_shape"}
+    assert "16" in weights.needs["TarFlow.ps"]
+    assert "250" in weights.needs["TarFlow.input_shape"]
+    flow = parsed(weights, "TarFlow.num_heads = 3", "TarFlow.ps = 4", "TarFlow.input_shape = (40, 100, 1)")  # greyscale
+    assert flow.patchify.num_tokens == 250
+
+
+def test_variances_of_latents_are_noted(tmp_path):
+    path = write_tarflow(tmp_path / "x.pth", "tarflow_unconditional", var=torch.full((16, 12), 2.0))
+    assert any("var is ignored" in note for note in ml_tarflow.read(str(path)).notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks.0.pos_embed": None}, "not a state dict of ml-tarflow: blocks.0.pos_embed .*missing"),
+        ({"var": torch.zeros(1, 1, 1)}, r"not a state dict of ml-tarflow: var .*\[1, 1, 1\]"),
+        ({"blocks.0.proj_out.weight": torch.zeros(12, 32)}, "--no-nvp"),
+        ({"blocks.1.attn_mask": torch.ones(16, 16)}, "blocks.1.attn_mask .*triangle"),
+        ({"blocks.0.attn_mask": torch.ones(16)}, "blocks.0.attn_mask .*triangle"),
+        ({"blocks.1.pos_embed": None}, r"blocks.1.pos_embed is missing: TarFlow .*\[16, 32\]"),
+        ({"blocks.1.class_embed": torch.zeros(5, 1, 32)}, r"blocks.1.class_embed .*TarFlow.*\[5, 1, 32\]"),
+        (
+            {"blocks.2.attn_blocks.1.mlp.main.2.bias": torch.zeros(8)},
+            r"blocks.2.attn_blocks.1.mlp.main.2.bias .*\[8\].* TarFlow .*\[32\]",
+        ),
+    ],
+)
+def test_ml_tarflow_tensors_that_do_not_fit_are_named(changes, message, tmp_path):
+    path = write_tarflow(tmp_path / "x.pth", "tarflow_unconditional", **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        converted(ml_tarflow, ml_tarflow.read(str(path)), *TARFLOW_BINDINGS)
+    assert "\n" not in str(error.value)
+
+
+def test_files_beside_those_of_ml_tarflow_are_named(tmp_path):
+    """Those of its optimizer, and weights of other formats; weights with labels need a TarFlow."""
+    torch.save({"optimizer": {"state": {}}, "lr_schedule": {"counter": torch.zeros(())}}, tmp_path / "opt.pth")
+    with pytest.raises(ValueError, match=r"opt.pth is not a state dict"):
+        ml_tarflow.read(str(tmp_path / "opt.pth"))
+    torch.save(Golden(DIRECTORY / "convert_jet_pytorch.npz").tensors("params"), tmp_path / "jet.pth")
+    with pytest.raises(ValueError, match=r"jet.pth is not a state dict of ml-tarflow: "):
+        ml_tarflow.read(str(tmp_path / "jet.pth"))
+    weights = ml_tarflow.read(str(write_tarflow(tmp_path / "x.pth", "tarflow_class_conditional")))
+    jet = ("LabelledFlow.flow = @Jet", "Jet.input_shape = (8, 8, 3)", "Jet.ps = 2", "LabelledFlow.context_dim = 4")
+    with pytest.raises(ValueError, match=r"LabelledFlow.flow = @TarFlow, not a Jet"):
+        converted(ml_tarflow, weights, *TARFLOW_BINDINGS, *jet)
+
+
 # big_vision's files.
 
 
@@ -784,7 +915,7 @@ def test_nothing_is_unpickled(tmp_path):
     (tmp_path / "y.npy").rename(tmp_path / "y.npz")
     (tmp_path / "plain.npz").write_bytes(pickle.dumps(bomb, protocol=2))
     for name in ("new.pt", "old.pt", "plain.pt"):
-        for read in (jet_pytorch.read, jetformer_pytorch.read):
+        for read in (jet_pytorch.read, jetformer_pytorch.read, ml_tarflow.read):
             with pytest.raises(ValueError, match=rf"{name} is not loaded: .*more than tensors") as error:
                 read(str(tmp_path / name))
             assert "\n" not in str(error.value)

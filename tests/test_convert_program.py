@@ -29,12 +29,15 @@ from test_convert import (
     JET_BINDINGS,
     JETFORMER_PT,
     JETFORMER_YAML,
+    TARFLOW_BINDINGS,
     VERSIONED_PT,
     Malicious,
     check_jet,
     check_jetformer,
+    check_tarflow,
     check_versioned,
     write_bv,
+    write_tarflow,
 )
 from test_sample import Hub
 
@@ -239,6 +242,26 @@ def test_jet_pytorch_from_the_hub(jet_file, tmp_path):
         restore(UPath(out), state)
 
 
+@pytest.mark.parametrize("name", ["tarflow_unconditional", "tarflow_class_conditional"])
+def test_ml_tarflow(name, tmp_path):
+    """It has the golden file's outputs and can be sampled."""
+    path = write_tarflow(tmp_path / "x.pth", name)
+    flags = ["--from=ml_tarflow", f"--path={path}", f"--out={tmp_path}/out", "--step=9"]
+    code, log = convert(*flags)
+    assert code == 1
+    assert log.splitlines()[-1].endswith("the number of attention heads: give --gin_bindings='TarFlow.num_heads = …'")
+    code, log = convert(*flags, *bound(*TARFLOW_BINDINGS))
+    assert code == 0, log
+    experiment, state = loaded(tmp_path / "out")
+    check_tarflow(state.model, name)
+    assert experiment.steps() == 9
+    code, log = convert(
+        *(f"--workdir={tmp_path}/out", "--num_images=2", f"--out={tmp_path}/samples", "--device=cpu"), program="sample"
+    )
+    assert code == 0, log
+    assert len((tmp_path / "samples" / "samples.jsonl").read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize("form", ["npz", "bv"])
 def test_big_vision(form, tmp_path, data_dir):
     """Parameters in a training state, for an experiment of this package."""
@@ -356,6 +379,8 @@ def test_refusals(tmp_path, jet_file, jetformer):
         ([*big_vision, "--path=/nowhere.npz"], "/nowhere.npz"),
         (["--from=jet_pytorch", "--hf_repo=people/run", out], "--hf_repo=people/run: "),
         (["--from=jet_pytorch", f"--path={tmp_path}/x.pt", out], "more than tensors"),
+        (["--from=ml_tarflow", f"--path={tmp_path}/x.pt", out], "more than tensors"),
+        (["--from=ml_tarflow", f"--path={JETFORMER_PT}", out], f"{JETFORMER_PT} is not a state dict"),
         ([*big_vision, f"--path={DIRECTORY}/jet_mixed.npz"], "[12, 12], but Jet needs [4, 4]"),
         (["--from=jet_pytorch", f"--path={jet_file}", f"--out={jetformer}"], f"--out={jetformer}"),
         (["--from=jetformer_pytorch", f"--path={tmp_path}/seven.pt", out], "format_version 7: expected 5, 6 or none"),
@@ -383,7 +408,7 @@ def test_refusals(tmp_path, jet_file, jetformer):
     [
         (
             [],
-            "expected --from=FORMAT, one of big_vision, jet_pytorch, jetformer_pytorch, safetensors, or --to=",
+            "expected --from=FORMAT, one of big_vision, jet_pytorch, jetformer_pytorch, ml_tarflow, safetensors, or ",
         ),
         (["--from=jet_pytorch", "--path=x"], "give --out, the workdir to write"),
         (["--from=jet_pytorch", "--path=x", "--out=y", "--yaml=z"], "--yaml does not apply to --from=jet_pytorch"),

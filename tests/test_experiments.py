@@ -32,6 +32,10 @@ PARAMETERS = {
     "jet_digits": 825_408,
     "jet_digits_labelled": 1_026_464,
     "tarflow_digits": 414_784,
+    "tarflow_digits_noisy": 419_904,
+    "tarflow_imagenet64": 460_142_784,
+    "tarflow_imagenet64_class": 466_286_784,
+    "tarflow_afhq256": 463_481_856,
     "jetformer_tarflow_digits": 528_048,
     "jet_cifar10": 103_155_200,
     "jet_imagenet64": 207_177_216,
@@ -46,6 +50,7 @@ PARAMETERS = {
     "ablations/halves": 825_408,
     "ablations/jetformer_after_flow": 530_772,
     "ablations/jetformer_before_flow": 530_772,
+    "ablations/jetformer_factored_prior": 540_184,
     "ablations/jetformer_identity_flow": 324_384,
     "ablations/jetformer_patch_pca": 324_384,
     "ablations/jetformer_pca_after_flow": 530_736,
@@ -54,6 +59,10 @@ PARAMETERS = {
     "ablations/masking": 831_616,
     "ablations/scale_exp": 825_408,
     "ablations/stripes": 825_408,
+    "ablations/tarflow_two_blocks": 403_600,
+    "ablations/tarflow_pixels": 434_704,
+    "ablations/tarflow_labelled": 419_904,
+    "ablations/tarflow_labelled_shared": 431_520,
 }
 # A file to add to an experiment.
 ON_TOP = "ablations/on_photo_patches"

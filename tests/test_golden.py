@@ -14,7 +14,10 @@ import torch
 
 from golden_files import Golden, assert_gradients, assert_log, assert_output, paths
 from jetformer import optim
+from jetformer.convert import ml_tarflow
 from jetformer.convert.big_vision import from_big_vision, image_head_order
+from jetformer.convert.sources import assemble
+from jetformer.convert.weights import Weights
 from jetformer.data import preprocess
 from jetformer.loops.torch_loop import TorchLoop
 from jetformer.models.decoder import Decoder
@@ -96,32 +99,10 @@ def test_jet(file):
 
 
 def from_ml_tarflow(params, model):
-    """Maps a state dict of apple/ml-tarflow to one of a `TarFlow`."""
-    del model
-    names = {
-        "pos_embed": "posemb",
-        "proj_in": "init_proj",
-        "proj_out": "final_proj",
-        "attn_blocks": "layers",
-        "attention.norm": "norm1",
-        "attention.qkv": "attn.qkv",
-        "attention.proj": "attn.out",
-        "mlp.norm": "norm2",
-        "mlp.main.0": "mlp.fc1",
-        "mlp.main.2": "mlp.fc2",
-    }
-    state = {}
-    for name, value in params.items():
-        value = torch.from_numpy(value)
-        if name == "var":  # of the latents, see `test_tarflow`
-            continue
-        if name.endswith("class_embed"):
-            state[name.replace("class_embed", "context_proj.weight")] = value[:, 0].T
-            continue
-        for theirs, ours in names.items():
-            name = name.replace(f".{theirs}", f".{ours}")
-        state[name] = value
-    return state
+    """Maps parameters of apple/ml-tarflow, or their gradients, to a state dict of a `TarFlow`."""
+    weights = Weights({name: torch.from_numpy(value) for name, value in params.items()})
+    table, unused = ml_tarflow.table(model, weights)
+    return assemble(table, weights.tensors, "TarFlow", unused)
 
 
 def tarflow_from_file(file):

@@ -3,6 +3,7 @@
     python -m jetformer.convert --from=big_vision --path=jet.npz --gin_file=experiments/imagenet64.gin --out=/tmp/jet
     python -m jetformer.convert --from=jet_pytorch --hf_repo=btrude/jet_imagenet64x64_200m --out=/tmp/jet64
     python -m jetformer.convert --from=jetformer_pytorch --hf_repo=mojique/jetformer-cifar10 --out=/tmp/cifar10
+    python -m jetformer.convert --from=ml_tarflow --path=imagenet64_model_2_768_8_8_0.05.pth --out=/tmp/tarflow64
     python -m jetformer.convert --to=safetensors --workdir=/tmp/digits --out=/tmp/shared --push_to=owner/name
     python -m jetformer.convert --from=safetensors --hf_repo=owner/name --out=/tmp/digits_again
 
@@ -20,14 +21,16 @@ from torch import Tensor, nn
 from upath import UPath
 
 from jetformer import checkpoint, class_names, config, program, run_files, runtime
-from jetformer.convert import big_vision, hub, jet_pytorch, jetformer_pytorch, sharing, sources
+from jetformer.convert import big_vision, hub, jet_pytorch, jetformer_pytorch, ml_tarflow, sharing, sources
 from jetformer.convert.weights import Weights
 from jetformer.experiment import Experiment
 from jetformer.state import load
 
 flags.adopt_module_key_flags(program)
 flags.DEFINE_list(*program.TRUST_IMPORTS)
-flags.DEFINE_string("from", None, "Format of the weights: big_vision, jet_pytorch, jetformer_pytorch or safetensors.")
+flags.DEFINE_string(
+    "from", None, "Format of the weights: big_vision, jet_pytorch, jetformer_pytorch, ml_tarflow or safetensors."
+)
 flags.DEFINE_string("to", None, "Format to convert the run in --workdir to: safetensors.")
 flags.DEFINE_string("path", None, "File or directory of the weights.")
 flags.DEFINE_string("hf_repo", None, "Or a repository of the weights on the Hugging Face Hub: owner/name.")
@@ -51,6 +54,7 @@ FORMATS: dict[str, ModuleType] = {
     "big_vision": big_vision,
     "jet_pytorch": jet_pytorch,
     "jetformer_pytorch": jetformer_pytorch,
+    "ml_tarflow": ml_tarflow,
     "safetensors": sharing,
 }
 # Flags that do not apply to a format of --from, or to --to.
@@ -58,6 +62,7 @@ _USELESS = {
     "big_vision": ("yaml", "workdir", "push_to", "private", "license"),
     "jet_pytorch": ("yaml", "workdir", "push_to", "private", "license"),
     "jetformer_pytorch": ("workdir", "push_to", "private", "license"),
+    "ml_tarflow": ("yaml", "workdir", "push_to", "private", "license"),
     "safetensors": ("yaml", "hf_file", "workdir", "push_to", "private", "license"),
     "to": ("path", "hf_repo", "hf_file", "hf_revision", "yaml"),
 }
@@ -114,6 +119,8 @@ def read(source: str) -> Weights:
         return big_vision.read(local((".npz",)))
     if source == "jet_pytorch":
         return jet_pytorch.read(local((".safetensors", ".pt")), FLAGS.step)
+    if source == "ml_tarflow":
+        return ml_tarflow.read(local((".pth",)), FLAGS.step)
     if source == "jetformer_pytorch":
         file, yaml = local((".pt",)), FLAGS.yaml
         if FLAGS.hf_repo is not None:

@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from jetformer.convert.pickles import load_pt, load_safetensors, state_dict
+from jetformer.convert.pickles import check_axes, count, load_pt, load_safetensors, state_dict
 from jetformer.convert.sources import Source, Table, permutation, predictor_table, predictors
-from jetformer.convert.weights import Weights, data, gin_text, training
+from jetformer.convert.weights import Weights, data, gin_text, patches, training
 from jetformer.models.jet import Jet, spatial_permutation
 
 MODELS = (Jet,)
@@ -84,22 +84,17 @@ def experiment(tensors: dict[str, Tensor], path: str, step: int | None = None) -
     Raises:
       ValueError: if it is not a state dict of jet-pytorch.
     """
-    shape_of = {name: tuple(x.shape) for name, x in tensors.items()}
-    dimensions = {
+    axes = {
         "blocks.0.dnn.pos_emb": 3,
         "blocks.0.dnn.final_proj.weight": 2,
         "channel_projections": 3,
         "spatial_projections": 3,
     }
-    for name, ndim in dimensions.items():
-        if len(shape_of.get(name, ())) != ndim:
-            has = f"its shape is {list(tensors[name].shape)}" if name in tensors else "it is missing"
-            raise ValueError(f"{path} is not a state dict of jet-pytorch: {name} should have {ndim} axes, but {has}")
-    _, num_tokens, width = shape_of["blocks.0.dnn.pos_emb"]
-    dim = shape_of["blocks.0.dnn.final_proj.weight"][0]
-    count = lambda prefix: len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
-    depth, block_depth = count("blocks."), count("blocks.0.dnn.encoder.blocks.")
-    numbers = {kind: shape_of[name][0] for kind, name in _PROJECTIONS.items()}
+    check_axes(tensors, axes, path, "jet-pytorch")
+    _, num_tokens, width = tensors["blocks.0.dnn.pos_emb"].shape
+    dim = len(tensors["blocks.0.dnn.final_proj.weight"])
+    depth, block_depth = count(tensors, "blocks."), count(tensors, "blocks.0.dnn.encoder.blocks.")
+    numbers = {kind: len(tensors[name]) for kind, name in _PROJECTIONS.items()}
     bindings = {
         "train.model": "@Jet",
         "train.objective": "@JetObjective()",
@@ -112,7 +107,9 @@ def experiment(tensors: dict[str, Tensor], path: str, step: int | None = None) -
         "Jet.norm_eps": 1e-5,
     }
     default = lambda binding: f"{binding}, the package's default: the weights do not determine it"
-    needs, notes = {}, [default(f"Jet.scale_factor = {_SCALE_FACTOR}")]
+    image_bindings, needs = patches("Jet", num_tokens, dim)
+    bindings |= image_bindings
+    notes = [default(f"Jet.scale_factor = {_SCALE_FACTOR}")]
 
     if width == _WIDTH:
         bindings["Jet.num_heads"] = _NUM_HEADS
@@ -134,19 +131,10 @@ def experiment(tensors: dict[str, Tensor], path: str, step: int | None = None) -
     else:
         needs["Jet.kinds"] = f"the order of {numbers['channels']} channel and {numbers['spatial']} spatial couplings"
 
-    side, patch_size = math.isqrt(num_tokens), math.isqrt(dim // 3)
-    size = (64, 64)
-    if 3 * patch_size**2 == dim:
-        bindings["Jet.ps"] = patch_size
-    else:
-        needs["Jet.ps"] = f"the size of patches with {dim} values"
-    if side**2 == num_tokens and "Jet.ps" in bindings:
-        size = (side * patch_size, side * patch_size)
-        bindings["Jet.input_shape"] = (*size, 3)
-        if names := _spatial_names(tensors["spatial_projections"], side):
-            bindings["Jet.spatial_coupling_projs"] = names
-    else:
-        needs["Jet.input_shape"] = f"the shape of images with {num_tokens} patches"
+    side = math.isqrt(num_tokens)
+    if "Jet.input_shape" in bindings and (names := _spatial_names(tensors["spatial_projections"], side)):
+        bindings["Jet.spatial_coupling_projs"] = names
+    size = bindings.get("Jet.input_shape", (64, 64))[:2]
     bindings |= training(step) | data(None, size, labels=False)
     return Weights(dict(tensors), gin_text(bindings), needs=needs, notes=notes)
 

@@ -1,6 +1,7 @@
 """Reads files of PyTorch and safetensors; unpickles tensors and plain values only."""
 
 import pickle
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,3 +57,26 @@ def state_dict(content: Any, where: str) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not content or not all(isinstance(x, Tensor) for x in content.values()):
         raise ValueError(f"{where} is not a state dict of tensors by name")
     return {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in content.items()}
+
+
+def check_axes(tensors: Mapping[str, Tensor], axes: Mapping[str, int], path: str, format: str) -> None:
+    """Checks that a state dict has some tensors, with the expected numbers of axes.
+
+    Args:
+      tensors: the state dict.
+      axes: number of axes by name.
+      path: of its file, for messages.
+      format: for messages.
+
+    Raises:
+      ValueError: if one is missing, or has another number of axes.
+    """
+    for name, ndim in axes.items():
+        if name not in tensors or tensors[name].ndim != ndim:
+            has = f"its shape is {list(tensors[name].shape)}" if name in tensors else "it is missing"
+            raise ValueError(f"{path} is not a state dict of {format}: {name} should have {ndim} axes, but {has}")
+
+
+def count(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """Returns the number of modules in a list of modules, whose tensors' names begin with `prefix`, as "blocks."."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})

@@ -1,6 +1,7 @@
 """Weights as they were read, and the gin text of an experiment for weights that come without one."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +69,29 @@ def training(step: int | None) -> dict[str, Any]:
         "make_schedule.decay_type": "cosine",
         "make_schedule.warmup_percent": 0.1,
     }
+
+
+def patches(model: str, num_tokens: int, dim: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the bindings of patch size and image shape of a flow of square RGB images, and those that are needed
+    because the images are others.
+
+    Args:
+      model: gin name of the flow.
+      num_tokens: number of patches of an image.
+      dim: number of values of a patch.
+    """
+    bindings: dict[str, Any] = {}
+    needs = {}
+    side, patch_size = math.isqrt(num_tokens), math.isqrt(dim // 3)
+    if 3 * patch_size**2 == dim:
+        bindings[f"{model}.ps"] = patch_size
+    else:
+        needs[f"{model}.ps"] = f"the size of patches with {dim} values"
+    if side**2 == num_tokens and not needs:
+        bindings[f"{model}.input_shape"] = (side * patch_size, side * patch_size, 3)
+    else:
+        needs[f"{model}.input_shape"] = f"the shape of images with {num_tokens} patches"
+    return bindings, needs
 
 
 def data(name: str | None, size: tuple[int, int], labels: bool) -> dict[str, Any]:

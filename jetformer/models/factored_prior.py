@@ -31,8 +31,8 @@ class FactoredPrior(nn.Module):
 
     def __init__(
         self,
-        out_dim: int,
-        factored_dim: int,
+        out_dim: PositiveInt,
+        factored_dim: PositiveInt,
         num_mixtures: PositiveInt = 8,
         width: PositiveInt = 128,
         per_token: bool = False,
