@@ -141,6 +141,7 @@ def test_muon_frozen_parameters_and_a_factored_prior(tmp_path, data_dir):
         "make_optimizer__lr_factors": '{"decoder.*": 0.5}',
         "JetFormer__out_dim": 2,
         "JetFormer__factored_prior": "@FactoredPrior",
+        "train__evaluators": '{"samples": @Samples()}',
         "Samples__every_steps": 4,
     }
     run(tmp_path / "cpu", data_dir, **common)

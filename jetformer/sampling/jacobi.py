@@ -85,7 +85,11 @@ class Jacobi:
         unknown = z.shape[1] - 1  # the first token stays as it is
         size = min(self.segment or unknown, unknown)
         limit = min(self.max_iterations or size, size)
-        cached = CachedBlock(block, z, context)
+        if size == unknown:  # no segment before: plain causal attention, which has a faster kernel
+            condition = block.condition(context)[:, :unknown]
+            predict = lambda tokens, slots: block.predict(tokens, condition)
+        else:
+            predict = CachedBlock(block, z, context).predict
         x, log_scales = z.clone(), torch.zeros_like(z)
         iterations: list[int] = []
         error = 0.0
@@ -99,7 +103,7 @@ class Jacobi:
             iterations.append(0)
             while iterations[-1] < limit:
                 iterations[-1] += 1
-                shift, log_scale = cached.predict(x.index_select(1, slots), slots)
+                shift, log_scale = predict(x.index_select(1, slots), slots)
                 before, after = x.index_select(1, slots + 1), latents * log_scale.exp() + shift
                 change = (after - before).abs().amax((1, 2)).nan_to_num(nan=largest)
                 is_solved = change <= self.tolerance
