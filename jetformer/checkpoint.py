@@ -485,11 +485,12 @@ class Checkpoint:
         self._load(state, planner or _LoadPlanner())
         return state
 
-    def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def load_weights(self, tensors: Mapping[str, torch.Tensor], optional: Collection[str] = ()) -> None:
         """Loads the model: the moving average ("ema") of what has one, the rest as trained ("model").
 
         Args:
           tensors: a model's state on the CPU, filled in place.
+          optional: names of tensors that stay as they are if the checkpoint has none of them.
 
         Raises:
           ValueError: if a tensor is missing, unknown or of another shape, or the checkpoint cannot be read.
@@ -498,6 +499,8 @@ class Checkpoint:
         for part in ("model", "ema"):  # the latter wins
             names = [name for name in self._entries if name.startswith(f"{part}.")]
             theirs |= {name.removeprefix(f"{part}."): part for name in names}
+        if not theirs.keys() & set(optional):
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in optional}
         for name in dict.fromkeys([*tensors, *theirs]):  # in the model's order: the first is named
             found, expected = _describe(self._entries, f"{theirs.get(name)}.{name}"), _describe(tensors, name)
             if found != expected:

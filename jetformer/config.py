@@ -30,6 +30,7 @@ from jetformer.models import (
     labelled,
     language_model,
     patches,
+    student,
     tarflow,
 )
 from jetformer.sampling import guidance, jacobi
@@ -64,6 +65,7 @@ for _configurable in (
     jetformer.JetFormer,
     labelled.LabelledFlow,
     language_model.LanguageModel,
+    objectives.DistillObjective,
     objectives.JetFormerObjective,
     objectives.JetObjective,
     objectives.TextObjective,
@@ -71,6 +73,7 @@ for _configurable in (
     optim.make_schedule,
     patches.PatchPCA,
     patches.Patchify,
+    student.Student,
     tarflow.TarFlow,
     dataset.Data,
     dataset.MixtureData,
@@ -259,6 +262,7 @@ _NOT_ARCHITECTURE = (
     "head_block",
     "head_dtype",
     "inverse_method",
+    "student",
     "kmeans_init",
     "mean_init_std",
     "path",
@@ -270,6 +274,7 @@ _MODELS = {
     "LabelledFlow": labelled.LabelledFlow,
     "Jet": flow_ablations.make_jet,
     "TarFlow": tarflow.TarFlow,
+    "Student": student.Student,
     "Decoder": decoder.Decoder,
     "Patchify": patches.Patchify,
     "PatchPCA": patches.PatchPCA,
@@ -280,9 +285,13 @@ _MODELS = {
 
 
 def architecture() -> dict[str, str]:
-    """Returns the arguments of all models by `Model.argument`, with defaults: tensors do not determine them."""
+    """Returns the arguments of all models by `Model.argument`, with defaults: tensors do not determine them. Those of
+    `Student` are left out where a flow has none, which may get students later."""
     arguments = {}
+    has_students = gin.get_bindings("TarFlow", resolve_references=False).get("student") is not None
     for model, function in _MODELS.items():
+        if model == "Student" and not has_students:
+            continue
         parameters = inspect.signature(function).parameters.values()
         values = {p.name: p.default for p in parameters if p.default is not p.empty}
         values |= gin.get_bindings(model, resolve_references=False)

@@ -40,7 +40,8 @@ class Experiment:
       batch_size: examples a step, over all processes.
       total_steps, total_examples, total_epochs: length of the run.
       init_from: a run's workdir, or one of its checkpoints (…/checkpoints/000012000), to start from its weights: those
-        of its moving average if it has one. Read before step 0 only, not when a run resumes.
+        of its moving average if it has one. Students of a flow start anew if that run has none. Read before step 0
+        only, not when a run resumes.
       seed: of everything random.
       grad_clip_norm: largest global norm of the gradients; None for no clipping.
       grad_accum_steps: number of parts that a batch is split into.

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jetformer import prng
+from jetformer.models import remat
 from jetformer.models.jetformer import Encoded, JetFormer
 from jetformer.models.labelled import LabelledFlow
 from jetformer.models.language_model import LanguageModel
+from jetformer.models.tarflow import TarFlow
 from jetformer.ranges import NonNegativeFloat, Probability
 
 Batch = dict[str, Tensor]
@@ -492,10 +494,22 @@ class JetObjective:
         Raises:
           ValueError: if there is a noise curriculum, which Jet's objective does not have, or the batch lacks a key.
         """
-        if not isinstance(noise_scale, Tensor) and noise_scale:
-            raise ValueError("JetObjective has no noise curriculum: leave train.noise_scale at 0")
-        check_has(batch, "image")
         normalizers = normalizers or self.normalizers(batch, draws, train)
+        terms = self.score(model, *self.inputs(model, batch, draws, noise_scale, train))
+        loss = terms["bits_per_dim"][0].sum() / normalizers["image"]
+        terms = {name: (value.detach(), counts) for name, (value, counts) in terms.items()}
+        if self.noise_std:
+            terms = {f"noisy_{name}" if name.startswith("bits") else name: term for name, term in terms.items()}
+        return loss, terms
+
+    def inputs(
+        self, model: nn.Module, batch: Batch, draws: Draws, noise_scale: Tensor | float, train: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns images with noise, `[B, H, W, C]`, and their context `[B, M, context_dim]`, None for none; arguments
+        and errors as in `__call__`."""
+        if not isinstance(noise_scale, Tensor) and noise_scale:
+            raise ValueError(f"{type(self).__name__} has no noise curriculum: leave train.noise_scale at 0")
+        check_has(batch, "image")
         parameter = next(model.parameters(), None)  # a flow may have none
         pixels = batch["image"].to(torch.get_default_dtype() if parameter is None else parameter.dtype)
         if self.noise_std:
@@ -505,12 +519,7 @@ class JetObjective:
         context = None
         if isinstance(model, LabelledFlow):
             context = model.context(labels_of(batch).long(), draws.get("drop_labels") if train else None)
-        terms = self.score(model, x, context)
-        loss = terms["bits_per_dim"][0].sum() / normalizers["image"]
-        terms = {name: (value.detach(), counts) for name, (value, counts) in terms.items()}
-        if self.noise_std:
-            terms = {f"noisy_{name}" if name.startswith("bits") else name: term for name, term in terms.items()}
-        return loss, terms
+        return x, context
 
     @staticmethod
     def score(model: nn.Module, x: Tensor, context: Tensor | None = None) -> Terms:
@@ -526,6 +535,56 @@ class JetObjective:
             "bits_per_dim_logdet": (bits_logdet, counts),
             **expansion_used(model, logdet, counts),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillObjective(JetObjective):
+    """Squared error of the students of a TarFlow's blocks, along the path that the flow itself takes from image to
+    latents (FARMER, arXiv 2510.23588). The last block's student gets the latents, each other one what the one of the
+    block after it returned.
+
+    Noise and dropped labels are those of `JetObjective`, as the flow was trained with them. The flow itself gets no
+    gradient.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        draws: Draws,
+        *,
+        noise_scale: Tensor | float = 0.0,
+        train: bool = True,
+        normalizers: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Terms]:
+        """Scores a batch; arguments as in `JetObjective.__call__`.
+
+        Returns:
+          The sum over blocks of the mean squared error of a token's dimension, and terms by example: student_loss, the
+          same; student_error, the root of the mean squared error of pixels, in 8-bit pixel values.
+
+        Raises:
+          ValueError: if the model has no students, or as `JetObjective.__call__`.
+        """
+        flow = model.flow if isinstance(model, LabelledFlow) else model
+        if not isinstance(flow, TarFlow) or any(block.student is None for block in flow.blocks):
+            raise ValueError("DistillObjective needs a TarFlow with students: bind TarFlow.student = @Student")
+        normalizers = normalizers or self.normalizers(batch, draws, train)
+        x, context = self.inputs(model, batch, draws, noise_scale, train)
+        context = None if context is None else context.detach()
+        with torch.no_grad():
+            path = [flow.patchify(x)[0]]
+            for block in flow.blocks:
+                path.append(block(path[-1], context)[0])
+        y, errors = path.pop(), []
+        for block in reversed(flow.blocks):
+            y = remat.run_block(block.student, y, context)
+            errors.append((y - path.pop()).square().mean((1, 2)))
+        error = torch.stack(errors).sum(0)
+        counts = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        terms = {"student_loss": error, "student_error": 127.5 * errors[-1].sqrt()}
+        loss = error.sum() / normalizers["image"]
+        return loss, {name: (value.detach(), counts) for name, value in terms.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from jetformer.models import invertible, remat
 from jetformer.models.initializers import init_weights
 from jetformer.models.jetformer import JetFormer
 from jetformer.models.mixture import CLUSTERED_TOKENS, MixtureHead
+from jetformer.models.student import Student
 from jetformer.runtime import Runtime, derive_seed
 
 # Seeds the initial weights, together with the run's seed.
@@ -180,6 +181,8 @@ def _initialize_from_data(experiment: Experiment, model: nn.Module) -> list[Tens
 def load_weights(path: str, model: nn.Module) -> None:
     """Loads the weights of another run into a model on the CPU: those of its moving average if it has one.
 
+    Students of a flow (see `TarFlow.student`) stay as they are if that run has none.
+
     Args:
       path: the run's workdir, for its newest checkpoint, or one of its checkpoints.
       model: the model.
@@ -192,7 +195,9 @@ def load_weights(path: str, model: nn.Module) -> None:
         raise ValueError(f"train.init_from = {path!r}: there is no complete checkpoint")
     saved = checkpoint.Checkpoint(workdir, step)
     _check_architecture(f"train.init_from = {path!r}", saved.info, "start from another run")
-    saved.load_weights(model.state_dict())
+    students = {f"{path}." for path, module in model.named_modules() if isinstance(module, Student)}
+    tensors = model.state_dict()
+    saved.load_weights(tensors, optional=[name for name in tensors if any(map(name.startswith, students))])
     logging.info("Weights of step %d of %s", step, workdir)
 
 

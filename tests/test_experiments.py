@@ -33,6 +33,7 @@ PARAMETERS = {
     "jet_digits_labelled": 1_026_464,
     "tarflow_digits": 414_784,
     "tarflow_digits_noisy": 419_904,
+    "tarflow_digits_student": 1_230_464,
     "tarflow_imagenet64": 460_142_784,
     "tarflow_imagenet64_class": 466_286_784,
     "tarflow_afhq256": 463_481_856,

@@ -11,9 +11,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from jetformer import checkpoint
+from jetformer import checkpoint, load
 from runs import bindings, command, run, scalars, start, torchrun
 
 pytestmark = pytest.mark.slow
@@ -110,6 +111,33 @@ def test_a_flow_of_noisy_images_under_fsdp(tmp_path, data_dir):
         paths = [tmp_path / run / "eval_samples" / name / "000000004.png" for run in ("one", "two")]
         one, two = (np.asarray(Image.open(path)).astype(int) for path in paths)
         assert np.abs(one - two).max() <= 1
+
+
+def test_students_under_fsdp(tmp_path, data_dir):
+    """They start from a run without them, whose flow stays as it is, and sample by any number of processes."""
+    small = {"train__total_steps": 4, "train__noise_scale": 0.0, "TarFlow__depth": 2, "TarFlow__emb_dim": 16}
+    small |= {"Student__emb_dim": 16, "Likelihood__every_steps": 4, "FlowSamples__every_steps": 4}
+    small |= {"train__evaluators": '{"val": @Likelihood(), "samples": @FlowSamples()}'}
+    student = "tarflow_digits_student", f"'{tmp_path}/flow'"
+    for name, (gin_file, init_from), processes in (
+        ("flow", ("tarflow_digits", None), 1),
+        ("one", student, 1),
+        ("two", student, 2),
+    ):
+        gin_bindings = bindings(data_dir, **small, train__mesh=FSDP, train__init_from=init_from)
+        args = command(tmp_path / name, gin_bindings, f"experiments/{gin_file}.gin")
+        process = start(torchrun(args, processes), OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
+        _, log = process.communicate(timeout=300)
+        assert process.returncode == 0, log[-8000:]
+    expected, actual = scalars(tmp_path / "one"), scalars(tmp_path / "two")
+    for name in ("train/student_loss", "val/student_error", "val_ema/student_loss", "param_norm"):
+        assert actual[name] == pytest.approx(expected[name], rel=1e-5)
+    paths = [tmp_path / run / "eval_samples" / "grid" / "000000004.png" for run in ("one", "two")]
+    one, two = (np.asarray(Image.open(path)).astype(int) for path in paths)
+    assert np.abs(one - two).max() <= 1
+    flow, student = (load(tmp_path / name, device="cpu").module for name in ("flow", "one"))
+    theirs = student.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in flow.state_dict().items())
 
 
 def test_compiled_blocks_under_fsdp(one, tmp_path, data_dir):

@@ -71,7 +71,7 @@ class TorchLoop(base.Loop):
         # Parameters are gathered in their own dtype, and autocast casts what it casts in one process. So norms and
         # position embeddings are as exact as there. Inputs are not cast: the flow must stay invertible.
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        for block in blocks:
+        for block in reversed(blocks):  # a block within a block comes first
             fully_shard(block, mesh=mesh, mp_policy=policy)
             if hasattr(block, "inverse"):
                 register_fsdp_forward_method(block, "inverse")

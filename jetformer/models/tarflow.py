@@ -96,7 +96,7 @@ class TarFlowBlock(nn.Module):
       emb_dim: E.
       num_heads: attention heads.
       context_dim: X; None for no context.
-      inverse_method: see `TarFlow`.
+      inverse_method, student: see `TarFlow`.
       flip: start at the last token.
     """
 
@@ -112,6 +112,7 @@ class TarFlowBlock(nn.Module):
         num_heads: int,
         context_dim: int | None,
         inverse_method: "InverseMethod | None",
+        student: Callable[..., nn.Module] | None,
         flip: bool,
     ):
         super().__init__()
@@ -121,6 +122,7 @@ class TarFlowBlock(nn.Module):
         self.context_proj = nn.Linear(context_dim, emb_dim, bias=False) if context_dim else None
         self.layers = nn.ModuleList(Layer(emb_dim, num_heads) for _ in range(depth))
         self.final_proj = nn.Linear(emb_dim, 2 * dim)
+        self.student = student(num_tokens, dim, context_dim) if student else None
 
     def init_weights(self, generator: torch.Generator) -> None:
         initializers.lecun_normal_(self.init_proj.weight, generator)
@@ -170,8 +172,11 @@ class TarFlowBlock(nn.Module):
         return self.in_order((x - shift) * (-log_scale).exp()), -log_scale.sum(dim=(1, 2))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Inverts `forward`, token by token or by `inverse_method`; returns the inverse's log-determinants. It has no
-        gradient."""
+        """Inverts `forward`, token by token or by `inverse_method`, or approximately by the student; returns also the
+        inverse's log-determinants. It has no gradient."""
+        if self.student is not None:
+            x = self.student(z, context)
+            return x, -self.forward(x, context)[1]
         if self.inverse_method is not None:
             return self.inverse_method(self, z, context)
         return self.invert(z, CachedBlock(self, z, context).step)
@@ -258,9 +263,11 @@ class TarFlow(nn.Module):
       context_dim: X; the average of the context's tokens is mapped to E dimensions and added to every token. None for
         no context.
       inverse_method: inverts a block; None: token by token, which is exact. See `sampling.jacobi.Jacobi`.
+      student: `Student`, called with N, D and X, to invert each block in one pass, as closely as it has learned to by
+        `objectives.DistillObjective`; None for none.
 
     Raises:
-      ValueError: if sizes do not divide.
+      ValueError: if sizes do not divide, or with both inverse_method and student.
     """
 
     def __init__(
@@ -273,8 +280,11 @@ class TarFlow(nn.Module):
         ps: PositiveInt = 2,
         context_dim: PositiveInt | None = None,
         inverse_method: InverseMethod | None = None,
+        student: Callable[..., nn.Module] | None = None,
     ):
         super().__init__()
+        if inverse_method and student:
+            raise ValueError("TarFlow has an inverse_method and a student: bind one of them to None")
         if isinstance(inverse_method, type):
             raise ValueError(f"TarFlow.inverse_method is a class: write @{inverse_method.__name__}(), with parentheses")
         self.image_shape = tuple(input_shape)
@@ -287,6 +297,7 @@ class TarFlow(nn.Module):
             num_heads,
             context_dim,
             inverse_method,
+            student,
         )
         self.blocks = nn.ModuleList(TarFlowBlock(*sizes, flip=i % 2 == 1) for i in range(depth))
         initializers.init_on_cpu(self)

@@ -29,6 +29,8 @@ def check_guidance(flow: nn.Module, guidance: Guidance) -> None:
         raise ValueError(
             f"guidance of a flow alone needs a LabelledFlow of a TarFlow, not a {type(flow).__name__}: sample without"
         )
+    if any(block.student is not None for block in flow.flow.blocks):
+        raise ValueError("guidance does not apply to a TarFlow with students, which have learned to sample without")
 
 
 @torch.no_grad()
