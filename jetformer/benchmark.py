@@ -160,6 +160,8 @@ class Machine:
         device = self.runtime.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        elif device.type == "tpu":
+            torch.accelerator.synchronize(device)
         elif device.type == "xla":
             import torch_xla.core.xla_model as xm
 
@@ -186,7 +188,7 @@ class Machine:
 
 def _on_tpu(where: runtime.Runtime) -> bool:
     if where.device.type != "xla":
-        return False
+        return where.device.type == "tpu"
     import torch_xla.runtime as xr
 
     return xr.device_type() == "TPU"

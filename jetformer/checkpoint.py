@@ -263,7 +263,7 @@ def _snapshot(value: Any) -> Any:
     if isinstance(value, list):
         return [_snapshot(item) for item in value]
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True, non_blocking=True)  # to pinned memory, if from a GPU
+        return value.detach().to("cpu", copy=True, non_blocking=value.is_cuda)  # then to pinned memory
     return copy.deepcopy(value)
 
 

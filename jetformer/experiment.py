@@ -205,7 +205,11 @@ class Experiment:
         Raises:
           ValueError: if the mesh does not fit the devices, or the batches do not divide by them.
         """
-        resolve_mesh(self.mesh, runtime.device_count)
+        sizes = resolve_mesh(self.mesh, runtime.device_count)
+        if sizes["fsdp"] > 1 and runtime.device.type == "tpu":
+            raise ValueError(
+                f"train.mesh = {self.mesh}: --device=tpu shards no parameters: leave out 'fsdp', or use --device=xla"
+            )
         name = "batch_size" if self.grad_accum_steps == 1 else "batch_size / train.grad_accum_steps"
         _check_divides(name, self.batch_size // self.grad_accum_steps, runtime)
         self.check_eval_batch_size(runtime)

@@ -26,8 +26,9 @@ flags.DEFINE_multi_string("gin_bindings", [], "A gin binding such as 'train.tota
 flags.DEFINE_enum(
     "device",
     "auto",
-    ["auto", "cpu", "cuda", "xla"],
-    "Device to run on: xla is all TPUs, or what PJRT_DEVICE names; auto is a TPU or a GPU if there is one.",
+    ["auto", "cpu", "cuda", "tpu", "xla"],
+    "Device to run on: xla is all TPUs of a host through torch_xla, or what PJRT_DEVICE names; tpu is one TPU through "
+    "torch_tpu; auto is a TPU or a GPU if there is one.",
 )
 flags.DEFINE_boolean("verify", True, "Compare the checksums of a checkpoint's files before loading it.")
 

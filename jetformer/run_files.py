@@ -141,6 +141,8 @@ def _facts(experiment: Experiment, model: nn.Module, runtime: Runtime, start_ste
     versions = {"python": platform.python_version(), "torch": torch.__version__, "jetformer": jetformer.__version__}
     if runtime.device.type == "xla":
         versions["torch_xla"] = importlib.metadata.version("torch_xla")
+    elif runtime.device.type == "tpu":
+        versions["torch_tpu"] = importlib.metadata.version("torch_tpu")
     return {
         "device": runtime.describe(),
         "device_count": runtime.device_count,

@@ -1,4 +1,7 @@
-"""Devices and processes: which there are, and how processes agree. The one module that imports torch_xla first."""
+"""Devices and processes: which there are, and how processes agree. The one module that imports torch_xla first.
+
+(torch_tpu needs no import: torch loads it where it is installed.)
+"""
 
 import dataclasses
 import datetime
@@ -23,6 +26,28 @@ T = TypeVar("T")
 
 # The only pair of versions that load against each other: torch_xla ended with this release.
 XLA_VERSIONS = "torch==2.9.0 and torch_xla==2.9.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceType:
+    """What the loop in plain PyTorch has to know of a type of devices.
+
+    Attributes:
+      distributed: backends of torch.distributed. Gloo is always one of them: checkpoints and preemption synchronize
+        hosts, not devices.
+      compiler: backend of torch.compile.
+    """
+
+    distributed: str
+    compiler: str = "inductor"
+
+
+# The types of devices that the loop in plain PyTorch drives. torch_tpu registers "tpu" and its backends.
+DEVICE_TYPES = {
+    "cpu": DeviceType("gloo"),
+    "cuda": DeviceType("cpu:gloo,cuda:nccl"),
+    "tpu": DeviceType("cpu:gloo,tpu:tpu_dist", compiler="tpu"),
+}
 
 # How long a process waits for the others at the end of `Runtime.together`: after an error, and without one.
 _PATIENCE = datetime.timedelta(seconds=60)
@@ -145,6 +170,8 @@ class Runtime:
             return torch.cuda.get_device_name(self.device) + processes
         if self.device.type == "cpu":
             return f"{torch.get_num_threads()} CPU threads{processes}"
+        if self.device.type == "tpu":
+            return f"TPU (torch_tpu {importlib.metadata.version('torch_tpu')}){processes}"
         return f"{self.device_count} XLA device(s) ({os.environ['PJRT_DEVICE']}) of {self.process_count} process(es)"
 
 
@@ -167,20 +194,26 @@ def initialize(device: str, alone: bool = False) -> Runtime:
     Call it before TensorFlow is imported: LLVM aborts the process if torch_xla comes later.
 
     Args:
-      device: "cpu", "cuda", "cuda:1", "xla", or "auto" for a TPU or a GPU if there is one.
+      device: "cpu", "cuda", "cuda:1", "tpu" (one of them, through torch_tpu), "xla" (all TPUs, through torch_xla), or
+        "auto" for a TPU or a GPU if there is one.
       alone: under torchrun, leave the other processes out.
 
     Raises:
       ValueError: if there is no such device, or not one for each process.
-      ImportError: for "xla" without a torch_xla that loads.
+      ImportError: for "xla" without a torch_xla that loads, and for "tpu" without torch_tpu.
     """
-    if not re.fullmatch(r"auto|cpu|xla|cuda(:\d+)?", device):
-        raise ValueError(f"device {device!r}: expected auto, cpu, cuda, cuda:NUMBER or xla")
+    if not re.fullmatch(r"auto|cpu|tpu|xla|cuda(:\d+)?", device):
+        raise ValueError(f"device {device!r}: expected auto, cpu, cuda, cuda:NUMBER, tpu or xla")
     by_torchrun = "LOCAL_RANK" in os.environ and not alone
     if device == "xla" or (device == "auto" and _on_tpu_host()):
         if by_torchrun:
             raise ValueError("--device=xla drives all devices of a host from one process: use python, not torchrun")
         return _initialize_xla()
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if device == "auto":
+        device = found.type if found is not None and found.type in DEVICE_TYPES else "cpu"
+    if device == "tpu" and (found is None or found.type != "tpu"):
+        raise _missing_tpu()
     count = torch.cuda.device_count()
     if device == "cuda" and not count:
         raise ValueError(
@@ -188,8 +221,6 @@ def initialize(device: str, alone: bool = False) -> Runtime:
         )
     if device.startswith("cuda:") and int(device.removeprefix("cuda:")) >= count:
         raise ValueError(f"device {device!r}: torch sees {count} CUDA device(s)")
-    if device == "auto":
-        device = "cuda" if count else "cpu"
     return _initialize_torchrun(device, count) if by_torchrun else Runtime(torch.device(device))
 
 
@@ -200,16 +231,23 @@ def _initialize_torchrun(device: str, cuda_count: int) -> Runtime:
             f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes on a host with {cuda_count} CUDA device(s): "
             f"use --nproc-per-node={cuda_count}"
         )
-    # Gloo as well: checkpoints and preemption synchronize hosts, not devices.
-    backend, device = ("cpu:gloo,cuda:nccl", f"cuda:{local_rank}") if device == "cuda" else ("gloo", "cpu")
-    if device != "cpu":
-        torch.cuda.set_device(device)
+    if device.startswith("cuda:"):
+        raise ValueError(f"--device={device} under torchrun, where each process drives its own GPU: use --device=cuda")
+    if device == "tpu" and os.environ["WORLD_SIZE"] != "1" and "TORCH_TPU_SLICEBUILDER_ADDRESSES" not in os.environ:
+        raise ValueError(
+            "--device=tpu in several processes needs the environment that torch_tpu makes for them: start them with "
+            "launch/tpu_host.sh"
+        )
+    gpu = None
+    if device == "cuda":
+        gpu = torch.device("cuda", local_rank)
+        torch.cuda.set_device(gpu)
     # While it waits here for a process that has failed, Python runs no handler: let the signal end it.
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    dist.init_process_group(backend, timeout=_TIMEOUT, device_id=None if device == "cpu" else torch.device(device))
+    dist.init_process_group(DEVICE_TYPES[device].distributed, timeout=_TIMEOUT, device_id=gpu)
     signal.signal(signal.SIGTERM, handler)
     count = dist.get_world_size()
-    return Runtime(torch.device(device), dist.get_rank(), count, count, _get_default_store(), patient_group())
+    return Runtime(gpu or torch.device(device), dist.get_rank(), count, count, _get_default_store(), patient_group())
 
 
 def patient_group() -> dist.ProcessGroup:
@@ -234,6 +272,19 @@ def _on_tpu_host() -> bool:
     from torch_xla._internal import tpu
 
     return tpu.num_available_chips() > 0
+
+
+def _missing_tpu() -> Exception:
+    """Returns the error for a process without a device of type "tpu"."""
+    if importlib.util.find_spec("torch_tpu") is None:
+        return ImportError(
+            "--device=tpu needs torch_tpu: pip install -e '.[tpu-native]', with Python 3.11 or newer; or use "
+            "--device=xla, which runs on TPUs through torch_xla"
+        )
+    return ValueError(
+        "--device=tpu, but torch_tpu finds no TPU on this host: use another --device; where there is one, unset "
+        "TORCH_DEVICE_BACKEND_AUTOLOAD"
+    )
 
 
 def _import_torch_xla() -> None:

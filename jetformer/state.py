@@ -327,7 +327,7 @@ def load(
 def load_state(
     experiment: Experiment, workdir: UPath, runtime: Runtime, step: int | str | None = None, verify: bool = True
 ) -> tuple[Experiment, State, int]:
-    """Loads a checkpoint without its optimizer, sharded over all devices, whatever the run's mesh is.
+    """Loads a checkpoint without its optimizer, sharded over all devices that can, whatever the run's mesh is.
 
     Args:
       experiment: as `configured` returns it.
@@ -339,7 +339,8 @@ def load_state(
     Raises:
       ValueError: if there is no such checkpoint, or it does not fit.
     """
-    experiment = dataclasses.replace(experiment, mesh={"fsdp": -1})
+    axis = "data" if runtime.device.type == "tpu" else "fsdp"  # see `Experiment.check_mesh`
+    experiment = dataclasses.replace(experiment, mesh={axis: -1})
     step = checkpoint.find(workdir, step)
     loop = make_loop(experiment, runtime, compilation_cache(experiment, workdir))
     state = build_to_load(experiment, loop)

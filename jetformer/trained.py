@@ -98,7 +98,7 @@ class Trained:
         """Moves the model.
 
         Args:
-          device: "cpu", "cuda" or "cuda:1"; None: where it is.
+          device: "cpu", "cuda", "cuda:1" or "tpu"; None: where it is.
           dtype: of the parameters, float32 or float64; None: as it is. (For products in bfloat16 bind
             train.autocast = "bfloat16".)
 
@@ -615,7 +615,7 @@ def load(
         the Hugging Face Hub that holds one of these.
       step: of the checkpoint in a workdir, or "best", see `train.keep_best`; None: the newest.
       ema: use the moving average of the parameters if there is one.
-      device: "cpu", "cuda", "cuda:1", "xla", or "auto" for a TPU or a GPU if there is one.
+      device: "cpu", "cuda", "cuda:1", "tpu", "xla", or "auto" for a TPU or a GPU if there is one.
       gin_files, gin_bindings: on top of the experiment.
       trust_imports: modules that the experiment may import, which runs their code.
       verify: compare the checksums of a checkpoint's files.

@@ -50,22 +50,25 @@ remote_status() {
   remote_say "status $attempt $command $state"
 }
 
-# DIR TARBALL EXTRAS [PIP_OPTION...]: unpacks and installs the source.
+# DIR TARBALL PYTHON EXTRAS [PIP_OPTION...]: unpacks and installs the source.
 remote_install() {
   cd && mkdir -p "$1" || return
-  local dir=$1 tarball=$2 extras=$3
-  shift 3
+  local dir=$1 tarball=$2 python=$3 extras=$4
+  shift 4
   if remote_alive "$dir"; then
     remote_say "failed a process of an earlier start is still running"
     return 1
   fi
   {
     rm -rf "$dir/source" && mkdir "$dir/source" && tar -xzf "$tarball" -C "$dir/source" &&
-      # Debian and Ubuntu package venv separately.
-      { [[ -x $dir/venv/bin/pip ]] || python3 -m venv "$dir/venv" || {
-        sudo apt-get update -q && sudo apt-get -o DPkg::Lock::Timeout=300 install -qy python3-venv &&
-          python3 -m venv --clear "$dir/venv"
+      # An environment of its own for each choice of packages: torch_xla and torch_tpu do not share one. Debian and
+      # Ubuntu package venv separately.
+      { [[ -e $dir/environment && $(<"$dir/environment") == "$python $extras" ]] ||
+        "$python" -m venv --clear "$dir/venv" || {
+        sudo apt-get update -q && sudo apt-get -o DPkg::Lock::Timeout=300 install -qy "$python-venv" &&
+          "$python" -m venv --clear "$dir/venv"
       }; } &&
+      echo "$python $extras" >"$dir/environment" &&
       "$dir/venv/bin/pip" install --no-input -e "$dir/source[$extras]" "$@"
   } >"$dir/install.log" 2>&1 </dev/null && remote_say ok && return
   tail -n 20 "$dir/install.log"
@@ -77,7 +80,7 @@ remote_install() {
 # job counts as stopped by a person, and no launcher restarts it.
 remote_stop() {
   cd || return
-  local dir=$1 seconds=$2 tries # not _, which bash sets to the last argument of a command
+  local dir=$1 seconds=$2 tries process # not _, which bash sets to the last argument of a command
   if remote_alive "$dir"; then
     [[ -z ${3:-} ]] || touch "$dir/stopped"
     kill -TERM "$(cat "$dir/child")"
@@ -88,6 +91,10 @@ remote_stop() {
   fi
   if remote_alive "$dir"; then
     kill -KILL -- "-$(cat "$dir/pid")"
+    # Those of torchrun, which have sessions of their own.
+    for process in /proc/[0-9]*; do
+      [[ $(readlink "$process/cwd") != "$PWD/$dir/source" ]] || kill -KILL "${process#/proc/}"
+    done
     sleep 1
   fi
   if remote_alive "$dir"; then
@@ -97,7 +104,7 @@ remote_stop() {
   remote_say ok
 }
 
-# ARGUMENTS...: runs the program in the job's directory, in its own session, with the lock as file descriptor 9.
+# COMMAND...: runs the program in the job's directory, in its own session, with the lock as file descriptor 9.
 remote_supervise() {
   local code=0
   echo $$ >pid
@@ -105,13 +112,13 @@ remote_supervise() {
   # handler.)
   trap : TERM HUP INT
   # exec: the program keeps the recorded pid.
-  (cd source && exec bash -c 'echo "$BASHPID" >../child && exec ../venv/bin/python "$@"' run "$@") || code=$?
+  (cd source && exec bash -c 'echo "$BASHPID" >../child && exec "$@"' run "$@") || code=$?
   echo "[$(date -u '+%F %T')] ended with exit code $code"
   echo "$code" >exit_code.new && mv exit_code.new exit_code
   kill -KILL -- -$$ # processes that the program leaves behind would hold the accelerator and the lock
 }
 
-# DIR ATTEMPT COMMAND SOURCE ARGUMENTS...: starts python ARGUMENTS, independent of this connection.
+# DIR ATTEMPT ID SOURCE COMMAND...: starts COMMAND in the directory of the source, independent of this connection.
 remote_start() {
   cd && cd "$1" || return
   local attempt=$2 command=$3 source=$4 tries
@@ -127,7 +134,7 @@ remote_start() {
   fi
   rm -f exit_code stopped pid child
   mkdir -p logs
-  echo "[$(date -u '+%F %T')] $(hostname): source $source: python$(printf ' %q' "$@")" >"logs/$attempt.log"
+  echo "[$(date -u '+%F %T')] $(hostname): source $source:$(printf ' %q' "$@")" >"logs/$attempt.log"
   echo "$command" >command_id
   setsid nohup bash -c "$(declare -f remote_supervise); remote_supervise \"\$@\"" supervise "$@" \
     >>"logs/$attempt.log" 2>&1 </dev/null &
@@ -429,7 +436,8 @@ launch() {
     copy_source || return 1
     step='install'
     say "# installing (takes minutes the first time)"
-    on_all install remote_install "$JOB_DIR" "$JOB_DIR.tar.gz" "$EXTRAS" ${pip_options[@]+"${pip_options[@]}"} ||
+    on_all install remote_install "$JOB_DIR" "$JOB_DIR.tar.gz" "$REMOTE_PYTHON" "$EXTRAS" \
+      ${pip_options[@]+"${pip_options[@]}"} ||
       return 1
     installed=1
   fi
@@ -565,7 +573,7 @@ check_provisioning() {
   [[ " $* " == *" $PROVISIONING "* ]] || usage_error "PROVISIONING=$PROVISIONING: expected one of $*"
 }
 
-# Starts "python ${command[@]}" on all workers, or attaches to it, and keeps it running to its end.
+# Starts "${command[@]}" on all workers, or attaches to it, and keeps it running to its end.
 run_job() {
   local_dir=$LOG_DIR/$NAME
   command_id=$(printf '%s\n' "${command[@]}" | cksum | cut -d ' ' -f 1)

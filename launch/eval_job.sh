@@ -28,6 +28,7 @@ RESTART_PAUSE=${RESTART_PAUSE:-30}      # seconds before a restart, and after a 
 POLL_SECONDS=${POLL_SECONDS:-30}        # seconds between two polls of the machine
 GRACE_SECONDS=${GRACE_SECONDS:-120}     # as in tpu_pod.sh; no effect on one host
 STOP_SECONDS=${STOP_SECONDS:-300}       # seconds for the program to end, before it is killed
+REMOTE_PYTHON=${REMOTE_PYTHON:-python3} # the machine's Python
 LIBTPU_INDEX=${LIBTPU_INDEX:-https://storage.googleapis.com/libtpu-releases/index.html} # where pip finds libtpu
 
 # shellcheck source=gcloud.bash
@@ -55,5 +56,6 @@ case $EVAL_MACHINE in
 esac
 
 NAME=$EVAL_NAME MACHINE=$EVAL_MACHINE MAX_WORKERS=1 JOB_DIR=jetformer_eval
-command=(-m jetformer.evaluate "--workdir=$WORKDIR" "--device=$DEVICE" ${arguments[@]+"${arguments[@]}"})
+command=(../venv/bin/python -m jetformer.evaluate "--workdir=$WORKDIR" "--device=$DEVICE"
+  ${arguments[@]+"${arguments[@]}"})
 run_job

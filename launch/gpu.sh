@@ -15,12 +15,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NPROC=${NPROC:-gpu}                # processes on this host; gpu: one per GPU
 NNODES=${NNODES:-1}                # hosts
 RDZV_ENDPOINT=${RDZV_ENDPOINT:-}   # HOST:PORT, the rendezvous of several hosts: one of them, and a free port on it
+NODE_RANK=${NODE_RANK:-}           # this host's number, where ranks have to be in that order; the endpoint is on host 0
 RDZV_ID=${RDZV_ID:-jetformer}      # distinguishes runs with the same rendezvous endpoint
 MAX_RESTARTS=${MAX_RESTARTS:-0}    # how often torchrun restarts all processes from the last checkpoint after a failure
 PYTHON=${PYTHON:-python}           # the environment's interpreter
 
 if ((NNODES == 1)); then
   rendezvous=(--standalone)
+elif [[ -n $RDZV_ENDPOINT && -n $NODE_RANK ]]; then
+  rendezvous=("--node-rank=$NODE_RANK" "--master-addr=${RDZV_ENDPOINT%:*}" "--master-port=${RDZV_ENDPOINT##*:}")
 elif [[ -n $RDZV_ENDPOINT ]]; then
   rendezvous=(--rdzv-backend=c10d "--rdzv-endpoint=$RDZV_ENDPOINT" "--rdzv-id=$RDZV_ID")
 else

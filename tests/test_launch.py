@@ -22,6 +22,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = ["gcloud.bash", "launch/common.bash", "launch/tpu_pod.sh", "launch/eval_job.sh"]
+SCRIPTS += ["launch/tpu_host.sh", "launch/gpu.sh"]
 BINDINGS = """Jet.kinds = ("channels", 'spatial')  # $HOME `id` \\ "!" *"""
 PYTHON = f"#!{sys.executable} -IS\n"
 
@@ -110,6 +111,7 @@ elif verb == "ssh" and "--command" in option:
     for worker in chosen()[:first]:
         environ = os.environ | {"HOME": str(homes()[worker]), "WORKER": str(worker)}
         environ["PATH"] = f"{cloud}/remote:{environ['PATH']}"
+        environ.pop("TORCH_TPU_TOPOLOGY", None)
         processes.append(subprocess.Popen(["/bin/sh", "-c", option["--command"]], env=environ, cwd="/"))
     code = max([p.wait() for p in processes], default=0)
     if first is not None:
@@ -121,13 +123,17 @@ elif verb == "ssh" and "--command" in option:
 REMOTE_PYTHON = (
     PYTHON
     + r"""
-import json, os, pathlib, signal, sys, time
+import json, os, pathlib, shutil, signal, sys, time
 
 cloud, worker = pathlib.Path(os.environ["CLOUD"]), os.environ["WORKER"]
 args = sys.argv[1:]
 if args[:2] == ["-m", "venv"]:
     bin = pathlib.Path(args[-1]) / "bin"
+    if "--clear" in args:
+        shutil.rmtree(args[-1], ignore_errors=True)
     bin.mkdir(parents=True)
+    with open(cloud / f"venvs{worker}", "a") as file:
+        file.write("{}\n")
     for name in ("python", "pip"):
         (bin / name).symlink_to(cloud / "remote" / "python3")
 elif pathlib.Path(sys.argv[0]).name == "pip":
@@ -135,10 +141,19 @@ elif pathlib.Path(sys.argv[0]).name == "pip":
     with open(cloud / f"pip{worker}", "a") as file:
         file.write(json.dumps(args) + "\n")
     sys.exit((cloud / "no_pip").exists())
+elif args == ["-m", "torch.tpu.distributed"]:  # of torch_tpu 0.2.0
+    hosts = os.environ["TPU_WORKER_HOSTNAMES"].split(",")
+    print("libtpu not found.")
+    print(f"WORLD_SIZE={4 * len(hosts)}")
+    print(f"NODE_RANK={os.environ.get('NODE_RANK', 0)!r}")
+    print(f"TORCH_TPU_TOPOLOGY={os.environ.get('TORCH_TPU_TOPOLOGY', '2,2,1')!r}")
+    if len(hosts) > 1:
+        print(f"NNODES='{len(hosts)}'", f"MASTER_ADDR='{hosts[0]}'", "MASTER_PORT='29500'", sep="\n")
 else:
     signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(75)))
     with open(cloud / f"runs{worker}", "a+") as file:
-        file.write(json.dumps({"args": args, "cwd": os.getcwd(), "pid": os.getpid()}) + "\n")
+        topology = os.environ.get("TORCH_TPU_TOPOLOGY")
+        file.write(json.dumps({"args": args, "cwd": os.getcwd(), "pid": os.getpid(), "topology": topology}) + "\n")
         file.seek(0)
         number = len(file.readlines())
     plan = json.loads((cloud / "plan").read_text())
@@ -171,6 +186,16 @@ def write(path: pathlib.Path, text: str) -> None:
     path.chmod(0o755)
 
 
+# Google Cloud's metadata.
+CURL = """#!/bin/sh
+case "$*" in
+  *agent-worker-number) echo $WORKER ;;
+  *worker-network-endpoints) seq -f 'pod:id:10.0.0.%g' -s , 0 $(($(cat $CLOUD/workers) - 1)) ;;
+  *) exit 22 ;;
+esac
+"""
+
+
 class Cloud:
     """A cloud with one machine, the workstation's checkout, and a record of all calls."""
 
@@ -180,7 +205,7 @@ class Cloud:
         (path / "remote").mkdir()
         write(path / "bin" / "gcloud", GCLOUD)
         write(path / "remote" / "python3", REMOTE_PYTHON)
-        write(path / "remote" / "curl", "#!/bin/sh\necho $WORKER\n")
+        write(path / "remote" / "curl", CURL)
         self.set("state", "READY")
         self.workers(2)
         self.plan(all=[0])
@@ -350,6 +375,62 @@ def test_a_run_from_start_to_end(cloud):
     assert all("--project=my-project" in call and "--zone=us-west4-a" in call for call in cloud.calls())
 
 
+@pytest.mark.parametrize("hosts", [1, 3])
+def test_the_native_runtime_starts_a_process_for_each_device(cloud, hosts):
+    cloud.workers(hosts)
+    topology = {"TORCH_TPU_TOPOLOGY": "6,2,1"} if hosts > 1 else {}
+    result = cloud.train(f"--gin_bindings={BINDINGS}", RUNTIME="native", REMOTE_PYTHON="python3", **topology)
+    assert result.returncode == 0, result
+    for worker in range(hosts):
+        (run,) = cloud.runs(worker)
+        nodes = [f"--node-rank={worker}", "--master-addr=10.0.0.0", "--master-port=29500"]
+        assert run["args"] == [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=4",
+            f"--nnodes={hosts}",
+            *(nodes if hosts > 1 else ["--standalone"]),
+            "--max-restarts=0",
+            "-m",
+            "jetformer.main",
+            "--device=tpu",
+            "--workdir=gs://my-bucket/run",
+            "--gin_file=experiments/imagenet64.gin",
+            f"--gin_bindings={BINDINGS}",
+        ]
+        assert run["topology"] == ("6,2,1" if hosts > 1 else "2,2,1")
+        (pip,) = cloud._lines(f"pip{worker}")
+        assert pip[3:] == ["jetformer_train/source[tpu-native,gcs]"]
+
+
+def test_the_native_runtime_needs_the_topology_of_several_hosts(cloud):
+    assert cloud.train(RUNTIME="native", REMOTE_PYTHON="python3").returncode == 1
+    (log,) = cloud.path.glob("logs/pod/*/worker-1.log")
+    assert re.search("error: .*TORCH_TPU_TOPOLOGY", log.read_text())
+    assert not cloud.runs(1)
+
+
+def test_the_runtimes_share_no_environment(cloud):
+    cloud.workers(1)
+    native = {"RUNTIME": "native", "REMOTE_PYTHON": "python3"}
+    for environ, made in (({}, 1), ({}, 1), (native, 2), (native, 2), ({}, 3)):
+        assert cloud.train(**environ).returncode == 0
+        assert len(cloud._lines("venvs0")) == made
+
+
+def test_stop_ends_the_native_runtime(cloud):
+    """Also if it does not end by itself: torchrun is not in the process group of the job."""
+    cloud.plan(w0=["run"], w1=["stubborn"])
+    environ = {"RUNTIME": "native", "REMOTE_PYTHON": "python3", "TORCH_TPU_TOPOLOGY": "4,2,1"}
+    watching = cloud.start("--gin_file=a.gin", **environ)
+    wait_for(lambda: cloud.alive() == [0, 1])
+    assert cloud.launch("--stop", STOP_SECONDS="1", **environ).returncode == 0
+    out, err = watching.communicate(timeout=30)
+    assert watching.returncode == 0, err
+    assert "stopped by request" in out
+    assert not cloud.alive()
+
+
 def test_the_output_of_a_dry_run_runs_the_job(cloud):
     result = cloud.train(f"--gin_bindings={BINDINGS}", "--dry_run", PATH=cloud.path_without_gcloud())
     assert result.returncode == 0, result
@@ -405,6 +486,7 @@ def test_a_missing_variable_is_named(cloud, script, variable):
     [
         ([], {}, "--gin_file="),
         (["--gin_file=a", "--workdir=b"], {}, "WORKDIR"),
+        (["--gin_file=a"], {"RUNTIME": "jax"}, "RUNTIME=jax"),
         (["--gin_file=a", "--device=cpu"], {}, "--device"),
         (["--gin_file=a"], {"PROVISIONING": "spott"}, "PROVISIONING"),
     ],

@@ -37,6 +37,13 @@ def test_more_processes_than_devices(monkeypatch):
         runtime.initialize("cuda")
 
 
+def test_torchrun_chooses_the_number_of_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match=r"--device=cuda:1\b.*torchrun.*--device=cuda$"):
+        runtime.initialize("cuda:1")
+
+
 def test_xla_refuses_torchrun(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match=r"--device=xla.*torchrun"):
@@ -49,6 +56,12 @@ def test_xla_without_torch_xla(monkeypatch):
     monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
     with pytest.raises(ImportError, match=r"torch_xla.*pip install -e '\.\[xla\]'.*torch==2\.9\.0"):
         runtime.initialize("xla")
+
+
+def test_tpu_without_torch_tpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"--device=tpu.*torch_tpu.*pip install -e '\.\[tpu-native\]'.*--device=xla"):
+        runtime.initialize("tpu")
 
 
 def test_torch_xla_of_another_torch(tmp_path):

@@ -1,7 +1,8 @@
 """The interface of a training loop, and the computation of one training step.
 
-`TorchLoop` drives GPUs and CPUs, `XlaLoop` TPUs. Each shows what is its own: placing a model on devices, feeding
-batches, synchronizing gradients, cutting off graphs. What a step computes stands here, once.
+`TorchLoop` drives the devices of `runtime.DEVICE_TYPES`, `XlaLoop` those of torch_xla. Each shows what is its own:
+placing a model on devices, feeding batches, synchronizing gradients, cutting off graphs. What a step computes stands
+here, once.
 
 Dimensions: B batch of a process (with XLA: of all devices), N examples or steps, n entries of packed metrics.
 """

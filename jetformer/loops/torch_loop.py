@@ -1,4 +1,7 @@
-"""The training loop in plain PyTorch, on CPUs and GPUs.
+"""The training loop in plain PyTorch, on CPUs, GPUs, and TPUs through torch_tpu.
+
+What differs between types of devices is in `runtime.DEVICE_TYPES`. Code that names CUDA is for GPUs alone: streams,
+pinned memory, graphs, Triton.
 
 One process drives one device. torchrun starts several, and `train.mesh` lays them out: over the axis "data" each
 process holds the whole model (DDP); over "fsdp" parameters, gradients and optimizer are sharded (FSDP2); over both each
@@ -29,7 +32,7 @@ from jetformer import prng
 from jetformer.loops import base
 from jetformer.models.mixture import MixtureHead, MultivariateHead
 from jetformer.models.mixture_nll import Backend
-from jetformer.runtime import resolve_mesh
+from jetformer.runtime import DEVICE_TYPES, resolve_mesh
 
 # Eager calls before `Graphed` captures a function: libraries initialize in them, and fewer do not pay for a graph.
 CALLS_BEFORE_CAPTURE = 8
@@ -42,6 +45,7 @@ class TorchLoop(base.Loop):
         del cache_dir
         torch.set_float32_matmul_precision(matmul_precision)
         self.shares = self.runtime.process_count
+        self._compiler = DEVICE_TYPES[self.runtime.device.type].compiler
 
     def place(self, model: nn.Module, compile: str | None = None) -> base.Runner:
         model.to(self.runtime.device)
@@ -51,7 +55,7 @@ class TorchLoop(base.Loop):
             _check_compiler(self.runtime.device)
             if compile == "blocks":
                 for block in blocks:
-                    block.compile(dynamic=False)
+                    block.compile(dynamic=False, backend=self._compiler)
             # A module that reaches its limit of graphs would otherwise train on without them.
             torch._dynamo.config.fail_on_recompile_limit_hit = True
         for module in model.modules():
@@ -108,7 +112,7 @@ class TorchLoop(base.Loop):
     ) -> Iterator[base.Step]:
         runner, score = training.runner, training.objective
         if runner.compiled == "step":
-            score = torch.compile(score.__call__, dynamic=False)
+            score = torch.compile(score.__call__, dynamic=False, backend=self._compiler)
         if self.runtime.process_count > 1 and not isinstance(runner, FSDPModule):
             # All processes start with the same weights, from the seed or from one checkpoint, and buffers never change.
             # PyTorch 2.13 has renamed the argument, and warns of its old name.
@@ -154,8 +158,8 @@ class TorchLoop(base.Loop):
                 with _eager(runner), self.autocast():
                     values = runner(function, batch, keys)
                 index, valid = known.popleft()
-                # One wait for all: copies to pinned memory, which `non_blocking` allocates, do not block.
-                on_host = {name: x.to("cpu", non_blocking=True) for name, x in values.items()}
+                # One wait for all: copies to pinned memory, which `non_blocking` allocates on a GPU, do not block.
+                on_host = {name: x.to("cpu", non_blocking=x.is_cuda) for name, x in values.items()}
                 if self.runtime.device.type == "cuda":
                     torch.cuda.current_stream(self.runtime.device).synchronize()
                 yield index[valid], {name: x.numpy()[valid] for name, x in on_host.items()}
@@ -213,7 +217,7 @@ def _check_compiler(device: torch.device) -> None:
     if device.type == "cuda":
         if not has_triton():
             raise ValueError("train.compile needs Triton on a GPU, and there is none: pip install triton, or unset it")
-    elif not (shutil.which("g++") or shutil.which("clang++")):
+    elif device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         raise ValueError("train.compile needs a C++ compiler on a CPU, and there is none: install g++, or unset it")
 
 
