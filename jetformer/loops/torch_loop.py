@@ -44,7 +44,6 @@ class TorchLoop(base.Loop):
         self.shares = self.runtime.process_count
 
     def place(self, model: nn.Module, compile: str | None = None) -> base.Runner:
-        model.to(self.runtime.device)
         runner = base.Runner(model, compile)
         blocks = [module for module in model.modules() if getattr(module, "is_block", False)]
         if compile is not None:
@@ -62,6 +61,8 @@ class TorchLoop(base.Loop):
         sizes = resolve_mesh(self.mesh, self.runtime.device_count)
         if sizes["fsdp"] > 1:
             self._shard(runner, blocks, sizes)
+        else:
+            model.to(self.runtime.device)
         return runner
 
     def _shard(self, runner: base.Runner, blocks: list[nn.Module], sizes: dict[str, int]) -> None:
@@ -71,6 +72,7 @@ class TorchLoop(base.Loop):
         # Parameters are gathered in their own dtype, and autocast casts what it casts in one process. So norms and
         # position embeddings are as exact as there. Inputs are not cast: the flow must stay invertible.
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        # Each call moves one module to the device and keeps its shard: the device never holds the whole model.
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
             if hasattr(block, "inverse"):

@@ -1,6 +1,7 @@
 """Training steps of the experiments at their full size: no wait for the device, and no more launches than they need."""
 
 import functools
+import gc
 import itertools
 import pathlib
 
@@ -37,7 +38,7 @@ def load(name, *bindings, runtime=ONE) -> tuple[Experiment, State]:
     config.parse([str(EXPERIMENTS / f"{name}.gin")], bindings)
     experiment = config.call(Experiment)
     loop = make_loop(experiment, runtime)
-    model = experiment.check_model().to_empty(device="cuda")
+    model = experiment.check_model().to_empty(device="cpu")
     state = State(loop, loop.place(model, experiment.compile), experiment.optimizer(model), ema=None)
     if experiment.ema_decay:
         state.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -128,3 +129,19 @@ def test_fsdp(seen, eight):
     assert all(isinstance(x, DTensor) for x in kept)
     # Rows that eight does not divide are padded.
     assert sum(x.to_local().numel() for x in kept) <= 1.01 * sum(x.numel() for x in kept) / 8
+
+
+def test_fsdp_places_a_model_module_by_module(eight):
+    """The device holds the shards, and at most the image head, the largest module, as a whole."""
+    config.parse(["experiments/imagenet256.gin"], ["train.compile = None"])
+    experiment = config.call(Experiment)
+    model = experiment.check_model().to_empty(device="cpu")
+    head = sum(p.nbytes for p in model.image_head.parameters())
+    loop = make_loop(experiment, eight)
+    gc.collect()  # other tests' models
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loop.place(model)
+    shards = sum(loop.local(x).nbytes for x in [*model.parameters(), *model.buffers()])
+    assert torch.cuda.memory_allocated() - before <= 1.01 * shards
+    assert torch.cuda.max_memory_allocated() - before <= 1.01 * (shards + head)
