@@ -13,10 +13,10 @@ from torch.nn.attention import SDPBackend
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map_only
 
-from jetformer import benchmark, config
+from jetformer import benchmark, config, plan
 from jetformer.data import tokenizer
 from jetformer.experiment import Experiment
-from jetformer.models import attention
+from jetformer.models import attention, remat
 from jetformer.runtime import Runtime
 from jetformer.state import State, make_loop
 from jetformer.trainer import training_of
@@ -145,3 +145,26 @@ def test_fsdp_places_a_model_module_by_module(eight):
     shards = sum(loop.local(x).nbytes for x in [*model.parameters(), *model.buffers()])
     assert torch.cuda.memory_allocated() - before <= 1.01 * shards
     assert torch.cuda.max_memory_allocated() - before <= 1.01 * (shards + head)
+
+
+@pytest.mark.parametrize(("name", "count"), [("imagenet256", 1), ("imagenet256", 8), ("coco_captions", 8)])
+def test_a_plan_is_what_is_allocated(name, count, request, monkeypatch):
+    """To 5%, in another batch than those that it computes."""
+    monkeypatch.setattr(plan, "POLICIES", (("none", 1), ("couplings", 1), ("everything", 2)))
+    bindings = ["train.compile = None", "train.mesh = {'fsdp': -1}", "Jet.depth = 2", "Decoder.depth = 2"]
+    config.parse([str(EXPERIMENTS / f"{name}.gin")], bindings)
+    experiment = config.call(Experiment)
+    model = experiment.check_model()
+    batches = [benchmark.synthetic_batch(model, n, benchmark.text_length_of(experiment, model)) for n in plan.SIZES]
+    rows = plan.plan(experiment, batches, plan.DEVICES["a100"], count).rows
+
+    runtime = request.getfixturevalue("eight") if count == 8 else ONE
+    experiment, state = load(name, *bindings, f"train.batch_size = {96 * count}", runtime=runtime)
+    for row in rows:
+        remat.set_policy(state.model, row.policy, row.every)
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in steps(experiment, state, 2):
+            pass
+        state.optimizer.zero_grad(set_to_none=True)
+        assert row.fixed + 96 * row.each == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.05), row
