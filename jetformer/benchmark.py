@@ -44,6 +44,7 @@ flags.DEFINE_integer("samples", 8, "Number of images or texts to sample at a tim
 flags.DEFINE_string("json", None, "File to write the measurements to.")
 flags.DEFINE_string("compare", None, "File of --json to compare with.")
 flags.DEFINE_string("profile", None, "Directory to write a trace of three steps to.")
+flags.DEFINE_string("plan", None, "Devices to compute memory and time of a step for, such as h100x8; measures nothing.")
 FLAGS = flags.FLAGS
 
 FORMAT = 3  # of the JSON file; files of another format are not compared with
@@ -305,14 +306,7 @@ def _profile(stepping: Iterator, directory: str, machine: Machine) -> None:
 def _bytes_of(state: State, experiment: Experiment, batch: dict[str, np.ndarray]) -> dict[str, int]:
     """Returns the bytes that this process keeps: parameters, gradients, optimizer, moving average, and (not under XLA,
     which decides itself) what the forward pass saves for the backward pass."""
-    loop = state.loop
-    sizes = lambda tensors: sum(loop.local(x).nbytes for x in tensors)
-    kept = {
-        "parameters": sizes(state.model.parameters()),
-        "gradients": sizes(p for p in state.model.parameters() if p.requires_grad),
-        "optimizer": sizes(x for values in state.optimizer.state.values() for x in values.values()),
-        "average": sizes(state.ema.values()) if state.ema else 0,
-    }
+    loop, kept = state.loop, state.bytes()
     device = loop.runtime.device
     if device.type == "xla":
         return kept
@@ -502,6 +496,16 @@ def _table(rows: dict[str, str]) -> str:
 
 
 def main() -> None:
+    if FLAGS.plan is not None:
+        from jetformer import plan  # brings TensorFlow, before which torch_xla has to be imported
+
+        device, count = plan.parse(FLAGS.plan)
+        config.parse(FLAGS.gin_file, FLAGS.gin_bindings)
+        experiment = config.call(Experiment)
+        model = experiment.check_model()
+        batches = [synthetic_batch(model, size, text_length_of(experiment, model)) for size in plan.SIZES]
+        print(plan.report(FLAGS.plan, plan.plan(experiment, batches, device, count)))
+        return
     theirs = None if FLAGS.compare is None else json.loads(pathlib.Path(FLAGS.compare).read_text())
     if theirs is not None and theirs.get("format") != FORMAT:
         raise ValueError(f"--compare={FLAGS.compare} has format {theirs.get('format')}, not {FORMAT}: measure again")

@@ -60,6 +60,16 @@ class State:
             state["ema"] = self.ema
         return state
 
+    def bytes(self) -> dict[str, int]:
+        """Returns the bytes that this process keeps from step to step, by use, and those of the gradients."""
+        tensors = {
+            "parameters": self.model.parameters(),
+            "gradients": (p for p in self.model.parameters() if p.requires_grad),
+            "optimizer": (x for values in self.optimizer.state.values() for x in values.values()),
+            "average": () if self.ema is None else self.ema.values(),
+        }
+        return {use: sum(self.loop.local(x).nbytes for x in values) for use, values in tensors.items()}
+
     def averaged(self) -> AbstractContextManager:
         """Returns a context with the moving average in the place of the parameters, if there is one."""
         return self.loop.averaged(self.model, self.ema)

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(jetformer.__file__).parent
 # From the top to the bottom: a module imports none of the layers above its own.
 LAYERS = (
     {"main", "evaluate", "sample", "benchmark", "fit_pca", "convert.__main__", "report.__main__", "data.inspect"},
-    {"trained", "sample_files"},
+    {"trained", "sample_files", "plan"},
     {"trainer"},
     {"state", "run_files"},
     {"experiment"},

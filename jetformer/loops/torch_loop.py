@@ -48,7 +48,6 @@ class TorchLoop(base.Loop):
         self._compiler = DEVICE_TYPES[self.runtime.device.type].compiler
 
     def place(self, model: nn.Module, compile: str | None = None) -> base.Runner:
-        model.to(self.runtime.device)
         runner = base.Runner(model, compile)
         blocks = [module for module in model.modules() if getattr(module, "is_block", False)]
         if compile is not None:
@@ -66,6 +65,8 @@ class TorchLoop(base.Loop):
         sizes = resolve_mesh(self.mesh, self.runtime.device_count)
         if sizes["fsdp"] > 1:
             self._shard(runner, blocks, sizes)
+        else:
+            model.to(self.runtime.device)
         return runner
 
     def _shard(self, runner: base.Runner, blocks: list[nn.Module], sizes: dict[str, int]) -> None:
@@ -75,7 +76,9 @@ class TorchLoop(base.Loop):
         # Parameters are gathered in their own dtype, and autocast casts what it casts in one process. So norms and
         # position embeddings are as exact as there. Inputs are not cast: the flow must stay invertible.
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        for block in reversed(blocks):  # a block within a block comes first
+        # Each call moves one module to the device and keeps its shard: the device never holds the whole model. A block
+        # within a block comes first.
+        for block in reversed(blocks):
             fully_shard(block, mesh=mesh, mp_policy=policy)
             if hasattr(block, "inverse"):
                 register_fsdp_forward_method(block, "inverse")

@@ -248,9 +248,13 @@ def default_block(num_logits: int, device: torch.device) -> int:
       num_logits: P.
       device: of the tokens.
     """
-    most, logits = 256, _BLOCK_LOGITS
-    if device.type == "cuda":
-        most, logits = 4096, torch.cuda.get_device_properties(device).total_memory // (16 * 4)
+    on_gpu = device.type == "cuda"
+    return block_for(num_logits, torch.cuda.get_device_properties(device).total_memory if on_gpu else None)
+
+
+def block_for(num_logits: int, gpu_memory: int | None) -> int:
+    """As `default_block`, for a GPU with a memory of `gpu_memory` bytes, or (None) for another device."""
+    most, logits = (256, _BLOCK_LOGITS) if gpu_memory is None else (4096, gpu_memory // (16 * 4))
     return min(most, 2 ** int(math.log2(max(logits // num_logits, 1))))
 
 

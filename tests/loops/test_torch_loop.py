@@ -1,9 +1,13 @@
 """The torch loop: what it refuses, examples that count once, and decoding by graphs."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -63,6 +67,22 @@ def test_the_device_chooses_the_backend_of_the_head(monkeypatch, device, triton,
     head = MixtureHead(2, 2, 2)
     place(device, compile, nn.Sequential(head))
     assert head.backend == backend
+
+
+def test_shards_are_the_models_parameters():
+    """To the bit; so are buffers, and the processes need not exist."""
+    model = small_model()
+    shards = []
+    for rank in range(3):
+        dist.init_process_group("fake", rank=rank, world_size=3, store=FakeStore())
+        loop = TorchLoop(Runtime(torch.device("cpu"), rank, 3, 3), {"fsdp": -1})
+        placed = loop.place(copy.deepcopy(model)).model
+        shards.append([loop.local(p) for p in placed.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(placed.buffers(), model.buffers(), strict=True))
+        dist.destroy_process_group()
+    for parameter, *parts in zip(model.parameters(), *shards, strict=True):
+        assert len(parts[0]) < len(parameter) or len(parameter) == 1
+        assert torch.equal(torch.cat(parts), parameter)
 
 
 def test_rows_are_of_examples_in_their_order():

@@ -1,6 +1,7 @@
 """Training steps of the experiments at their full size: no wait for the device, and no more launches than they need."""
 
 import functools
+import gc
 import itertools
 import pathlib
 
@@ -12,10 +13,10 @@ from torch.nn.attention import SDPBackend
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_map_only
 
-from jetformer import benchmark, config
+from jetformer import benchmark, config, plan
 from jetformer.data import tokenizer
 from jetformer.experiment import Experiment
-from jetformer.models import attention
+from jetformer.models import attention, remat
 from jetformer.runtime import Runtime
 from jetformer.state import State, make_loop
 from jetformer.trainer import training_of
@@ -37,7 +38,7 @@ def load(name, *bindings, runtime=ONE) -> tuple[Experiment, State]:
     config.parse([str(EXPERIMENTS / f"{name}.gin")], bindings)
     experiment = config.call(Experiment)
     loop = make_loop(experiment, runtime)
-    model = experiment.check_model().to_empty(device="cuda")
+    model = experiment.check_model().to_empty(device="cpu")
     state = State(loop, loop.place(model, experiment.compile), experiment.optimizer(model), ema=None)
     if experiment.ema_decay:
         state.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -128,3 +129,42 @@ def test_fsdp(seen, eight):
     assert all(isinstance(x, DTensor) for x in kept)
     # Rows that eight does not divide are padded.
     assert sum(x.to_local().numel() for x in kept) <= 1.01 * sum(x.numel() for x in kept) / 8
+
+
+def test_fsdp_places_a_model_module_by_module(eight):
+    """The device holds the shards, and at most the image head, the largest module, as a whole."""
+    config.parse(["experiments/imagenet256.gin"], ["train.compile = None"])
+    experiment = config.call(Experiment)
+    model = experiment.check_model().to_empty(device="cpu")
+    head = sum(p.nbytes for p in model.image_head.parameters())
+    loop = make_loop(experiment, eight)
+    gc.collect()  # other tests' models
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loop.place(model)
+    shards = sum(loop.local(x).nbytes for x in [*model.parameters(), *model.buffers()])
+    assert torch.cuda.memory_allocated() - before <= 1.01 * shards
+    assert torch.cuda.max_memory_allocated() - before <= 1.01 * (shards + head)
+
+
+@pytest.mark.parametrize(("name", "count"), [("imagenet256", 1), ("imagenet256", 8), ("coco_captions", 8)])
+def test_a_plan_is_what_is_allocated(name, count, request, monkeypatch):
+    """To 5%, in another batch than those that it computes."""
+    monkeypatch.setattr(plan, "POLICIES", (("none", 1), ("couplings", 1), ("everything", 2)))
+    bindings = ["train.compile = None", "train.mesh = {'fsdp': -1}", "Jet.depth = 2", "Decoder.depth = 2"]
+    config.parse([str(EXPERIMENTS / f"{name}.gin")], bindings)
+    experiment = config.call(Experiment)
+    model = experiment.check_model()
+    batches = [benchmark.synthetic_batch(model, n, benchmark.text_length_of(experiment, model)) for n in plan.SIZES]
+    rows = plan.plan(experiment, batches, plan.DEVICES["a100"], count).rows
+
+    runtime = request.getfixturevalue("eight") if count == 8 else ONE
+    experiment, state = load(name, *bindings, f"train.batch_size = {96 * count}", runtime=runtime)
+    for row in rows:
+        remat.set_policy(state.model, row.policy, row.every)
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in steps(experiment, state, 2):
+            pass
+        state.optimizer.zero_grad(set_to_none=True)
+        assert row.fixed + 96 * row.each == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.05), row
