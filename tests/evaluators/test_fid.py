@@ -57,6 +57,13 @@ def make_context(data_dir, tmp_path_factory):
     return make
 
 
+@pytest.fixture
+def separate_config():
+    """Lets a test parse another experiment than that of `context`."""
+    with config.separate():
+        yield
+
+
 @pytest.fixture(scope="module")
 def context(make_context):
     return make_context()
@@ -350,7 +357,7 @@ def test_one_array_is_not_a_file_of_statistics(torch_fidelity, context, classifi
 
 
 @pytest.mark.parametrize("gin_file", ["jet_digits.gin", "tarflow_digits_noisy.gin"])
-def test_images_of_a_flow_alone(torch_fidelity, data_dir, tmp_path, gin_file):
+def test_images_of_a_flow_alone(torch_fidelity, separate_config, data_dir, tmp_path, gin_file):
     """Their features are those of the sampler's images, of the labels if it has some; any batch size gives the same."""
     small = {"train__noise_scale": 0.0, "train__evaluators": "{}", "TarFlow__depth": 2}
     context = untrained(tmp_path, data_dir, f"experiments/{gin_file}", **small)
@@ -377,7 +384,7 @@ def test_images_of_a_flow_alone(torch_fidelity, data_dir, tmp_path, gin_file):
             assert np.abs(np.asarray(kept).astype(int) - image[..., 0].numpy()).max() <= 1
 
 
-def test_what_does_not_fit_a_flow_alone(torch_fidelity, data_dir, tmp_path):
+def test_what_does_not_fit_a_flow_alone(torch_fidelity, separate_config, data_dir, tmp_path):
     context = untrained(
         tmp_path, data_dir, "experiments/jet_digits.gin", train__noise_scale=0.0, train__evaluators="{}"
     )
