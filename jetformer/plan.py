@@ -65,12 +65,20 @@ SIZES = (32, 64)
 # What is recomputed, see `remat.set_policy`.
 POLICIES = (("none", 1), ("everything", 4), ("everything", 2), ("blocks", 1), ("couplings", 1), ("everything", 1))
 
-_FLASH = "_scaled_dot_product_flash_attention"
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> int:
+    return 2 * q[..., 0].numel() * k.shape[2] * (q.shape[3] + v.shape[3])
+
+
+def _attention_backward(_, q: Tensor, k: Tensor, v: Tensor, *__, **___) -> int:
+    return 2 * q[..., 0].numel() * k.shape[2] * (3 * q.shape[3] + 2 * v.shape[3])
+
+
 # PyTorch does not count these: the image head's products, which add up in place, and a CPU's attention.
 PRODUCTS = flop_registry | {
     aten.addmm_: lambda total, a, b, **_: 2 * a.shape[0] * a.shape[1] * b.shape[1],
-    getattr(aten, f"{_FLASH}_for_cpu"): flop_registry[getattr(aten, _FLASH)],
-    getattr(aten, f"{_FLASH}_for_cpu_backward"): flop_registry[getattr(aten, f"{_FLASH}_backward")],
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
 
