@@ -459,7 +459,7 @@ finally:
         ("flow", lambda m: m.encode(random_images((8, 8, 1)), 10), "10.* 0 to 9"),
         ("texts", lambda m: m.encode(random_images((8, 8, 1))), "LanguageModel"),
         ("texts", lambda m: m.bits_per_dim(random_images((8, 8, 1))), "LanguageModel"),
-        ("digits", lambda m: m.to("tpu"), "'tpu'"),
+        ("digits", lambda m: m.to("npu"), "'npu'"),
         ("digits", lambda m: m.to("cuda:99"), "cuda:99"),
         ("digits", lambda m: m.to(dtype=torch.bfloat16), "bfloat16.*float64"),
     ],
