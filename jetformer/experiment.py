@@ -244,7 +244,7 @@ class Experiment:
             tensors = {name: torch.tensor(array, device="meta") for name, array in batch.items()}
             keys = torch.empty(objectives.batch_size(batch), 2, dtype=torch.int32)
             draws = self.objective.draw(model, tensors, keys, train=True)
-            self.objective(model, tensors, draws, noise_scale=self.noise_scale)
+            self.objective(model, tensors, draws, noise_scale=max(self.noise_scale, self.noise_min))
 
     @staticmethod
     def check_text(batch: dict[str, np.ndarray], model: nn.Module) -> None:

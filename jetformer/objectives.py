@@ -433,7 +433,9 @@ class JetObjective:
         """
         del noise_min
         if not self.noise_std:
-            raise ValueError("denoise applies to a flow of noisy images, and this one's JetObjective.noise_std is 0")
+            raise ValueError(
+                f"denoise applies to a flow of noisy images, and this one's {type(self).__name__}.noise_std is 0"
+            )
         return self.noise_std
 
     def check_guidance(self, mode: str) -> None:
@@ -441,7 +443,7 @@ class JetObjective:
         if mode != "none" and not self.drop_labels_prob:
             raise ValueError(
                 f"guidance {mode} needs a flow that was also trained without labels, and this one was not: its "
-                "JetObjective.drop_labels_prob is 0. Sample without guidance, or train with 0.1"
+                f"{type(self).__name__}.drop_labels_prob is 0. Sample without guidance, or train with 0.1"
             )
 
     def draw(self, model: nn.Module, batch: Batch, keys: Tensor, train: bool) -> Draws:
@@ -461,7 +463,8 @@ class JetObjective:
             draws["dequant"] = prng.uniform(prng.fold_in(keys, _DEQUANT), shape)
         if self.drop_labels_prob and not isinstance(model, LabelledFlow):
             raise ValueError(
-                f"JetObjective.drop_labels_prob needs a LabelledFlow, not a {type(model).__name__}: leave it at 0"
+                f"{type(self).__name__}.drop_labels_prob needs a LabelledFlow, not a {type(model).__name__}: leave it "
+                "at 0"
             )
         if self.drop_labels_prob and train:
             draws["drop_labels"] = prng.uniform(prng.fold_in(keys, _DROP_PREFIX), ()) < self.drop_labels_prob
@@ -508,7 +511,9 @@ class JetObjective:
         """Returns images with noise, `[B, H, W, C]`, and their context `[B, M, context_dim]`, None for none; arguments
         and errors as in `__call__`."""
         if not isinstance(noise_scale, Tensor) and noise_scale:
-            raise ValueError(f"{type(self).__name__} has no noise curriculum: leave train.noise_scale at 0")
+            raise ValueError(
+                f"{type(self).__name__} has no noise curriculum: leave train.noise_scale and train.noise_min at 0"
+            )
         check_has(batch, "image")
         parameter = next(model.parameters(), None)  # a flow may have none
         pixels = batch["image"].to(torch.get_default_dtype() if parameter is None else parameter.dtype)
@@ -543,8 +548,8 @@ class DistillObjective(JetObjective):
     latents (FARMER, arXiv 2510.23588). The last block's student gets the latents, each other one what the one of the
     block after it returned.
 
-    Noise and dropped labels are those of `JetObjective`, as the flow was trained with them. The flow itself gets no
-    gradient.
+    Bind noise and dropped labels, which are those of `JetObjective`, as the flow was trained with them. The flow itself
+    gets no gradient: freeze it by `make_optimizer.frozen`, or DDP waits for one.
     """
 
     def __call__(
@@ -620,7 +625,7 @@ class TextObjective:
           ValueError: if there is a noise curriculum, or the batch has no texts.
         """
         if not isinstance(noise_scale, Tensor) and noise_scale:
-            raise ValueError("TextObjective has no noise curriculum: leave train.noise_scale at 0")
+            raise ValueError("TextObjective has no noise curriculum: leave train.noise_scale and train.noise_min at 0")
         check_has(batch, "text", "text_loss")
         normalizers = normalizers or self.normalizers(batch, draws, train)
         text, counts = batch["text"], batch["text_loss"]

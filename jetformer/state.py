@@ -153,15 +153,18 @@ def initialize(experiment: Experiment, runtime: Runtime, model: nn.Module) -> No
         values = runtime.on_first(lambda: _initialize_from_data(experiment, model))
         for parameter, value in zip(invertible.parameters_from_data(model), values, strict=True):
             parameter.data.copy_(value)
-    heads = [module for module in model.modules() if isinstance(module, MixtureHead)]
-    if runtime.process_index == 0 and any(head.num_mixtures > 1 and head.components_equal() for head in heads):
+    heads = {name: module for name, module in model.named_modules() if isinstance(module, MixtureHead)}
+    for name, head in heads.items() if runtime.process_index == 0 else ():
+        if head.num_mixtures == 1 or not head.components_equal():
+            continue
         remedy = "set JetFormer.kmeans_init, or JetFormer.mean_init_std above 0"
+        if name != "image_head":
+            remedy = "set FactoredPrior.mean_init_std above 0"
         if experiment.init_from is not None:
-            remedy = f"they are so in {experiment.init_from}, whose weights JetFormer.kmeans_init does not change"
+            remedy = f"they are so in {experiment.init_from}, whose weights no other initialization changes"
         logging.warning(
-            "All %d components of the image head are equal, and stay so in training, as one Gaussian: %s",
-            heads[0].num_mixtures,
-            remedy,
+            "All %d components of %s are equal, and stay so in training, as one Gaussian: %s",
+            *(head.num_mixtures, name, remedy),
         )
 
 

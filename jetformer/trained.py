@@ -28,7 +28,7 @@ from jetformer.loops.base import Function
 from jetformer.models.jetformer import JetFormer
 from jetformer.models.labelled import LabelledFlow
 from jetformer.models.language_model import LanguageModel
-from jetformer.objectives import JetFormerObjective, to_unit_range
+from jetformer.objectives import DistillObjective, JetFormerObjective, to_unit_range
 from jetformer.sampling.decode import to_uint8
 from jetformer.sampling.guidance import guidance_of
 from jetformer.sampling.images import FlowSampler, ImageSampler, class_requests, dtype_of, inpainting_request
@@ -397,9 +397,14 @@ class Trained:
           float64 `[N]`.
 
         Raises:
-          ValueError: for arguments that do not fit the model, or a flow of noisy images.
+          ValueError: for arguments that do not fit the model, a flow of noisy images, or a run of students.
         """
         rows, objective = {"image": self._pixels(images)}, self.experiment.objective
+        if isinstance(objective, DistillObjective):
+            raise ValueError(
+                "the run trains students and not the flow's likelihood: to score images load it with "
+                'gin_bindings="train.objective = @JetObjective()"'
+            )
         if getattr(objective, "noise_std", 0):
             raise ValueError(
                 "the flow learns the density of noisy images, not of 8-bit ones: to score these load it with "

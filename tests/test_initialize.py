@@ -1,6 +1,7 @@
 """What a run begins with: weights of another run, or ActNorms set by the first batch; never where it is resumed."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -64,6 +65,22 @@ def test_a_warning_of_equal_components(data_dir, caplog, std):
     experiment = config.call(Experiment)
     initialize(experiment, CPU, build_model(experiment))
     assert ("mean_init_std" in caplog.text) == (std == 0)
+
+
+def test_a_warning_of_equal_components_of_a_prior(data_dir, caplog):
+    """It names the head whose components are equal, and what sets them."""
+    prior = {"JetFormer__out_dim": 2, "JetFormer__factored_prior": "@FactoredPrior", "FactoredPrior__num_mixtures": 3}
+    for equal, std, expected, other in (
+        ({}, 0.0, "All 3 components of factored_prior.head .*FactoredPrior.mean_init_std", "image_head"),
+        (EQUAL, 0.5, "All 4 components of image_head .*JetFormer.mean_init_std", "factored_prior"),
+    ):
+        overrides = prior | equal | {"FactoredPrior__mean_init_std": std}
+        config.parse(["experiments/digits.gin"], bindings(data_dir, **overrides))
+        experiment = config.call(Experiment)
+        caplog.clear()
+        initialize(experiment, CPU, build_model(experiment))
+        assert re.search(expected, caplog.text)
+        assert other not in caplog.text
 
 
 def test_components_start_at_clusters(data_dir):

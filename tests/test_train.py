@@ -487,6 +487,7 @@ def test_jet_alone(tmp_path, data_dir):
     )
     for wrong, message in (
         ({"train__noise_scale": 8.0}, "no noise curriculum"),
+        ({"train__noise_min": 3.0}, "no noise curriculum"),
         ({"train__evaluators": '{"samples": @Samples()}'}, "not a Jet"),
         ({"Jet__input_shape": "(4, 4, 1)"}, "built for"),
     ):

@@ -203,6 +203,19 @@ def test_bits_per_dim_of_a_labelled_flow_are_the_evaluators(runs, models):
     assert bits.mean() == pytest.approx(expected["bits_per_dim"], rel=1e-6)
 
 
+def test_a_run_of_students_scores_by_its_flow(data_dir, tmp_path):
+    """Its own objective has no likelihood."""
+    small = {"train__total_steps": 1, "train__evaluators": "{}", "train__noise_scale": 0.0, "TarFlow__depth": 2}
+    flow = trained(tmp_path / "flow", "tarflow_digits.gin", data_dir, **small)
+    more = {"train__init_from": f"'{flow}'", "Student__emb_dim": 16}
+    students = trained(tmp_path / "students", "tarflow_digits_student.gin", data_dir, **small, **more)
+    images, objective = random_images((8, 8, 1)), "train.objective = @JetObjective()"
+    with pytest.raises(ValueError, match=objective.replace(".", r"\.").replace("()", r"\(\)")):
+        jetformer.load(students, device="cpu").bits_per_dim(images)
+    bits = jetformer.load(students, device="cpu", gin_bindings=objective).bits_per_dim(images)
+    np.testing.assert_array_equal(bits, jetformer.load(flow, device="cpu").bits_per_dim(images))
+
+
 def test_bits_per_dim_with_and_without_prompts_are_the_evaluators(runs, models):
     model = models["shapes"]
     rows, expected = evaluated(runs["shapes"], ("image", "text"), text_prefix_prob=1.0)

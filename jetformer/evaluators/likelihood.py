@@ -130,7 +130,7 @@ class Likelihood(Evaluator):
                 num_characters = sum(len(decode(text[counted].tolist())) for text, counted in pairs)
                 into[f"{name}_overall"] = float(bits / max(tokens.sum(), 1))
                 into[name.replace("token", "character")] = float(bits / max(num_characters, 1))
-            if self.num_draws > 1 and counts["bits_per_dim"]:
+            if self.num_draws > 1 and counts.get("bits_per_dim"):
                 counted = rows["bits_per_dim/count"].astype(bool)
                 num_dims = math.prod(context.model.image_shape)
                 bound = importance_weighted(draws["bits_per_dim"][:, counted], num_dims)

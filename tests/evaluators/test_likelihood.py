@@ -17,8 +17,8 @@ from runs import untrained
 SHAPES = {"gin_file": "experiments/shapes.gin", "Jet__num_heads": 2, "Data__eval_split": '"validation[:7]"'}
 
 
-def by_hand(context, averaged, draw=0):
-    """Returns bits per dim of all examples, scored one by one."""
+def by_hand(context, averaged, draw=0, term="bits_per_dim"):
+    """Returns a term of all examples, scored one by one."""
     scores = []
     batches = context.batches()
     for batch in batches:
@@ -36,7 +36,7 @@ def by_hand(context, averaged, draw=0):
             else:
                 with torch.no_grad():
                     _, terms = context.objective(context.model, one, draws, train=False)
-            scores.append(terms["bits_per_dim"][0].item())
+            scores.append(terms[term][0].item())
     return np.array(scores)
 
 
@@ -83,6 +83,18 @@ def test_several_draws(tmp_path, data_dir):
     assert results.scalars["bits_per_dim_importance_weighted"] == pytest.approx(bound, rel=1e-6)
     assert bound < draws.mean()
     assert results.ema_scalars == {}
+
+
+def test_several_draws_of_students(tmp_path, data_dir):
+    """Their terms are means over the draws, too; they have no likelihood to bound."""
+    sizes = {"TarFlow__depth": 2, "TarFlow__emb_dim": 16, "Student__emb_dim": 16, "train__noise_scale": 0.0}
+    sizes |= {"train__ema_decay": 0.0, "train__evaluators": "{}", "Data__eval_split": '"validation[:9]"'}
+    context = untrained(tmp_path, data_dir, "experiments/tarflow_digits_student.gin", **sizes)
+    scalars = Likelihood(num_draws=2)(context).scalars
+    assert scalars.keys() == {"student_loss", "student_error"}
+    draws = np.stack([by_hand(context, averaged=False, draw=i, term="student_error") for i in range(2)])
+    assert scalars["student_error"] == pytest.approx(draws.mean(), rel=1e-6)
+    assert (draws[0] != draws[1]).all()
 
 
 @given(bits=st.lists(st.floats(-2, 10), min_size=1, max_size=6), num_dims=st.integers(1, 40))

@@ -95,6 +95,10 @@ def test_what_does_not_fit():
     for model in (Jet(SHAPE, depth=1, emb_dim=4, num_heads=1), TarFlow(SHAPE, depth=1, emb_dim=4, num_heads=1)):
         with pytest.raises(ValueError, match=r"TarFlow\.student = @Student"):
             scored(DistillObjective(), model, z)
+    with pytest.raises(ValueError, match=r"DistillObjective\.drop_labels_prob"):
+        scored(DistillObjective(drop_labels_prob=0.1), flow_of(), z)
+    with pytest.raises(ValueError, match=r"DistillObjective\.noise_std is 0"):
+        DistillObjective().denoising_std()
     with pytest.raises(ValueError, match="inverse_method and a student"):
         TarFlow(SHAPE, student=STUDENT, inverse_method=Jacobi())
     with pytest.raises(ValueError, match=r"guidance .* students"):
