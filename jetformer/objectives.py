@@ -549,7 +549,7 @@ class DistillObjective(JetObjective):
     block after it returned.
 
     Bind noise and dropped labels, which are those of `JetObjective`, as the flow was trained with them. The flow itself
-    gets no gradient: freeze it by `make_optimizer.frozen`, or DDP waits for one.
+    gets no gradient: freeze it by `make_optimizer.frozen`, for DDP needs one of every other parameter.
     """
 
     def __call__(
