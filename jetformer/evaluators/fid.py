@@ -201,7 +201,8 @@ class Fid(Evaluator):
             names += ["features"] * (self.save_statistics is not None or bool(set(_COMPARING) & set(metrics)))
             names += ["logits"] * (self.features.knows_labels and self._has_classes(context))
         process = context.loop.runtime.process_index, context.loop.runtime.process_count
-        key = (self._data(context), self._split(context), self.features.name(context), tuple(names), process)
+        what = type(context.model), self._data(context), self._split(context), self.features.name(context)
+        key = (*what, tuple(names), process)
         if key in read_splits:
             return read_splits[key]
 
