@@ -32,13 +32,13 @@ SIZES = {
 DDP, FSDP, BOTH = "{'data': -1}", "{'fsdp': -1}", "{'data': 2, 'fsdp': 2}"
 
 
-def start_several(workdir, gin_bindings, processes=2, **environment):
-    args = torchrun(command(workdir, gin_bindings), processes)
+def start_several(workdir, gin_bindings, processes=2, gin_file="experiments/digits.gin", **environment):
+    args = torchrun(command(workdir, gin_bindings, gin_file), processes)
     return start(args, **{"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | environment)
 
 
-def run_several(workdir, gin_bindings, processes=2, returncode=0):
-    process = start_several(workdir, gin_bindings, processes)
+def run_several(workdir, gin_bindings, processes=2, returncode=0, gin_file="experiments/digits.gin"):
+    process = start_several(workdir, gin_bindings, processes, gin_file)
     _, log = process.communicate(timeout=900)
     assert process.returncode == returncode, log[-8000:]
     return log
@@ -100,10 +100,7 @@ def test_a_flow_of_noisy_images_under_fsdp(tmp_path, data_dir):
     small |= {"train__evaluators": '{"val": @Likelihood(), "samples": @FlowSamples()}'}
     for name, processes in (("one", 1), ("two", 2)):
         gin_bindings = bindings(data_dir, **small, train__mesh=FSDP)
-        args = command(tmp_path / name, gin_bindings, "experiments/tarflow_digits_noisy.gin")
-        process = start(torchrun(args, processes), OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
-        _, log = process.communicate(timeout=300)
-        assert process.returncode == 0, log[-8000:]
+        run_several(tmp_path / name, gin_bindings, processes, gin_file="experiments/tarflow_digits_noisy.gin")
     expected, actual = scalars(tmp_path / "one"), scalars(tmp_path / "two")
     for name in ("train/loss", "val/noisy_bits_per_dim", "val_ema/noisy_bits_per_dim", "samples/latents_std"):
         assert actual[name] == pytest.approx(expected[name], rel=1e-5)
@@ -125,10 +122,7 @@ def test_students_under_fsdp(tmp_path, data_dir):
         ("two", student, 2),
     ):
         gin_bindings = bindings(data_dir, **small, train__mesh=FSDP, train__init_from=init_from)
-        args = command(tmp_path / name, gin_bindings, f"experiments/{gin_file}.gin")
-        process = start(torchrun(args, processes), OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
-        _, log = process.communicate(timeout=300)
-        assert process.returncode == 0, log[-8000:]
+        run_several(tmp_path / name, gin_bindings, processes, gin_file=f"experiments/{gin_file}.gin")
     expected, actual = scalars(tmp_path / "one"), scalars(tmp_path / "two")
     for name in ("train/student_loss", "val/student_error", "val_ema/student_loss", "param_norm"):
         assert actual[name] == pytest.approx(expected[name], rel=1e-5)

@@ -83,7 +83,7 @@ class FlowSamples(Evaluator):
             "column": np.tile(columns, len(temperatures)),
         }
         labels = [f"temperature {t:g}" for t in self.temperatures]
-        results.pictures["grid"] = grid.labelled(self._sample(context, rows), self.num_images, labels)
+        results.pictures["grid"] = grid.labelled(self._sample(context, rows, Guidance()), self.num_images, labels)
         if isinstance(context.model, LabelledFlow):
             classes = np.arange(min(self.num_classes, context.model.num_labels), dtype=np.int32)
             rows = {
@@ -100,12 +100,7 @@ class FlowSamples(Evaluator):
             self._round_trip(context, results)
         return results
 
-    def _sample(
-        self,
-        context: Context,
-        rows: dict[str, np.ndarray],
-        guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
-    ) -> np.ndarray:
+    def _sample(self, context: Context, rows: dict[str, np.ndarray], guidance: Guidance) -> np.ndarray:
         seed, noise_std = derive_seed(context.seed, _SEED), context.denoising_std(self.denoise)
 
         def function(model: nn.Module, batch: dict[str, Tensor], keys: Tensor) -> dict[str, Tensor]:
